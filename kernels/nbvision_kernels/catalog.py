@@ -1,0 +1,151 @@
+"""Every kernel there is, as data: what tests compile for all architectures and what warm-up compiles for this one."""
+
+from __future__ import annotations
+
+import importlib
+import itertools
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+from numba import types
+
+from nbvision_kernels import preprocess as plan
+from nbvision_kernels import regions
+
+__all__ = [
+    "CudaFrame",
+    "Kernel",
+    "NumbaKernel",
+    "all_kernels",
+    "box_regions_kernel",
+    "cut_out_kernel",
+    "mask_boxes_kernel",
+    "nms_kernel",
+    "preprocess_kernel",
+]
+
+u8, i32, i64, f32 = types.uint8, types.int32, types.int64, types.float32
+u8_pointer, i32_pointer = types.CPointer(u8), types.CPointer(i32)
+i64_pointer, f32_pointer = types.CPointer(i64), types.CPointer(f32)
+
+
+@dataclass(frozen=True)
+class NumbaKernel:
+    """A kernel written in Python. ``make`` returns its function, compiled for ``arguments``."""
+
+    name: str
+    entry: str
+    make: Callable[[], Callable[..., None]]
+    arguments: tuple[Any, ...]
+    float64: bool = False  # allowed only where one thread does the work of a whole output
+
+
+@dataclass(frozen=True)
+class CudaFrame:
+    """A CUDA C frame and the Python device functions linked into it: name -> (function, result, arguments)."""
+
+    name: str
+    entry: str
+    source: str
+    defines: dict[str, int]
+    functions: dict[str, tuple[Callable[..., Any], Any, tuple[Any, ...]]] = field(hash=False)
+    float64: bool = False
+
+
+Kernel = NumbaKernel | CudaFrame
+
+_SAMPLERS = {plan.NEAREST: "nearest", plan.LINEAR_EXACT: "linear_exact", plan.LINEAR_FAST: "linear_fast"}
+_LAYOUTS = {plan.NCHW: "nchw", plan.NHWC: "nhwc"}
+_STORES = {plan.STORE_U8: ("u8", u8), plan.STORE_F16: ("f16", types.float16), plan.STORE_F32: ("f32", f32)}
+_REGION_FIELDS = ("IMAGE", "X", "Y", "WIDTH", "HEIGHT", "LEFT", "TOP", "OUT_WIDTH", "OUT_HEIGHT")
+_REGION_FIELDS += (
+    "STEP_X",
+    "STEP_Y",
+    "BITS_X",
+    "BITS_Y",
+    "SCALE_X",
+    "SCALE_Y",
+    "UNIT_X",
+    "UNIT_Y",
+    "FIELDS",
+    "SCALES",
+)
+
+
+def preprocess_kernel(sampler: int, layout: int, store: int, *, frame: bool = True) -> Kernel:
+    """The fused plan of one type: its CUDA C frame, or the plain Numba kernel."""
+    store_name, stored = _STORES[store]
+    name = f"preprocess-{_SAMPLERS[sampler]}-{_LAYOUTS[layout]}-{store_name}"
+    if frame:
+        return CudaFrame(
+            name=f"{name}-frame",
+            entry="preprocess",
+            source="preprocess.cu",
+            defines={"STORE_TYPE": store, "LAYOUT": layout}
+            | {f"REGION_{name}": getattr(regions, name) for name in _REGION_FIELDS},
+            functions={
+                "nbv_position": (plan.make_position(sampler), f32, (i32, i64, i64, f32, f32)),
+                "nbv_sample": (
+                    plan.make_sampler(sampler),
+                    f32,
+                    (u8_pointer, i64, i64, i32, i32, i32, i32, f32, f32),
+                ),
+            },
+        )
+
+    def make() -> Callable[..., None]:
+        from nbvision_kernels.preprocess_cuda import make_kernel
+
+        function: Callable[..., None] = make_kernel(sampler, layout, store)
+        return function
+
+    tables = (u8_pointer, i64_pointer, i64_pointer, f32_pointer, types.CPointer(stored))
+    return NumbaKernel(f"{name}-numba", "preprocess", make, (*tables, *(i32,) * 5, *(f32,) * 9))
+
+
+def box_regions_kernel() -> NumbaKernel:
+    """Regions of boxes that live on the device."""
+    tables = (i64_pointer, i64_pointer, f32_pointer, i32, f32, i64_pointer, f32_pointer)
+    make = _imported("regions_cuda", "fill_box_regions")
+    return NumbaKernel("box-regions", "fill_box_regions", make, (*tables, *(i32,) * 6), float64=True)
+
+
+def nms_kernel() -> NumbaKernel:
+    """Head output to kept boxes."""
+    head = (f32_pointer, i32, i32, i64_pointer, f32_pointer, f32, f32, i32, i32, i32)
+    scratch = (f32_pointer, i32_pointer, f32_pointer, f32_pointer, i32_pointer, u8_pointer)
+    kept = (f32_pointer, f32_pointer, i32_pointer, i32_pointer)
+    return NumbaKernel("nms", "nms", _imported("boxes_cuda", "nms"), (*head, *scratch, *kept))
+
+
+def mask_boxes_kernel() -> NumbaKernel:
+    """Extents and areas of masks."""
+    arguments = (f32_pointer, i32, i32, f32, f32_pointer, f32_pointer, i32_pointer)
+    return NumbaKernel("mask-boxes", "mask_boxes", _imported("masks_cuda", "mask_boxes"), arguments)
+
+
+def cut_out_kernel() -> NumbaKernel:
+    """Crops cut out along their masks."""
+    arguments = (f32_pointer, f32_pointer, i32, f32, f32, *(f32,) * 6, f32_pointer)
+    return NumbaKernel("cut-out", "cut_out", _imported("masks_cuda", "cut_out"), arguments)
+
+
+def all_kernels() -> Iterator[Kernel]:
+    """Every kernel of every type."""
+    for sampler, layout, store, frame in itertools.product(_SAMPLERS, _LAYOUTS, _STORES, (True, False)):
+        yield preprocess_kernel(sampler, layout, store, frame=frame)
+    yield box_regions_kernel()
+    yield nms_kernel()
+    yield mask_boxes_kernel()
+    yield cut_out_kernel()
+
+
+def _imported(module: str, name: str) -> Callable[[], Callable[..., None]]:
+    """A kernel function, imported only when it is compiled: its module needs the CUDA extra."""
+
+    def make() -> Callable[..., None]:
+        function: Callable[..., None] = getattr(importlib.import_module(f"nbvision_kernels.{module}"), name)
+        return function
+
+    return make

@@ -1,0 +1,81 @@
+"""How a pixel function is made, and the two conversions every target needs.
+
+A pixel function takes scalars and a flat byte buffer.  The same source compiles into a parallel CPU loop, into a
+Numba CUDA kernel, and to LTO-IR that is linked into a CUDA C frame.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from numba import njit, types
+from numba.extending import intrinsic
+
+# Inlined into Numba's IR: 2.5 times faster on the CPU than a call, and the form CUDA compiles without a driver.
+# error_model "numpy": a division needs no test for zero.
+pixel_function = njit(inline="always", error_model="numpy")
+
+
+@intrinsic
+def pointer_from_address(typing_context: Any, address: Any) -> Any:
+    """A flat byte buffer that starts at ``address`` (int64). CPU only: CUDA kernels get pointers as arguments."""
+    signature = types.CPointer(types.uint8)(types.int64)
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        return builder.inttoptr(arguments[0], context.get_value_type(signature.return_type))
+
+    return signature, generate
+
+
+@pixel_function
+def clamp(value, low, high):
+    """``value`` limited to low..high, both included."""
+    return min(max(value, low), high)
+
+
+@pixel_function
+def rint32(value):
+    """A float32 of at most 2**22 in size rounded half to even.
+
+    Adding 1.5 * 2**23 leaves no bits behind the point, so the addition itself rounds. Neither target has a cheaper way
+    that both compile: CUDA knows no ``np.rint``, and its ``round`` goes through int64.
+    """
+    magic = np.float32(12582912.0)
+    return (np.float32(value) + magic) - magic
+
+
+@pixel_function
+def rint64(value):
+    """A float64 of any size rounded half to even."""
+    magic = np.float64(6755399441055744.0)
+    result = np.float64(value)
+    if abs(result) < np.float64(2251799813685248.0):
+        result = (result + magic) - magic
+    return result
+
+
+@pixel_function
+def round_to_u8(value):
+    """A float rounded half to even and saturated to 0..255."""
+    return np.uint8(rint32(clamp(value, np.float32(0), np.float32(255))))
+
+
+@pixel_function
+def half_bits(value):
+    """The bits of a float32 as IEEE half precision, rounded half to even: for CPUs, where Numba has no float16.
+
+    Below half's smallest normal number the float is scaled so that its own rounding does the work.
+    """
+    bits = np.float32(value).view(np.int32)
+    sign = np.int32((bits >> 16) & 0x8000)
+    magnitude = np.int32(bits & 0x7FFFFFFF)
+    if magnitude >= np.int32(0x7F800000):  # infinity, or NaN, which stays one
+        half = np.int32(0x7C00) if magnitude == np.int32(0x7F800000) else np.int32(0x7E00)
+    elif magnitude >= np.int32(0x477FF000):  # rounds to 65520 or more
+        half = np.int32(0x7C00)
+    elif magnitude < np.int32(0x38800000):  # below 2**-14: steps of 2**-24
+        half = np.int32(rint32(np.float32(abs(value)) * np.float32(16777216.0)))
+    else:
+        half = np.int32((magnitude - np.int32(0x38000000) + np.int32(0xFFF) + ((magnitude >> 13) & 1)) >> 13)
+    return np.uint16(sign | half)

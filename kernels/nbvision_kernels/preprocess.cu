@@ -1,0 +1,112 @@
+// The fused plan's frame: four output pixels a thread, wide stores. It only moves data; positions and samplers are the
+// Python pixel functions of sampling.py, linked in through LTO.
+//
+// Compiled with -D: STORE_TYPE (0 u8, 1 f16, 2 f32), LAYOUT (0 NCHW, 1 NHWC) and the fields of regions.py.
+// No header is included, so NVRTC needs no include directory.
+
+extern "C" __device__ float nbv_position(int index, long long step, long long bits, float unit, float scale);
+extern "C" __device__ float nbv_sample(const unsigned char *pixels, long long origin, long long pitch, int pixel_bytes,
+                                       int channel, int width, int height, float x, float y);
+
+#if STORE_TYPE == 0
+typedef unsigned char Stored;
+typedef uchar4 Stored4;
+__device__ __forceinline__ Stored to_stored(float value) {
+    return (unsigned char)fminf(fmaxf(rintf(value), 0.0f), 255.0f);
+}
+#elif STORE_TYPE == 1
+typedef unsigned short Stored;  // the bits of a half
+typedef ushort4 Stored4;
+__device__ __forceinline__ Stored to_stored(float value) {
+    Stored half;
+    asm("cvt.rn.f16.f32 %0, %1;" : "=h"(half) : "f"(value));
+    return half;
+}
+#else
+typedef float Stored;
+typedef float4 Stored4;
+__device__ __forceinline__ Stored to_stored(float value) { return value; }
+#endif
+
+constexpr int PIXELS = 4;  // a thread: 8-byte stores in half precision; measured faster than 1, 2 and 8
+
+__device__ __forceinline__ void store4(Stored *to, const float *values) {
+    Stored4 packed;
+    packed.x = to_stored(values[0]);
+    packed.y = to_stored(values[1]);
+    packed.z = to_stored(values[2]);
+    packed.w = to_stored(values[3]);
+    *reinterpret_cast<Stored4 *>(to) = packed;
+}
+
+extern "C" __global__ void __launch_bounds__(256, 4)
+    preprocess(const unsigned char *pixels, const long long *__restrict__ sources, const long long *__restrict__ regions,
+               const float *__restrict__ scales, Stored *__restrict__ out, int height, int width, int pixel_bytes,
+               int channel_first, int channel_step, float gain_0, float gain_1, float gain_2, float bias_0,
+               float bias_1, float bias_2, float fill_0, float fill_1, float fill_2) {
+    const int x_first = PIXELS * (blockIdx.x * blockDim.x + threadIdx.x);
+    const int y = blockIdx.y * blockDim.y + threadIdx.y;
+    if (x_first >= width || y >= height) return;
+
+    const long long *region = regions + (long long)blockIdx.z * REGION_FIELDS;
+    const float *scale = scales + (long long)blockIdx.z * REGION_SCALES;
+    const long long *source = sources + 4 * region[REGION_IMAGE];
+    const long long pitch = source[1];
+    const long long origin = source[0] + region[REGION_Y] * pitch + region[REGION_X] * pixel_bytes;
+    const int region_width = (int)region[REGION_WIDTH], region_height = (int)region[REGION_HEIGHT];
+    const int left = (int)region[REGION_LEFT], out_width = (int)region[REGION_OUT_WIDTH];
+    const int line = y - (int)region[REGION_TOP];
+    const bool line_inside = line >= 0 && line < (int)region[REGION_OUT_HEIGHT];
+    const float source_y =
+        nbv_position(line, region[REGION_STEP_Y], region[REGION_BITS_Y], scale[REGION_UNIT_Y], scale[REGION_SCALE_Y]);
+
+    float values[3][PIXELS];
+#pragma unroll
+    for (int i = 0; i < PIXELS; ++i) {
+        const int column = x_first + i - left;
+        float value_0 = fill_0, value_1 = fill_1, value_2 = fill_2;
+        if (line_inside && column >= 0 && column < out_width) {
+            const float source_x = nbv_position(column, region[REGION_STEP_X], region[REGION_BITS_X],
+                                                scale[REGION_UNIT_X], scale[REGION_SCALE_X]);
+            value_0 = nbv_sample(pixels, origin, pitch, pixel_bytes, channel_first, region_width, region_height,
+                                 source_x, source_y);
+            value_1 = nbv_sample(pixels, origin, pitch, pixel_bytes, channel_first + channel_step, region_width,
+                                 region_height, source_x, source_y);
+            value_2 = nbv_sample(pixels, origin, pitch, pixel_bytes, channel_first + 2 * channel_step, region_width,
+                                 region_height, source_x, source_y);
+        }
+        values[0][i] = value_0 * gain_0 + bias_0;
+        values[1][i] = value_1 * gain_1 + bias_1;
+        values[2][i] = value_2 * gain_2 + bias_2;
+    }
+
+    const long long plane = (long long)height * width;
+    Stored *canvas = out + (long long)blockIdx.z * 3 * plane;
+    const long long pixel = (long long)y * width + x_first;
+    // Every line starts on a wide boundary when the width is a multiple of four and `out` itself is aligned.
+    const bool wide = (width & 3) == 0 && ((unsigned long long)out & (sizeof(Stored4) - 1)) == 0;
+#if LAYOUT == 0
+    if (wide) {
+#pragma unroll
+        for (int c = 0; c < 3; ++c) store4(canvas + c * plane + pixel, values[c]);
+    } else {
+#pragma unroll
+        for (int c = 0; c < 3; ++c)
+#pragma unroll
+            for (int i = 0; i < PIXELS; ++i)
+                if (x_first + i < width) canvas[c * plane + pixel + i] = to_stored(values[c][i]);
+    }
+#else
+    float line_values[3 * PIXELS];
+#pragma unroll
+    for (int i = 0; i < 3 * PIXELS; ++i) line_values[i] = values[i % 3][i / 3];
+    if (wide) {
+#pragma unroll
+        for (int k = 0; k < 3; ++k) store4(canvas + 3 * pixel + 4 * k, line_values + 4 * k);
+    } else {
+#pragma unroll
+        for (int i = 0; i < 3 * PIXELS; ++i)
+            if (x_first + i / 3 < width) canvas[3 * pixel + i] = to_stored(line_values[i]);
+    }
+#endif
+}

@@ -1,0 +1,64 @@
+"""The fused plan as a Numba CUDA kernel over flat pointers: one output pixel a thread.
+
+The portable version of ``preprocess.cu``, and the one that the simulator checks for out-of-range access.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+from numba import cuda
+
+from nbvision_kernels.preprocess import make_span_writer
+
+__all__ = ["make_kernel"]
+
+
+def make_kernel(sampler, layout, store):
+    """The kernel for one type of plan. Grid: columns, lines, canvases."""
+    write_span = make_span_writer(sampler, layout, store)
+
+    def preprocess(
+        pixels,
+        sources,
+        regions,
+        scales,
+        out,
+        height,
+        width,
+        pixel_bytes,
+        channel_first,
+        channel_step,
+        gain_0,
+        gain_1,
+        gain_2,
+        bias_0,
+        bias_1,
+        bias_2,
+        fill_0,
+        fill_1,
+        fill_2,
+    ):
+        x = np.int32(cuda.blockIdx.x * cuda.blockDim.x + cuda.threadIdx.x)
+        y = np.int32(cuda.blockIdx.y * cuda.blockDim.y + cuda.threadIdx.y)
+        if x < width and y < height:
+            write_span(
+                pixels,
+                sources,
+                regions,
+                scales,
+                out,
+                cuda.blockIdx.z,
+                y,
+                x,
+                np.int32(x + 1),
+                height,
+                width,
+                pixel_bytes,
+                channel_first,
+                channel_step,
+                (gain_0, gain_1, gain_2),
+                (bias_0, bias_1, bias_2),
+                (fill_0, fill_1, fill_2),
+            )
+
+    return preprocess

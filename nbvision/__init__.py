@@ -1,0 +1,93 @@
+"""nbvision: compressed images in, a model's answer out, on one GPU, in one Python process.
+
+Importing this package loads neither CUDA nor Numba nor a model runtime; each name loads its room when first used.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+from nbvision import errors
+from nbvision.errors import (
+    CompileError,
+    DecodeError,
+    DeviceError,
+    EngineError,
+    InputError,
+    MemoryLimitError,
+    MissingExtraError,
+    NbvisionError,
+    SearchError,
+)
+
+if TYPE_CHECKING:
+    from nbvision.codecs import decode
+    from nbvision.engines import Engine
+    from nbvision.image import ImageBatch, as_batch
+    from nbvision.ops.boxes import Detections, box_iou, nms
+    from nbvision.ops.geometry import Geometry
+    from nbvision.ops.masks import cut_out, mask_boxes
+    from nbvision.ops.preprocess import Preprocess
+    from nbvision.pipeline import Recognizer
+    from nbvision.runtime import memory
+    from nbvision.search import Index
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "CompileError",
+    "DecodeError",
+    "Detections",
+    "DeviceError",
+    "Engine",
+    "EngineError",
+    "Geometry",
+    "ImageBatch",
+    "Index",
+    "InputError",
+    "MemoryLimitError",
+    "MissingExtraError",
+    "NbvisionError",
+    "Preprocess",
+    "Recognizer",
+    "SearchError",
+    "as_batch",
+    "box_iou",
+    "cut_out",
+    "decode",
+    "errors",
+    "mask_boxes",
+    "memory",
+    "nms",
+]
+
+_ROOM_OF = {
+    "Detections": "nbvision.ops.boxes",
+    "Engine": "nbvision.engines",
+    "Geometry": "nbvision.ops.geometry",
+    "ImageBatch": "nbvision.image",
+    "Index": "nbvision.search",
+    "Preprocess": "nbvision.ops.preprocess",
+    "Recognizer": "nbvision.pipeline",
+    "as_batch": "nbvision.image",
+    "box_iou": "nbvision.ops.boxes",
+    "cut_out": "nbvision.ops.masks",
+    "decode": "nbvision.codecs",
+    "mask_boxes": "nbvision.ops.masks",
+    "memory": "nbvision.runtime",
+    "nms": "nbvision.ops.boxes",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _ROOM_OF:
+        raise AttributeError(f"module 'nbvision' has no attribute {name!r}")
+    room = importlib.import_module(_ROOM_OF[name])
+    value = importlib.import_module(f"{room.__name__}.memory") if name == "memory" else getattr(room, name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted(set(globals()) | set(__all__))

@@ -1,0 +1,171 @@
+"""The command line: ``nbvision info | demo | index | search``."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from nbvision.errors import NbvisionError, SearchError
+
+if TYPE_CHECKING:
+    from nbvision.pipeline import Recognizer
+
+__all__ = ["main"]
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run a command; returns the exit status: 0 done, 1 a typed error, 2 wrong usage."""
+    options = _parser().parse_args(arguments)
+    try:
+        return int(options.command(options))
+    except NbvisionError as error:
+        print(f"nbvision: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        return 130
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="nbvision", description="Images in, a model's answer out.")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+
+    info = commands.add_parser("info", help="versions, devices, and what each missing extra costs")
+    info.set_defaults(command=_info)
+
+    demo = commands.add_parser("demo", help="the whole pipeline on a catalogue drawn for it")
+    demo.add_argument("--out", type=Path, default=Path("nbvision-demo"), help="directory to write (%(default)s)")
+    demo.add_argument("--json", type=Path, metavar="FILE", help="write the figures here too")
+    demo.add_argument("--products", type=int, default=120, help="products of the catalogue (%(default)s)")
+    demo.add_argument("--queries", type=int, default=90, help="query scenes (%(default)s)")
+    demo.add_argument("--seed", type=int, default=0)
+    _add_device_options(demo)
+    demo.set_defaults(command=_demo)
+
+    index = commands.add_parser("index", help="index the images of a directory")
+    index.add_argument("directory", type=Path)
+    index.add_argument("--index", type=Path, help="where the index goes (DIRECTORY.index)")
+    _add_model_options(index)
+    index.set_defaults(command=_index)
+
+    search = commands.add_parser("search", help="the nearest indexed images to each object of an image")
+    search.add_argument("index", type=Path)
+    search.add_argument("image", type=Path)
+    search.add_argument("-k", type=int, default=5, help="answers for each object (%(default)s)")
+    _add_model_options(search)
+    search.set_defaults(command=_search)
+    return parser
+
+
+def _add_device_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--device", choices=["cpu", "cuda"], help="default: CUDA where it works")
+    parser.add_argument("--precision", choices=["fp32", "fp16"], default="fp32", help="of TensorRT (%(default)s)")
+
+
+def _add_model_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--models", type=Path, help="directory of detector.onnx, masker.onnx, embedder.onnx (the demo's garments)"
+    )
+    _add_device_options(parser)
+
+
+def _load_recognizer(options: argparse.Namespace) -> Recognizer:
+    from nbvision.demo.run import models_directory
+    from nbvision.pipeline import Recognizer
+
+    return Recognizer.load(options.models or models_directory(), device=options.device, precision=options.precision)
+
+
+def _info(options: argparse.Namespace) -> int:
+    from nbvision.runtime.info import describe
+
+    print(describe())
+    return 0
+
+
+def _demo(options: argparse.Namespace) -> int:
+    from nbvision.console import Console
+    from nbvision.demo.run import figures_as_json, run_demo
+
+    console = Console()
+    figures = run_demo(
+        options.out,
+        console,
+        device=options.device,
+        precision=options.precision,
+        products=options.products,
+        queries=options.queries,
+        seed=options.seed,
+    )
+    where = f"{figures.device}, {figures.runtime}, {figures.precision}"
+    quality = [("mAP@0.5", figures.map_50), ("mask IoU", figures.mask_iou)]
+    quality += [("recall@1", figures.recall_at_1), ("recall@5", figures.recall_at_5)]
+    console.table(
+        "quality on held-out images", ["measure", "value"], [(name, f"{value:.3f}") for name, value in quality]
+    )
+    rates = [(name, f"{rate:,.0f}") for name, rate in figures.images_per_second.items()]
+    console.table(f"speed on {where}", ["stage", "items/s"], rates)
+    errors = [(kind, str(count)) for kind, count in figures.errors_by_kind.items()]
+    console.table("files that are broken on purpose", ["error", "files"], errors)
+    console.print(f"{figures.images} images, {figures.queries} queries in {figures.seconds:.1f} s")
+    console.print(f"picture: {options.out / 'report.png'}")
+    if options.json:
+        options.json.write_text(figures_as_json(figures))
+    return 0
+
+
+def _index(options: argparse.Namespace) -> int:
+    from nbvision.console import Console
+    from nbvision.indexing import image_files, index_files
+    from nbvision.search import Index
+
+    if not options.directory.is_dir():
+        raise SearchError(f"{options.directory} is no directory; expected a directory of images")
+    console = Console()
+    files = image_files(options.directory)
+    path = options.index or options.directory.with_name(options.directory.name + ".index")
+    recognizer = _load_recognizer(options)
+    index = Index(recognizer.dimension, model=recognizer.digest)
+    problems: Counter[str] = Counter()
+    messages = []
+    with console.progress("indexing", len(files)) as advance:
+        for batch, found in index_files(index, recognizer, files, root=options.directory):
+            for number, error in enumerate(found.errors):
+                if error is not None:
+                    problems[error.kind] += 1
+                    messages.append(str(error))
+                elif len(found.of_image(number)) == 0:
+                    problems["nothing found"] += 1
+                    messages.append(f"{batch[number]}: no object found")
+                advance()
+    index.save(path)
+    for message in messages:
+        console.print(message)
+    console.table("not indexed", ["reason", "files"], [(kind, str(count)) for kind, count in sorted(problems.items())])
+    console.print(f"{len(index)} of {len(files)} images indexed in {path}")
+    return 0
+
+
+def _search(options: argparse.Namespace) -> int:
+    from nbvision.console import Console
+    from nbvision.search import Index
+
+    console = Console()
+    recognizer = _load_recognizer(options)
+    index = Index.load(options.index, model=recognizer.digest)
+    found = recognizer.recognize([options.image])
+    if found.errors[0] is not None:
+        raise found.errors[0]
+    hits = index.search(found.vectors, k=options.k)
+    for number in range(len(found)):
+        x1, y1, x2, y2 = found.boxes[number]
+        label = recognizer.classes[found.labels[number]]
+        title = f"{label} {found.scores[number]:.2f} at {x1:.0f},{y1:.0f} - {x2:.0f},{y2:.0f}"
+        answers = zip(hits.ids[number], hits.scores[number], strict=False)
+        console.table(title, ["image", "similarity"], [(name, f"{score:.3f}") for name, score in answers])
+    if len(found) == 0:
+        console.print(f"no object found in {options.image}")
+    return 0

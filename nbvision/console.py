@@ -1,0 +1,59 @@
+"""What people see on a terminal: progress, tables, messages. Rich draws it."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+from nbvision.errors import MissingExtraError
+
+__all__ = ["Console"]
+
+
+class Console:
+    """Progress bars and tables on the terminal; plain lines where output is no terminal.
+
+    Raises
+    ------
+    MissingExtraError
+        Without Rich.
+    """
+
+    def __init__(self, *, file: Any = None) -> None:
+        try:
+            import rich.console
+        except ImportError as error:
+            raise MissingExtraError("rich", extra="cli", needed_for="progress bars and tables") from error
+        self._rich = rich.console.Console(file=file)
+
+    def print(self, text: str) -> None:
+        """One line."""
+        self._rich.print(text, highlight=False)
+
+    @contextlib.contextmanager
+    def status(self, text: str) -> Iterator[None]:
+        """A spinner while something without steps happens."""
+        with self._rich.status(text):
+            yield
+
+    @contextlib.contextmanager
+    def progress(self, text: str, total: int) -> Iterator[Callable[[], None]]:
+        """A bar of ``total`` steps; call what is yielded after each."""
+        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+        columns = (TextColumn("{task.description:<22}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+        with Progress(*columns, console=self._rich) as bar:
+            task = bar.add_task(text, total=total)
+            yield lambda: bar.advance(task)
+
+    def table(self, title: str, header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+        """A table; all columns but the first are right-aligned."""
+        from rich.table import Table
+
+        table = Table(title=title, title_justify="left")
+        for position, name in enumerate(header):
+            table.add_column(name, justify="left" if position == 0 else "right")
+        for row in rows:
+            table.add_row(*row)
+        self._rich.print(table)

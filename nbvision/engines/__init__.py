@@ -1,0 +1,6 @@
+"""Models: one :class:`Engine` for the user; behind it an executor for TensorRT, and one for ONNX Runtime."""
+
+from nbvision.engines.engine import Engine
+from nbvision.engines.spec import BatchRange, TensorSpec
+
+__all__ = ["BatchRange", "Engine", "TensorSpec"]

@@ -1,0 +1,107 @@
+"""Every exception nbvision raises on purpose.
+
+::
+
+    NbvisionError
+    ├── InputError (ValueError)            an argument: its shape, dtype, layout, range
+    ├── MissingExtraError (ImportError)    an optional dependency that is not installed; names the extra
+    ├── DeviceError (RuntimeError)         no such device, or the device refused
+    │   └── MemoryLimitError (MemoryError) the byte limit of the memory manager, or the device's own memory
+    ├── CompileError (RuntimeError)        a kernel that does not compile
+    ├── DecodeError (ValueError)           one image that cannot be decoded; ``kind`` says why
+    ├── EngineError (RuntimeError)         a model that cannot be loaded, built or run
+    └── SearchError (RuntimeError)         an index that cannot be read, or that another model made
+
+Messages say what was got, what was expected and what to do about it.
+"""
+
+from __future__ import annotations
+
+from typing import Literal, get_args
+
+__all__ = [
+    "CompileError",
+    "DecodeError",
+    "DecodeErrorKind",
+    "DeviceError",
+    "EngineError",
+    "InputError",
+    "MemoryLimitError",
+    "MissingExtraError",
+    "NbvisionError",
+    "SearchError",
+]
+
+DecodeErrorKind = Literal["empty", "not_an_image", "truncated", "corrupt", "unsupported", "too_large", "unreadable"]
+
+
+class NbvisionError(Exception):
+    """Base of every nbvision error."""
+
+
+class InputError(NbvisionError, ValueError):
+    """An argument has the wrong shape, dtype, layout or range."""
+
+
+class MissingExtraError(NbvisionError, ImportError):
+    """An optional dependency is not installed.
+
+    Parameters
+    ----------
+    package : str
+        The import name that is missing.
+    extra : str
+        The extra of nbvision that installs it.
+    needed_for : str
+        What the caller wanted to do.
+    """
+
+    def __init__(self, package: str, *, extra: str, needed_for: str) -> None:
+        super().__init__(
+            f"{needed_for} needs the package {package!r}, which is not installed: pip install 'nbvision[{extra}]'"
+        )
+        self.package = package
+        self.extra = extra
+
+
+class DeviceError(NbvisionError, RuntimeError):
+    """A device that does not exist here, or that refused the work."""
+
+
+class MemoryLimitError(DeviceError, MemoryError):
+    """The memory manager's byte limit, or the device's memory, is exhausted."""
+
+
+class CompileError(NbvisionError, RuntimeError):
+    """A kernel did not compile."""
+
+
+class DecodeError(NbvisionError, ValueError):
+    """One image that cannot be decoded. The rest of its batch is not touched.
+
+    Parameters
+    ----------
+    message : str
+        What was found, what was expected, what to do.
+    kind : str
+        ``"empty"`` (no bytes), ``"not_an_image"`` (no known signature), ``"truncated"`` (ends too early),
+        ``"corrupt"`` (damaged inside), ``"unsupported"`` (a format or variant nobody here decodes),
+        ``"too_large"`` (over the pixel limit), ``"unreadable"`` (the file cannot be opened).
+    source : str, optional
+        The file's path, where there is one.
+    """
+
+    def __init__(self, message: str, *, kind: DecodeErrorKind, source: str | None = None) -> None:
+        if kind not in get_args(DecodeErrorKind):
+            raise ValueError(f"kind must be one of {get_args(DecodeErrorKind)}, got {kind!r}")
+        super().__init__(message if source is None else f"{source}: {message}")
+        self.kind: DecodeErrorKind = kind
+        self.source = source
+
+
+class EngineError(NbvisionError, RuntimeError):
+    """A model cannot be loaded, built or run."""
+
+
+class SearchError(NbvisionError, RuntimeError):
+    """An index cannot be read, or does not fit the vectors it is asked about."""

@@ -1,0 +1,251 @@
+"""The noun every room shares: a ragged batch of images.
+
+Images are height x width x channels ("HWC"), 8 bits a channel, channels interleaved, rows at any pitch.  Sizes are
+(height, width).  Boxes are ``x1, y1, x2, y2`` in pixels, half-open: a box covers columns ``x1 <= x < x2``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any, Literal, get_args
+
+import numpy as np
+import numpy.typing as npt
+
+from nbvision.errors import DecodeError, InputError
+from nbvision.runtime import memory
+from nbvision.runtime.device import Device, array_module, device_of
+
+__all__ = ["CHANNELS", "Color", "ImageBatch", "as_batch", "to_device"]
+
+Color = Literal["rgb", "bgr", "rgba", "bgra", "gray"]
+
+CHANNELS: dict[str, int] = {"rgb": 3, "bgr": 3, "rgba": 4, "bgra": 4, "gray": 1}
+
+_IMAGE_ALIGNMENT_BYTES = 256
+
+
+class ImageBatch:
+    """N images of any sizes on one device, each with its pixels or the error that stands in their place.
+
+    Make one with :func:`nbvision.decode`, :meth:`from_arrays` or :func:`as_batch`.
+
+    Attributes
+    ----------
+    color : {"rgb", "bgr", "rgba", "bgra", "gray"}
+        Order of the channels in memory.
+    device : {"cpu", "cuda"}
+    sizes : (N, 2) int32 array, on the host
+        Height and width of each image; 0, 0 where an image is missing.
+    errors : tuple of (DecodeError or None)
+        Why an image is missing, item by item.
+    table : (N, 4) int64 array, on ``device``
+        What kernels read: address of the first pixel, pitch in bytes, height, width.
+    """
+
+    def __init__(
+        self,
+        arrays: Sequence[Any | None],
+        *,
+        color: Color,
+        device: Device,
+        errors: Sequence[DecodeError | None] | None = None,
+        buffer: memory.Buffer | None = None,
+    ) -> None:
+        self.color: Color = color
+        self.device: Device = device
+        self.errors: tuple[DecodeError | None, ...] = tuple(errors or (None,) * len(arrays))
+        self._arrays = list(arrays)
+        self._buffer = buffer
+        rows = np.zeros((len(arrays), 4), np.int64)
+        for row, array in zip(rows, arrays, strict=True):
+            if array is not None:
+                row[:] = _address(array), array.strides[0], array.shape[0], array.shape[1]
+        self.sizes: npt.NDArray[np.int32] = rows[:, 2:].astype(np.int32)
+        self.table = rows if device == "cpu" else array_module(device).asarray(rows)
+        self._stream: Any = None if device == "cpu" else array_module(device).cuda.get_current_stream()
+
+    @classmethod
+    def allocate(cls, sizes: Iterable[tuple[int, int]], *, color: Color = "rgb", device: Device) -> ImageBatch:
+        """A batch of uninitialised images in one buffer of the memory manager; (0, 0) makes a missing image."""
+        sizes = list(sizes)
+        offsets, total = image_offsets(sizes, CHANNELS[color])
+        buffer = memory.acquire(total, device=device)
+        return cls.in_buffer(buffer, sizes, offsets, color=color)
+
+    @classmethod
+    def in_buffer(
+        cls,
+        buffer: memory.Buffer,
+        sizes: Sequence[tuple[int, int]],
+        offsets: Sequence[int],
+        *,
+        color: Color,
+        errors: Sequence[DecodeError | None] | None = None,
+    ) -> ImageBatch:
+        """Dense images in ``buffer`` at ``offsets`` bytes; an item with an error, or of no area, is missing."""
+        errors = errors or (None,) * len(sizes)
+        arrays = [
+            None if error is not None or 0 in size else buffer.view((*size, CHANNELS[color]), offset_bytes=offset)
+            for size, offset, error in zip(sizes, offsets, errors, strict=True)
+        ]
+        return cls(arrays, color=color, device=buffer.device, errors=errors, buffer=buffer)
+
+    @classmethod
+    def from_arrays(cls, arrays: Iterable[Any], *, color: Color = "rgb", device: Device | None = None) -> ImageBatch:
+        """Wrap uint8 arrays of shape (H, W, C), or (H, W) for gray: NumPy, CuPy, torch, anything with DLPack.
+
+        Nothing is copied when an array is on ``device`` already and its pixels are dense within each row.
+
+        Parameters
+        ----------
+        arrays : iterable of arrays
+        color : {"rgb", "bgr", "rgba", "bgra", "gray"}
+        device : {"cpu", "cuda"}, optional
+            Default: where the first array is.
+
+        Raises
+        ------
+        InputError
+            For a dtype other than uint8, or a shape that does not fit ``color``.
+        """
+        arrays = list(arrays)
+        if color not in get_args(Color):
+            raise InputError(f"color is {color!r}; expected one of {get_args(Color)}")
+        target: Device = device or (device_of(arrays[0]) if arrays else "cpu")
+        return cls(
+            [_as_hwc(to_device(array, target), index, color) for index, array in enumerate(arrays)],
+            color=color,
+            device=target,
+        )
+
+    def __len__(self) -> int:
+        return len(self._arrays)
+
+    def __getitem__(self, index: int) -> Any:
+        """The image as an (H, W, C) uint8 array that shares the batch's memory; raises its error if it is missing."""
+        error = self.errors[index]
+        if error is not None:
+            raise error
+        return self._arrays[index]
+
+    def __iter__(self) -> Iterator[Any]:
+        return (self[index] for index in range(len(self)))
+
+    def __repr__(self) -> str:
+        missing = sum(error is not None for error in self.errors)
+        return f"ImageBatch({len(self)} images, {self.color}, {self.device}, {missing} missing)"
+
+    @property
+    def channels(self) -> int:
+        """Interleaved channels of each pixel."""
+        return CHANNELS[self.color]
+
+    @property
+    def ok(self) -> npt.NDArray[np.bool_]:
+        """(N,) bool on the host: which images are there."""
+        return np.array([error is None for error in self.errors], bool)
+
+    def select(self, indices: Iterable[int]) -> ImageBatch:
+        """The batch of the images at ``indices``, sharing memory; an index may come more than once."""
+        chosen = [int(index) for index in indices]
+        return ImageBatch(
+            [self._arrays[index] for index in chosen],
+            color=self.color,
+            device=self.device,
+            errors=[self.errors[index] for index in chosen],
+            buffer=self._buffer,
+        )
+
+    def to(self, device: Device) -> ImageBatch:
+        """The batch on ``device``; itself if it is there already."""
+        if device == self.device:
+            return self
+        arrays = [None if array is None else to_device(array, device) for array in self._arrays]
+        return ImageBatch(arrays, color=self.color, device=device, errors=self.errors)
+
+    def use_on_current_stream(self) -> Any:
+        """Make CuPy's current stream wait for the pixels, and the pixels' memory wait for that stream.
+
+        Free when the batch was made on that stream. Returns the stream. CUDA batches only.
+        """
+        stream = array_module("cuda").cuda.get_current_stream()
+        if stream.ptr != self._stream.ptr:
+            stream.wait_event(self._stream.record())
+            if self._buffer is not None:
+                self._buffer.record_stream(stream)
+        return stream
+
+
+def as_batch(images: Any, *, color: Color = "rgb", device: Device | None = None) -> ImageBatch:
+    """An ImageBatch from whatever holds images.
+
+    Parameters
+    ----------
+    images : ImageBatch, array or iterable of arrays
+        One (H, W, C) or (H, W) uint8 array, one (N, H, W, C) array, or an iterable of arrays of any sizes.
+    color : {"rgb", "bgr", "rgba", "bgra", "gray"}
+        What the arrays hold; ignored for an ImageBatch, which knows.
+    device : {"cpu", "cuda"}, optional
+        Where the batch shall be; default: where the images are.
+
+    Raises
+    ------
+    InputError
+        For shapes and dtypes that are no images.
+    """
+    if isinstance(images, ImageBatch):
+        return images if device is None else images.to(device)
+    if hasattr(images, "shape"):
+        shape = tuple(images.shape)
+        single = len(shape) == 2 or (len(shape) == 3 and shape[-1] == CHANNELS[color])
+        images = [images] if single else [images[index] for index in range(shape[0])] if shape else images
+    return ImageBatch.from_arrays(images, color=color, device=device)
+
+
+def to_device(array: Any, device: Device) -> Any:
+    """``array`` as a NumPy or CuPy array on ``device``; shared where it is there already, copied otherwise."""
+    here = device_of(array)
+    if device == "cpu":
+        if here == "cpu":
+            return np.asarray(array)
+        return _as_cupy(array).get()
+    return _as_cupy(array) if here == "cuda" else array_module("cuda").asarray(np.asarray(array))
+
+
+def image_offsets(sizes: Sequence[tuple[int, int]], channels: int) -> tuple[list[int], int]:
+    """Where dense images of these sizes start in one buffer, in bytes, and the buffer's size."""
+    offsets, position = [], 0
+    for height, width in sizes:
+        offsets.append(position)
+        position += -(-height * width * channels // _IMAGE_ALIGNMENT_BYTES) * _IMAGE_ALIGNMENT_BYTES
+    return offsets, position
+
+
+def _as_cupy(array: Any) -> Any:
+    cupy = array_module("cuda")
+    if isinstance(array, cupy.ndarray):
+        return array
+    return cupy.from_dlpack(array) if hasattr(array, "__dlpack__") else cupy.asarray(array)
+
+
+def _address(array: Any) -> int:
+    return int(array.ctypes.data if isinstance(array, np.ndarray) else array.data.ptr)
+
+
+def _as_hwc(array: Any, index: int, color: Color) -> Any:
+    """The array as (H, W, C) with dense rows."""
+    channels = CHANNELS[color]
+    if array.ndim == 2 and channels == 1:
+        array = array[:, :, None]
+    if array.dtype != np.uint8 or array.ndim != 3 or array.shape[2] != channels:
+        raise InputError(
+            f"image {index} has shape {tuple(array.shape)} and dtype {array.dtype}; "
+            f"expected (height, width, {channels}) uint8 for color={color!r}"
+        )
+    if 0 in array.shape:
+        raise InputError(f"image {index} has shape {tuple(array.shape)}; an image has at least one pixel")
+    dense_pixels = array.strides[1:] == (channels, 1) or array.shape[1] == 1
+    if not dense_pixels or array.strides[0] < array.shape[1] * channels:
+        array = array_module(device_of(array)).ascontiguousarray(array)
+    return array

@@ -1,0 +1,1 @@
+"""Functions on images, boxes and masks, on both devices."""

@@ -1,0 +1,468 @@
+"""``Preprocess``: one launch between the decoder and the model."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections import OrderedDict
+from collections.abc import Sequence
+from typing import Any, Literal, get_args
+
+import numpy as np
+import numpy.typing as npt
+
+from nbvision.errors import InputError
+from nbvision.image import Color, ImageBatch, as_batch, to_device
+from nbvision.ops.geometry import Geometry
+from nbvision.runtime import memory
+from nbvision.runtime.compile import cpu_loop, load_kernel
+from nbvision.runtime.device import Device, array_module, device_of, require_cupy
+
+__all__ = ["DType", "Fit", "Interpolation", "Layout", "Parity", "Preprocess", "affine", "three_numbers"]
+
+Fit = Literal["letterbox", "stretch"]
+Interpolation = Literal["linear", "nearest"]
+Layout = Literal["NCHW", "NHWC"]
+DType = Literal["uint8", "float16", "float32"]
+Parity = Literal["cv2", "fast"]
+
+# Which channel of the source is the output's first, and the step to the next; gray serves all three.
+_CHANNELS_FROM: dict[tuple[str, str], tuple[int, int]] = {
+    (source, target): (0, 0) if source == "gray" else (0, 1) if source[:3] == target else (2, -1)
+    for source in get_args(Color)
+    for target in ("rgb", "bgr")
+}
+_KNOWN_SIZES = 64  # sets of image sizes whose regions are kept; video has one, a shop's batches many
+_MAX_GRID_Z = 65535
+
+
+class Preprocess:
+    """Crop, resize, letterbox, reorder and normalise images of any sizes into one tensor, in one launch.
+
+    The dtypes, the layout, the sampler and the fit make the compiled kernel; every number is an argument of its
+    launch, so a new mean, box or image size never compiles again.
+
+    Parameters
+    ----------
+    size : (int, int)
+        Height and width of the output.
+    fit : {"letterbox", "stretch"}
+        ``"letterbox"`` keeps the aspect ratio and fills the rest, with Ultralytics' rounding; ``"stretch"`` fills
+        the whole output.
+    color : {"rgb", "bgr"}
+        Channel order of the output; gray images fill all three channels, alpha is dropped.
+    scale : float
+        Factor on the 0..255 values, such as 1/255.
+    mean, std : float or three floats, optional
+        Output channel ``c`` is ``(value * scale - mean[c]) / std[c]``, computed in float32 as
+        ``value * (scale / std[c]) + (-mean[c] / std[c])``.
+    fill : float or three floats
+        Value of 0..255 outside the image, normalised like a pixel. Ultralytics' 114 by default.
+    dtype : {"uint8", "float16", "float32"}
+        uint8 is rounded half to even and saturated.
+    layout : {"NCHW", "NHWC"}
+    interpolation : {"linear", "nearest"}
+        Pixel-centre aligned bilinear without antialiasing, or OpenCV's ``INTER_NEAREST``.
+    parity : {"cv2", "fast"}
+        ``"cv2"`` gives the very uint8 values of ``cv2.resize`` before normalising; ``"fast"`` samples in float32 and
+        does not round in between (at most one level away). Nearest is always OpenCV's.
+    scaleup : bool
+        Whether a letterboxed image may be enlarged.
+    center : bool
+        Whether a letterboxed image stands in the middle, else in the top left corner.
+    box_margin : float
+        Each box is enlarged on every side by this share of its width and height before it is cropped.
+
+    Examples
+    --------
+    >>> import numpy as np, nbvision as nbv
+    >>> pre = nbv.Preprocess((64, 64), scale=1 / 255)
+    >>> x, geometry = pre([np.zeros((48, 80, 3), np.uint8)], )
+    >>> x.shape
+    (1, 3, 64, 64)
+    """
+
+    def __init__(
+        self,
+        size: tuple[int, int],
+        *,
+        fit: Fit = "letterbox",
+        color: Literal["rgb", "bgr"] = "rgb",
+        scale: float = 1.0,
+        mean: float | Sequence[float] | None = None,
+        std: float | Sequence[float] | None = None,
+        fill: float | Sequence[float] = 114.0,
+        dtype: DType = "float32",
+        layout: Layout = "NCHW",
+        interpolation: Interpolation = "linear",
+        parity: Parity = "cv2",
+        scaleup: bool = True,
+        center: bool = True,
+        box_margin: float = 0.0,
+    ) -> None:
+        self.size = _checked_size(size)
+        self.fit = _one_of("fit", fit, Fit)
+        self.color = _one_of("color", color, Literal["rgb", "bgr"])
+        self.dtype = np.dtype(_one_of("dtype", np.dtype(dtype).name, DType))
+        self.layout = _one_of("layout", layout, Layout)
+        self.interpolation = _one_of("interpolation", interpolation, Interpolation)
+        self.parity = _one_of("parity", parity, Parity)
+        self.scaleup = bool(scaleup)
+        self.center = bool(center)
+        if not (math.isfinite(box_margin) and box_margin >= 0):
+            raise InputError(f"box_margin is {box_margin}; expected a share of the box, 0 or more")
+        self.box_margin = np.float32(box_margin)
+
+        self._gain, self._bias = affine(
+            scale,
+            three_numbers("mean", 0.0 if mean is None else mean),
+            three_numbers("std", 1.0 if std is None else std),
+        )
+        self._fill = tuple(np.float32(value) for value in three_numbers("fill", fill))
+        self._int_size = (np.int32(self.size[0]), np.int32(self.size[1]))
+        self._kernels: dict[int, Any] = {}
+        self._known_regions: OrderedDict[tuple[bytes, int], Geometry] = OrderedDict()
+
+    def __call__(
+        self,
+        images: Any,
+        *,
+        boxes: Any = None,
+        box_images: Any = None,
+        out: Any = None,
+        stream: Any = None,
+    ) -> tuple[Any, Geometry]:
+        """Preprocess whole images, or one crop per box.
+
+        Parameters
+        ----------
+        images : ImageBatch, array or iterable of arrays
+            See :func:`nbvision.image.as_batch`. A missing image gives a canvas of fill.
+        boxes : (M, 4) array, optional
+            x1, y1, x2, y2 in source pixels, half-open, on the host or on the images' device. Each is enlarged by
+            ``box_margin``, grown to whole pixels and clipped to its image. Boxes on a CUDA device never come to the
+            host: one that is NaN, outside its image or of no area gives a canvas of fill, and ``geometry.valid`` is
+            False there.
+        box_images : (M,) integer array, optional
+            The image of each box, where ``boxes`` are; may be left out for a single image.
+        out : array, optional
+            Where to write: contiguous, of the right shape and dtype, on the images' device.
+        stream : CUDA stream, optional
+            Default: CuPy's current stream. Nothing waits on the host.
+
+        Returns
+        -------
+        tensor : (N or M, 3, H, W) or (N or M, H, W, 3) array of ``dtype``
+            ``out``, or a new array in a buffer of the memory manager.
+        geometry : Geometry
+            Maps boxes of the output back to the sources.
+
+        Raises
+        ------
+        InputError
+            For a box on the host that is outside its image, of no area or NaN; for ``out`` that does not fit; for
+            arrays that are no images.
+        """
+        batch = images if isinstance(images, ImageBatch) else as_batch(images)
+        if batch.device == "cpu":
+            return self._run_cpu(batch, boxes, box_images, out)
+        with stream if stream is not None else contextlib.nullcontext():
+            return self._run_cuda(batch, boxes, box_images, out)
+
+    def output_shape(self, count: int) -> tuple[int, int, int, int]:
+        """Shape of the tensor for ``count`` canvases."""
+        height, width = self.size
+        return (count, 3, height, width) if self.layout == "NCHW" else (count, height, width, 3)
+
+    def warmup(self, *, device: Device) -> None:
+        """Compile, or load from the disk cache, everything a first call would."""
+        self(ImageBatch.from_arrays([np.zeros((2, 2, 3), np.uint8)], device=device))
+
+    def __repr__(self) -> str:
+        return (
+            f"Preprocess({self.size}, fit={self.fit!r}, color={self.color!r}, dtype={self.dtype.name!r}, "
+            f"layout={self.layout!r}, interpolation={self.interpolation!r}, parity={self.parity!r})"
+        )
+
+    # -- CPU ---------------------------------------------------------------------------------------------------
+
+    def _run_cpu(self, batch: ImageBatch, boxes: Any, box_images: Any, out: Any) -> tuple[Any, Geometry]:
+        if boxes is None:
+            geometry = self._image_regions_on_host(batch.sizes)
+        else:
+            geometry = self._box_regions_on_host(batch.sizes, *_checked_host_boxes(boxes, box_images, batch.sizes))
+        tensor, flat = self._output(len(geometry), out, "cpu")
+        if len(geometry):
+            _plan_loop(self._sampler, self._layout, self._store("cpu"))(
+                batch.table.reshape(-1),
+                geometry.regions.reshape(-1),
+                geometry.scales.reshape(-1),
+                flat,
+                len(geometry),
+                *self._int_size,
+                *self._channels(batch),
+                self._gain,
+                self._bias,
+                self._fill,
+            )
+        return tensor, geometry
+
+    # -- CUDA --------------------------------------------------------------------------------------------------
+
+    def _run_cuda(self, batch: ImageBatch, boxes: Any, box_images: Any, out: Any) -> tuple[Any, Geometry]:
+        stream = batch.use_on_current_stream()
+        if boxes is None:
+            geometry = self._image_regions_on_device(batch.sizes, stream.ptr)
+        elif device_of(boxes) == "cuda":
+            geometry = self._box_regions_on_device(batch, boxes, box_images)
+        else:
+            host = self._box_regions_on_host(batch.sizes, *_checked_host_boxes(boxes, box_images, batch.sizes))
+            geometry = _on_device(host)
+        count = len(geometry)
+        tensor, flat = self._output(count, out, "cuda")
+        if count:
+            self._launch(batch, geometry, flat, count)
+        return tensor, geometry
+
+    def _launch(self, batch: ImageBatch, geometry: Geometry, flat: Any, count: int) -> None:
+        height, width = self.size
+        device_id = flat.device.id
+        kernel = self._kernels.get(device_id)
+        if kernel is None:
+            kernel = self._kernels[device_id] = load_kernel(self._kernel_spec(), device_id)
+        pixels_a_thread, block = 4, (32, 8, 1)
+        columns = -(-width // (pixels_a_thread * block[0]))
+        lines = -(-height // block[1])
+        numbers = (*self._int_size, *self._channels(batch), *self._gain, *self._bias, *self._fill)
+        if count <= _MAX_GRID_Z:
+            tables = (batch.table, geometry.regions, geometry.scales, flat)
+            kernel((columns, lines, count), block, (0, *tables, *numbers))
+            return
+        for first in range(0, count, _MAX_GRID_Z):
+            part = slice(first, first + _MAX_GRID_Z)
+            tables = (batch.table, geometry.regions[part], geometry.scales[part], flat[part])
+            kernel((columns, lines, len(tables[1])), block, (0, *tables, *numbers))
+
+    def _kernel_spec(self) -> Any:
+        from nbvision_kernels.catalog import preprocess_kernel
+
+        return preprocess_kernel(self._sampler, self._layout, self._store("cuda"))
+
+    # -- regions -----------------------------------------------------------------------------------------------
+
+    def _image_regions_on_host(self, sizes: npt.NDArray[np.int32]) -> Geometry:
+        sources = np.zeros((len(sizes), 4), np.int64)
+        sources[:, 2:] = sizes
+        geometry = _empty_geometry(len(sizes), "cpu")
+        _region_loop("fill_regions_cpu")(sources.reshape(-1), *_flat(geometry), *self._fit_numbers())
+        return geometry
+
+    def _image_regions_on_device(self, sizes: npt.NDArray[np.int32], stream: int) -> Geometry:
+        """Kept per set of sizes, so that a film or a repeated batch uploads nothing; and per stream, so that no
+        stream reads a table before another's upload of it is done."""
+        key = (sizes.tobytes(), stream)
+        geometry = self._known_regions.get(key)
+        if geometry is None:
+            geometry = _on_device(self._image_regions_on_host(sizes))
+            self._known_regions[key] = geometry
+            if len(self._known_regions) > _KNOWN_SIZES:
+                self._known_regions.popitem(last=False)
+        return geometry
+
+    def _box_regions_on_host(self, sizes: npt.NDArray[np.int32], boxes: Any, box_images: Any) -> Geometry:
+        sources = np.zeros((len(sizes), 4), np.int64)
+        sources[:, 2:] = sizes
+        geometry = _empty_geometry(len(boxes), "cpu")
+        _region_loop("fill_box_regions_cpu")(
+            sources.reshape(-1),
+            box_images,
+            boxes.reshape(-1),
+            self.box_margin,
+            *_flat(geometry),
+            *self._fit_numbers(),
+        )
+        return geometry
+
+    def _box_regions_on_device(self, batch: ImageBatch, boxes: Any, box_images: Any) -> Geometry:
+        from nbvision_kernels.catalog import box_regions_kernel
+
+        cupy = require_cupy("boxes on a CUDA device")
+        boxes = cupy.ascontiguousarray(to_device(boxes, "cuda"), dtype=np.float32)
+        box_images = _box_images_or_zeros(box_images, boxes.shape, len(batch), cupy)
+        geometry = _empty_geometry(len(boxes), "cuda")
+        if len(boxes):
+            kernel = load_kernel(box_regions_kernel(), boxes.device.id)
+            numbers = [np.int32(number) for number in self._fit_numbers()]
+            arguments = (batch.table, box_images, boxes, np.int32(len(boxes)), self.box_margin)
+            kernel((-(-len(boxes) // 64),), (64,), (*arguments, geometry.regions, geometry.scales, *numbers))
+        return geometry
+
+    def _fit_numbers(self) -> tuple[int, int, int, bool, bool, bool]:
+        from nbvision_kernels.regions import FIT_LETTERBOX, FIT_STRETCH
+
+        fit = FIT_LETTERBOX if self.fit == "letterbox" else FIT_STRETCH
+        return (*self.size, fit, self.scaleup, self.center, self.interpolation == "linear")
+
+    # -- types and numbers of the kernel -----------------------------------------------------------------------
+
+    @property
+    def _sampler(self) -> int:
+        from nbvision_kernels import preprocess as plan
+
+        if self.interpolation == "nearest":
+            return plan.NEAREST
+        return plan.LINEAR_EXACT if self.parity == "cv2" else plan.LINEAR_FAST
+
+    @property
+    def _layout(self) -> int:
+        from nbvision_kernels import preprocess as plan
+
+        return plan.NCHW if self.layout == "NCHW" else plan.NHWC
+
+    def _store(self, device: Device) -> int:
+        from nbvision_kernels import preprocess as plan
+
+        half = plan.STORE_HALF_BITS if device == "cpu" else plan.STORE_F16
+        return {"uint8": plan.STORE_U8, "float16": half, "float32": plan.STORE_F32}[self.dtype.name]
+
+    def _channels(self, batch: ImageBatch) -> tuple[np.int32, np.int32, np.int32]:
+        first, step = _CHANNELS_FROM[batch.color, self.color]
+        return np.int32(batch.channels), np.int32(first), np.int32(step)
+
+    def _output(self, count: int, out: Any, device: Device) -> tuple[Any, Any]:
+        """What the caller gets, and the array over the same bytes that the kernel writes."""
+        shape = self.output_shape(count)
+        if out is None:
+            size_bytes = math.prod(shape) * self.dtype.itemsize
+            out = memory.acquire(size_bytes, device=device).view(shape, dtype=self.dtype)
+            array = out
+        else:
+            array = _checked_out(out, shape, self.dtype, device)
+        if device == "cuda":
+            return out, array
+        flat = array.reshape(-1)
+        return out, flat.view(np.uint16) if self.dtype == np.float16 else flat
+
+
+def _plan_loop(sampler: int, layout: int, store: int) -> Any:
+    """The CPU loop of one type of plan, compiled once per process and kept on disk."""
+    from nbvision_kernels.preprocess import make_cpu_loop
+
+    key = (sampler, layout, store)
+    if key not in _plan_loops:
+        name = f"preprocess-{sampler}-{layout}-{store}"
+        _plan_loops[key] = cpu_loop(name, make_cpu_loop(*key))
+    return _plan_loops[key]
+
+
+def _region_loop(name: str) -> Any:
+    from nbvision_kernels import regions
+
+    if name not in _region_loops:
+        _region_loops[name] = cpu_loop(name, getattr(regions, name), parallel=False)
+    return _region_loops[name]
+
+
+_plan_loops: dict[tuple[int, int, int], Any] = {}
+_region_loops: dict[str, Any] = {}
+
+
+def _empty_geometry(count: int, device: Device) -> Geometry:
+    from nbvision_kernels.regions import FIELDS, SCALES
+
+    xp = array_module(device)
+    return Geometry(xp.empty((count, FIELDS), np.int64), xp.empty((count, SCALES), np.float32), device)
+
+
+def _flat(geometry: Geometry) -> tuple[Any, Any]:
+    return geometry.regions.reshape(-1), geometry.scales.reshape(-1)
+
+
+def _on_device(geometry: Geometry) -> Geometry:
+    cupy = require_cupy("a CUDA array")
+    return Geometry(cupy.asarray(geometry.regions), cupy.asarray(geometry.scales), "cuda")
+
+
+def _checked_host_boxes(
+    boxes: Any, box_images: Any, sizes: npt.NDArray[np.int32]
+) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.int64]]:
+    """Boxes on the host as float32, each known to cover a part of its image."""
+    boxes = np.ascontiguousarray(to_device(boxes, "cpu"), dtype=np.float32)
+    if boxes.size == 0:
+        boxes = boxes.reshape(0, 4)
+    images = np.ascontiguousarray(_box_images_or_zeros(box_images, boxes.shape, len(sizes), np), dtype=np.int64)
+    if len(images) and not (images.min() >= 0 and images.max() < len(sizes)):
+        raise InputError(f"box_images go from {images.min()} to {images.max()}; the batch has {len(sizes)} images")
+    height, width = sizes[images].T.astype(np.float32)
+    x1, y1, x2, y2 = boxes.T
+    good = (x1 < x2) & (y1 < y2) & (x2 > 0) & (y2 > 0) & (x1 < width) & (y1 < height)
+    if not good.all():
+        index = int(np.argmin(good))
+        raise InputError(
+            f"box {index} is {boxes[index].tolist()} in image {images[index]} of height {height[index]:.0f} and width "
+            f"{width[index]:.0f}; expected x1 < x2 and y1 < y2 with a part inside the image"
+        )
+    return boxes, images
+
+
+def _box_images_or_zeros(box_images: Any, box_shape: tuple[int, ...], image_count: int, xp: Any) -> Any:
+    if len(box_shape) != 2 or box_shape[1] != 4:
+        raise InputError(f"boxes have shape {box_shape}; expected (M, 4): x1, y1, x2, y2")
+    if box_images is None:
+        if image_count != 1 and box_shape[0]:
+            raise InputError(f"box_images is missing; {image_count} images need the image of each box")
+        return xp.zeros(box_shape[0], np.int64)
+    box_images = xp.ascontiguousarray(to_device(box_images, "cpu" if xp is np else "cuda"))
+    if box_images.shape != (box_shape[0],) or box_images.dtype.kind not in "iu":
+        raise InputError(
+            f"box_images have shape {box_images.shape} and dtype {box_images.dtype}; "
+            f"expected ({box_shape[0]},) integers, one per box"
+        )
+    return box_images.astype(np.int64, copy=False)
+
+
+def _checked_out(out: Any, shape: tuple[int, ...], dtype: np.dtype[Any], device: Device) -> Any:
+    """``out`` as an array of this device, or an error that says what does not fit."""
+    where = device_of(out)
+    if where != device:
+        raise InputError(f"out is on {where}, the images are on {device}; give an array on {device}")
+    array = to_device(out, device)
+    if array.shape != shape or array.dtype != dtype or not array.flags.c_contiguous:
+        raise InputError(
+            f"out has shape {array.shape}, dtype {array.dtype}, contiguous={array.flags.c_contiguous}; "
+            f"expected a contiguous {dtype} array of shape {shape}"
+        )
+    return array
+
+
+def _checked_size(size: tuple[int, int]) -> tuple[int, int]:
+    height, width = (int(length) for length in size)
+    if not (0 < height < 65536 and 0 < width < 65536):
+        raise InputError(f"size is {size}; expected (height, width), each from 1 to 65535")
+    return height, width
+
+
+def affine(
+    scale: float, mean: Sequence[float], std: Sequence[float]
+) -> tuple[tuple[np.float32, ...], tuple[np.float32, ...]]:
+    """Gain and bias per channel, so that ``value * gain + bias`` is ``(value * scale - mean) / std``."""
+    if not all(std):
+        raise InputError(f"std is {tuple(std)}; expected numbers other than 0")
+    gain = tuple(np.float32(scale / deviation) for deviation in std)
+    bias = tuple(np.float32(-center / deviation) for center, deviation in zip(mean, std, strict=True))
+    return gain, bias
+
+
+def three_numbers(name: str, value: float | Sequence[float]) -> tuple[float, float, float]:
+    """One number for every channel, or three."""
+    values = np.broadcast_to(np.asarray(value, np.float64), 3) if np.size(value) in (1, 3) else np.array([])
+    if values.size != 3 or not np.isfinite(values).all():
+        raise InputError(f"{name} is {value}; expected one finite number, or three, one per channel")
+    first, second, third = values.tolist()
+    return first, second, third
+
+
+def _one_of(name: str, value: str, choices: Any) -> Any:
+    if value not in get_args(choices):
+        raise InputError(f"{name} is {value!r}; expected one of {get_args(choices)}")
+    return value

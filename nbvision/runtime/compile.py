@@ -1,0 +1,201 @@
+"""Compile, cache, load: three separate steps.
+
+Compiling needs no GPU and no driver: Numba makes PTX or LTO-IR, NVRTC compiles frames to LTO-IR, nvJitLink makes the
+machine code.  Loading and launching go through CuPy, whose launch costs a tenth of Numba's.
+"""
+
+from __future__ import annotations
+
+import functools
+import pickle
+import re
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from nbvision.errors import CompileError, MissingExtraError
+from nbvision.runtime.cache import kernel_cache_dir, write_atomically
+from nbvision.runtime.device import CUDA_EXTRA, compute_capability, require_cupy
+
+if TYPE_CHECKING:
+    from nbvision_kernels.catalog import CudaFrame, Kernel, NumbaKernel
+
+__all__ = ["CompiledKernel", "compile_kernel", "cpu_loop", "load_kernel"]
+
+ComputeCapability = tuple[int, int]
+
+
+@dataclass(frozen=True)
+class CompiledKernel:
+    """Machine code of one kernel for one compute capability, with what the compiler said of it."""
+
+    name: str
+    entry: str
+    cubin: bytes
+    registers: int
+    spill_bytes: int
+    intermediate: str  # PTX of a Numba kernel; empty for a frame, which is linked from LTO-IR
+
+
+def compile_kernel(kernel: Kernel, cc: ComputeCapability) -> CompiledKernel:
+    """Compile a kernel of the catalogue. Needs the CUDA extra, but neither a driver nor a GPU.
+
+    Raises
+    ------
+    CompileError
+        With the compiler's log.
+    MissingExtraError
+        If the CUDA compilers are not installed.
+    """
+    from nbvision_kernels.catalog import CudaFrame
+
+    try:
+        import cuda.core
+        import numba.cuda
+    except ImportError as error:
+        raise MissingExtraError(str(error.name), extra=CUDA_EXTRA, needed_for="compiling a CUDA kernel") from error
+    try:
+        if isinstance(kernel, CudaFrame):
+            linkable, intermediate = _frame_objects(kernel, cc), ""
+        else:
+            intermediate = _numba_ptx(kernel, cc)
+            linkable = [cuda.core.ObjectCode.from_ptx(intermediate.encode())]
+        cubin, log = _link(linkable, cc)
+    except (RuntimeError, ValueError, TypeError, numba.core.errors.NumbaError) as error:
+        raise CompileError(f"kernel {kernel.name!r} does not compile for sm_{cc[0]}{cc[1]}:\n{error}") from error
+    registers, spill_bytes = _resources(log)
+    return CompiledKernel(kernel.name, kernel.entry, cubin, registers, spill_bytes, intermediate)
+
+
+def _numba_ptx(kernel: NumbaKernel, cc: ComputeCapability) -> str:
+    """PTX of a Python kernel, its mangled name replaced by the plain one."""
+    from numba import cuda, types
+
+    signature = types.void(*kernel.arguments)
+    ptx, _ = cuda.compile(kernel.make(), signature, cc=cc, output="ptx", device=False, abi="numba")
+    text = ptx.decode() if isinstance(ptx, bytes) else str(ptx)
+    mangled = re.search(r"\.entry\s+([\w$]+)", text)
+    if mangled is None:
+        raise RuntimeError("Numba's PTX has no entry point")
+    return text.replace(mangled[1], kernel.entry)
+
+
+def _frame_objects(kernel: CudaFrame, cc: ComputeCapability) -> list[Any]:
+    """The frame and its Python device functions, each as LTO-IR."""
+    from cuda.core import ObjectCode, Program, ProgramOptions
+    from nbvision_kernels import read_source
+    from numba import cuda
+
+    options = ProgramOptions(
+        arch=f"sm_{cc[0]}{cc[1]}",
+        std="c++17",
+        link_time_optimization=True,
+        relocatable_device_code=True,
+        define_macro=[(name, str(value)) for name, value in kernel.defines.items()],
+    )
+    objects = [Program(read_source(kernel.source), "c++", options).compile("ltoir")]
+    for name, (function, result, arguments) in kernel.functions.items():
+        python_function = getattr(function, "py_func", function)
+        ltoir, _ = cuda.compile(
+            python_function,
+            result(*arguments),
+            cc=cc,
+            output="ltoir",
+            device=True,
+            abi="c",
+            abi_info={"abi_name": name},
+        )
+        objects.append(ObjectCode.from_ltoir(ltoir))
+    return objects
+
+
+def _link(objects: list[Any], cc: ComputeCapability) -> tuple[bytes, str]:
+    from cuda.core import Linker, LinkerOptions
+
+    is_ltoir = objects[0].code_type == "ltoir"
+    options = LinkerOptions(
+        arch=f"sm_{cc[0]}{cc[1]}", verbose=True, link_time_optimization=is_ltoir or None, ptxas_options=["-v"]
+    )
+    linker = Linker(*objects, options=options)
+    cubin = linker.link("cubin").code
+    return bytes(cubin), linker.get_info_log() + linker.get_error_log()
+
+
+def _resources(log: str) -> tuple[int, int]:
+    """Registers and spilled bytes from ptxas' log."""
+    registers = re.search(r"Used (\d+) registers", log)
+    spills = re.findall(r"(\d+) bytes spill (?:stores|loads)", log)
+    if registers is None:
+        raise RuntimeError(f"the linker's log names no registers:\n{log}")
+    return int(registers[1]), sum(map(int, spills))
+
+
+@functools.cache
+def load_kernel(kernel: Kernel, device_id: int = 0) -> Any:
+    """A CuPy function ready to launch: from memory, else from disk, else compiled now (about 0.3 s)."""
+    cc = compute_capability(device_id)
+    path = kernel_cache_dir() / f"{kernel.name}-sm{cc[0]}{cc[1]}.cubin"
+    if not path.exists():
+        write_atomically(path, compile_kernel(kernel, cc).cubin)
+    return require_cupy("a CUDA kernel").RawModule(path=str(path)).get_function(kernel.entry)
+
+
+# Numba's default threading layer aborts the process when two threads enter parallel loops at once. A loop uses every
+# core anyway, so taking turns costs nothing.
+_cpu_turn = threading.Lock()
+
+
+def cpu_loop(name: str, function: Callable[..., None], *, parallel: bool = True) -> Callable[..., None]:
+    """Compile a Python loop for the CPU on its first call, kept on disk like a CUDA kernel."""
+    from numba import njit
+
+    dispatcher = njit(parallel=parallel, nogil=True, error_model="numpy")(function)
+    setattr(dispatcher, "_cache", _LoopCache(kernel_cache_dir(), name))  # noqa: B010  (Numba has no public hook)
+
+    @functools.wraps(function)
+    def call(*arguments: Any) -> None:
+        with _cpu_turn:
+            dispatcher(*arguments)
+
+    return call
+
+
+class _LoopCache:
+    """Numba's cache interface over one file per signature.
+
+    Numba's own cache watches the loop's file alone, and so misses changes in the pixel functions inlined into it.
+    """
+
+    def __init__(self, directory: Path, name: str) -> None:
+        self.cache_path = str(directory)
+        self._directory = directory
+        self._name = name
+
+    def _path(self, signature: Any, codegen: Any) -> Path:
+        import hashlib
+
+        key = repr((signature, codegen.magic_tuple()))
+        return self._directory / f"{self._name}-{hashlib.sha256(key.encode()).hexdigest()[:16]}.loop"
+
+    def load_overload(self, signature: Any, target_context: Any) -> Any:
+        from numba.core.compiler import CompileResult
+
+        target_context.refresh()
+        try:
+            payload = pickle.loads(self._path(signature, target_context.codegen()).read_bytes())
+        except (OSError, EOFError, pickle.UnpicklingError):
+            return None  # not there, or damaged: compiled anew and overwritten
+        return CompileResult._rebuild(target_context, *payload)
+
+    def save_overload(self, signature: Any, result: Any) -> None:
+        from numba.core.serialize import dumps
+
+        write_atomically(self._path(signature, result.codegen), dumps(result._reduce()))
+
+    def enable(self) -> None: ...
+
+    def disable(self) -> None: ...
+
+    def flush(self) -> None: ...

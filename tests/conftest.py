@@ -1,0 +1,102 @@
+"""Shared fixtures: one test body over both devices.
+
+Without a GPU the ``cuda`` half of each test is skipped.  With ``NBVISION_REQUIRE_CUDA=1`` it runs whatever happens,
+so a job on a GPU machine cannot go green by skipping.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+
+import numpy as np
+import pytest
+
+from nbvision.runtime.device import cuda_unavailable_because
+
+# Files about an optional peer are collected only where the peer is installed; the header says which were left out.
+_NEEDS = {
+    "test_compile.py": "numba_cuda",
+    "test_house_rules.py": "ruff",
+    "test_simulator.py": "numba_cuda",
+    "test_tensorrt.py": "tensorrt_rtx",
+    "test_torch.py": "torch",
+}
+collect_ignore = [file for file, package in _NEEDS.items() if importlib.util.find_spec(package) is None]
+
+REQUIRE_CUDA = os.environ.get("NBVISION_REQUIRE_CUDA") == "1"
+
+
+def pytest_report_header() -> list[str]:
+    reason = cuda_unavailable_because()
+    lines = [f"cuda: {'available' if reason is None else reason}"]
+    lines += [f"not collected: {file} ({_NEEDS[file]} is not installed)" for file in collect_ignore]
+    return lines
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    if REQUIRE_CUDA or cuda_unavailable_because() is None:
+        return
+    skip = pytest.mark.skip(reason="no CUDA device")
+    for item in items:
+        if "needs_cuda" in item.keywords:
+            item.add_marker(skip)
+
+
+@pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.needs_cuda)])
+def device(request: pytest.FixtureRequest) -> str:
+    """Both devices in turn."""
+    return str(request.param)
+
+
+@pytest.fixture
+def rng() -> np.random.Generator:
+    return np.random.default_rng(20261123)
+
+
+# --- the record of a run on a GPU -------------------------------------------------------------------------------------
+
+RECORD = os.environ.get("NBVISION_GPU_RECORD")
+
+
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    """Write ``NBVISION_GPU_RECORD``: what ran where, in numbers, for docs/gpu-record.json."""
+    if RECORD is None:
+        return
+    import json
+    import pathlib
+    import platform
+    from importlib.metadata import PackageNotFoundError, version
+
+    import cupy
+
+    versions = {"python": platform.python_version()}
+    for name in ("numpy", "numba", "numba-cuda", "cupy-cuda13x", "nvidia-nvimgcodec-cu13", "tensorrt", "onnxruntime"):
+        try:
+            versions[name] = version(name)
+        except PackageNotFoundError:
+            versions[name] = "absent"
+    stats = session.config.pluginmanager.get_plugin("terminalreporter").stats
+    runtime = cupy.cuda.runtime
+    record = {
+        "commit": os.environ.get("NBVISION_COMMIT", "unknown"),
+        "gpu": runtime.getDeviceProperties(0)["name"].decode(),
+        "driver": _nvidia_driver(),
+        "cuda_runtime": runtime.runtimeGetVersion(),
+        "versions": versions,
+        "require_cuda": REQUIRE_CUDA,
+        "not_collected": collect_ignore,
+        **{outcome: len(stats.get(outcome, [])) for outcome in ("passed", "failed", "error", "skipped", "xfailed")},
+    }
+    path = pathlib.Path(RECORD)
+    runs = json.loads(path.read_text()) if path.exists() else []
+    path.write_text(json.dumps([*runs, record], indent=1) + "\n")
+
+
+def _nvidia_driver() -> str:
+    import pathlib
+    import re
+
+    text = pathlib.Path("/proc/driver/nvidia/version").read_text()
+    found = re.search(r"\b(\d+\.\d+(?:\.\d+)?)\b", text)
+    return found[1] if found else text.splitlines()[0]

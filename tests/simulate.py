@@ -1,0 +1,126 @@
+"""What test_simulator.py runs under Numba's simulator: each kernel against its CPU twin, on arrays just long enough."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+
+import numpy as np
+from nbvision_kernels import boxes, boxes_cuda, masks, masks_cuda, preprocess, preprocess_cuda, regions, regions_cuda
+from numba import cuda
+
+SIZES = [(5, 7), (1, 1), (9, 4)]
+
+
+def launch(kernel: Callable[..., None], grid: object, block: object, *arguments: object) -> None:
+    cuda.jit(kernel)[grid, block](*arguments)
+
+
+def pixels_and_sources(rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
+    """Images back to back in one array; addresses are offsets into it."""
+    sources, start = [], 0
+    for height, width in SIZES:
+        sources.append([start, width * 3, height, width])
+        start += height * width * 3
+    return rng.integers(0, 256, start, dtype=np.uint8), np.array(sources, np.int64).reshape(-1)
+
+
+def image_regions(sources: np.ndarray, height: int, width: int, linear: bool) -> tuple[np.ndarray, np.ndarray]:
+    count = len(SIZES)
+    table, scales = np.zeros(count * regions.FIELDS, np.int64), np.zeros(count * regions.SCALES, np.float32)
+    regions.fill_regions_cpu(sources, table, scales, height, width, regions.FIT_LETTERBOX, True, True, linear)
+    return table, scales
+
+
+def run_preprocess(rng: np.random.Generator) -> None:
+    pixels, sources = pixels_and_sources(rng)
+    height, width = 6, 9
+    for sampler in (preprocess.NEAREST, preprocess.LINEAR_EXACT, preprocess.LINEAR_FAST):
+        for layout in (preprocess.NCHW, preprocess.NHWC):
+            table, scales = image_regions(sources, height, width, sampler != preprocess.NEAREST)
+            out = np.full(len(SIZES) * 3 * height * width, np.nan, np.float32)
+            kernel = preprocess_cuda.make_kernel(sampler, layout, preprocess.STORE_F32)
+            numbers = [np.float32(value) for value in (1, 1, 1, 0, 0, 0, 114, 114, 114)]
+            arguments = (pixels, sources, table, scales, out, height, width, 3, 0, 1, *numbers)
+            launch(kernel, (2, 1, len(SIZES)), (8, 8), *arguments)
+            assert np.isfinite(out).all()
+            assert out.min() >= 0
+            assert out.max() <= 255
+
+
+def run_box_regions(rng: np.random.Generator) -> None:
+    _, sources = pixels_and_sources(rng)
+    given = np.array([[0, 0, 5, 5], [-3, -3, 90, 90], [2, 2, 2, 4], [np.nan, 0, 1, 1], [0.5, 0.5, 3.5, 8]], np.float32)
+    images = np.array([0, 1, 2, 0, 2], np.int64)
+    results = []
+    for fill in ("host", "device"):
+        table, scales = np.zeros(5 * regions.FIELDS, np.int64), np.zeros(5 * regions.SCALES, np.float32)
+        fit = (8, 8, regions.FIT_STRETCH, True, True, True)
+        if fill == "host":
+            tables = (given.reshape(-1), np.float32(0.1), table, scales)
+            regions.fill_box_regions_cpu(sources, images, *tables, *fit)
+        else:
+            tables = (given.reshape(-1), 5, np.float32(0.1), table, scales)
+            launch(regions_cuda.fill_box_regions, 1, 8, sources, images, *tables, *fit)
+        results.append((table, scales))
+    np.testing.assert_array_equal(results[0][0], results[1][0])
+    np.testing.assert_array_equal(results[0][1], results[1][1])
+    empty = results[0][0].reshape(5, -1)[:, regions.WIDTH] == 0
+    assert empty.tolist() == [False, False, True, True, False]
+
+
+def run_nms(rng: np.random.Generator) -> None:
+    _, sources = pixels_and_sources(rng)
+    table, scales = image_regions(sources, 16, 16, True)
+    images, classes, anchors, most, kept = 3, 2, 21, 9, 4
+    head = rng.uniform(0, 16, (images, 4 + classes, anchors)).astype(np.float32)
+    head[:, 4:] = np.round(rng.uniform(0, 1, (images, classes, anchors)), 1)
+    results = []
+    for target in ("host", "device"):
+        outputs = [np.zeros(images * kept * n, t) for n, t in [(4, np.float32), (1, np.float32), (1, np.int32)]]
+        counts = np.zeros(images, np.int32)
+        numbers = (np.float32(0.3), np.float32(0.4), 1, most, kept)
+        if target == "host":
+            boxes.nms_cpu(head.reshape(-1), images, classes, anchors, table, scales, *numbers, *outputs, counts)
+        else:
+            scratch = [np.zeros(images * anchors, np.float32), np.zeros(images * anchors, np.int32)]
+            scratch += [np.zeros(images * most, np.float32), np.zeros(images * most * 4, np.float32)]
+            scratch += [np.zeros(images * most, np.int32), np.zeros(images * most, np.uint8)]
+            arguments = (head.reshape(-1), classes, anchors, table, scales, *numbers, *scratch, *outputs, counts)
+            launch(boxes_cuda.nms, images, 32, *arguments)
+        results.append([*outputs, counts])
+    for host, device in zip(*results, strict=True):
+        np.testing.assert_array_equal(host, device)
+    assert results[0][3].min() > 0
+
+
+def run_masks(rng: np.random.Generator) -> None:
+    count, height, width = 3, 5, 7
+    logits = rng.normal(0, 1, (count, height, width)).astype(np.float32)
+    logits[1] = -1
+    scales = rng.uniform(0.5, 2, count * regions.SCALES).astype(np.float32)
+    crops = rng.uniform(0, 1, (count, 3, height, width)).astype(np.float32)
+    gain, bias = (np.float32(2), np.float32(3), np.float32(4)), (np.float32(0.1), np.float32(0.2), np.float32(0.3))
+    results = []
+    for target in ("host", "device"):
+        found, areas, out = np.zeros(count * 4, np.float32), np.zeros(count, np.int32), np.zeros_like(crops)
+        flat, threshold, fill = logits.reshape(-1), np.float32(0), np.float32(0.5)
+        plane = height * width
+        if target == "host":
+            masks.mask_boxes_cpu(flat, count, height, width, threshold, scales, found, areas)
+            masks.cut_out_cpu(crops.reshape(-1), flat, count, plane, threshold, fill, gain, bias, out.reshape(-1))
+        else:
+            launch(masks_cuda.mask_boxes, count, 16, flat, height, width, threshold, scales, found, areas)
+            arguments = (crops.reshape(-1), flat, plane, threshold, fill, *gain, *bias, out.reshape(-1))
+            launch(masks_cuda.cut_out, (3, count), 16, *arguments)
+        results.append((found, areas, out))
+    for host, device in zip(*results, strict=True):
+        np.testing.assert_array_equal(host, device)
+    assert results[0][1].tolist()[1] == 0
+
+
+if __name__ == "__main__":
+    case = sys.argv[1]
+    cases = {"preprocess": run_preprocess, "box_regions": run_box_regions, "nms": run_nms, "masks": run_masks}
+    cases[case](np.random.default_rng(5))
+    print(f"{case}: ok")

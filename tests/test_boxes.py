@@ -1,0 +1,132 @@
+"""NMS against a plain greedy loop, bit for bit the same choice on both devices."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from reference import greedy_nms, iou, on, to_host
+
+from nbvision.errors import InputError
+from nbvision.ops.boxes import Detections, box_iou, nms
+from nbvision.ops.geometry import Geometry
+from nbvision.ops.preprocess import Preprocess
+
+
+def canvas_geometry(device: str, sizes: list[tuple[int, int]], canvas: tuple[int, int] = (320, 320)) -> Geometry:
+    geometry = Preprocess(canvas)._image_regions_on_host(np.array(sizes, np.int32).reshape(-1, 2))
+    return Geometry(on(device, geometry.regions), on(device, geometry.scales), device)
+
+
+def random_head(rng: np.random.Generator, images: int, classes: int, anchors: int) -> np.ndarray:
+    """Boxes in clusters, so that many overlap; scores with ties."""
+    centers = rng.uniform(40, 280, (images, 1, 8, 2)).repeat(-(-anchors // 8), 1).reshape(images, -1, 2)[:, :anchors]
+    boxes = np.concatenate([centers + rng.normal(0, 6, centers.shape), rng.uniform(20, 90, centers.shape)], axis=2)
+    scores = np.round(rng.uniform(0, 1, (images, anchors, classes)) ** 4, 2)
+    return np.ascontiguousarray(np.concatenate([boxes, scores], axis=2).transpose(0, 2, 1), dtype=np.float32)
+
+
+def expected(head: np.ndarray, size: tuple[int, int], *, score: float, overlap: float, aware: bool, most: int):
+    """Boxes, scores and labels of one image by the plain loop."""
+    height, width = size
+    ratio = min(320 / height, 320 / width)
+    new = np.array([round(width * ratio), round(height * ratio)])
+    pad = np.array([round((320 - new[0]) / 2 - 0.1), round((320 - new[1]) / 2 - 0.1)])
+    center, half = head[:2].T.astype(np.float64), head[2:4].T.astype(np.float64) / 2
+    scale = np.array([width, height]) / new
+    corners = [np.clip((center + sign * half - pad) * scale, 0, [width, height]) for sign in (-1, 1)]
+    boxes = np.concatenate(corners, axis=1)
+    labels, scores = head[4:].argmax(0), head[4:].max(0)
+    chosen = np.flatnonzero(scores > np.float32(score))
+    kept = greedy_nms(boxes[chosen], scores[chosen], labels[chosen], iou_threshold=overlap, class_aware=aware)
+    keep = chosen[kept][:most]
+    return boxes[keep], scores[keep], labels[keep]
+
+
+@pytest.mark.parametrize("class_aware", [True, False])
+@pytest.mark.parametrize(("classes", "anchors"), [(1, 1), (3, 77), (6, 2100), (80, 513)])
+def test_nms_is_greedy(device, rng, class_aware, classes, anchors):
+    sizes = [(480, 640), (333, 100), (320, 320)]
+    head = random_head(rng, len(sizes), classes, anchors)
+    found = nms(
+        on(device, head),
+        canvas_geometry(device, sizes),
+        score_threshold=0.3,
+        iou_threshold=0.5,
+        class_aware=class_aware,
+        max_detections=50,
+        max_candidates=anchors,
+    ).to_host()
+    for index, size in enumerate(sizes):
+        boxes, scores, labels = expected(head[index], size, score=0.3, overlap=0.5, aware=class_aware, most=50)
+        count = int(found.counts[index])
+        assert count == len(boxes)
+        np.testing.assert_array_equal(found.scores[index, :count], scores)
+        np.testing.assert_array_equal(found.labels[index, :count], labels)
+        np.testing.assert_allclose(found.boxes[index, :count], boxes, atol=2e-3)
+        assert not found.boxes[index, count:].any()
+
+
+def test_nms_ties_and_repeats_are_deterministic(device):
+    """Equal scores go by anchor, and a second run gives the same bytes."""
+    head = np.zeros((1, 5, 400), np.float32)
+    head[0, 0] = np.arange(400) % 20 * 15 + 8
+    head[0, 1] = np.arange(400) // 20 * 15 + 8
+    head[0, 2:4] = 14
+    head[0, 4] = 0.5
+    geometry = canvas_geometry(device, [(320, 320)])
+    runs = [nms(on(device, head), geometry, max_detections=30).to_host() for _ in range(3)]
+    assert runs[0].counts[0] == 30
+    np.testing.assert_allclose(runs[0].boxes[0, 1], [16, 1, 30, 15])
+    for run in runs[1:]:
+        np.testing.assert_array_equal(run.boxes, runs[0].boxes)
+
+
+def test_candidates_are_limited_to_the_best(device, rng):
+    head = random_head(rng, 1, 2, 600)
+    geometry = canvas_geometry(device, [(320, 320)])
+    few = nms(on(device, head), geometry, max_candidates=5, iou_threshold=1.0, score_threshold=0).to_host()
+    best = np.sort(head[0, 4:].max(0))[::-1][:5]
+    np.testing.assert_array_equal(few.scores[0, :5], best)
+    assert few.counts[0] == 5
+
+
+def test_flat_lists_detections_in_order(device):
+    arrays = [np.arange(24, dtype=np.float32).reshape(3, 2, 4), np.array([[3, 2], [0, 0], [1, 0]], np.float32)]
+    labels, counts = np.array([[1, 2], [0, 0], [5, 0]], np.int32), np.array([2, 0, 1], np.int32)
+    flat = Detections(*(on(device, a) for a in (*arrays, labels, counts)), device=device).flat()
+    assert to_host(flat.images).tolist() == [0, 0, 2]
+    assert to_host(flat.scores).tolist() == [3, 2, 1]
+    assert to_host(flat.labels).tolist() == [1, 2, 5]
+    np.testing.assert_array_equal(to_host(flat.boxes), arrays[0].reshape(-1, 4)[[0, 1, 4]])
+
+
+def test_missing_image_and_empty_batch_find_nothing(device, rng):
+    head = random_head(rng, 2, 3, 50)
+    found = nms(on(device, head), canvas_geometry(device, [(0, 0), (320, 320)])).to_host()
+    assert not found.boxes[0].any()  # a missing image has no place to map to: every box is empty
+    empty = nms(on(device, head[:0]), canvas_geometry(device, []))
+    assert empty.boxes.shape == (0, 100, 4)
+    assert len(empty.flat()) == 0
+
+
+@pytest.mark.parametrize("shape", [(2, 7, 50), (1, 4, 50), (1, 50), (1, 7, 50, 1)])
+def test_bad_predictions_are_refused(device, shape):
+    with pytest.raises(InputError, match=r"expected floats of shape \(1, 4 \+ classes, anchors\)"):
+        nms(on(device, np.zeros(shape, np.float32)), canvas_geometry(device, [(9, 9)]))
+
+
+boxes = st.lists(st.tuples(*[st.floats(0, 50, width=32)] * 4), min_size=1, max_size=12)
+
+
+@settings(max_examples=50, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(first=boxes, second=boxes)
+def test_box_iou_of_any_boxes(device, first, second):
+    a, b = np.array(first, np.float32), np.array(second, np.float32)
+    a, b = (np.concatenate([np.minimum(x[:, :2], x[:, 2:]), np.maximum(x[:, :2], x[:, 2:])], 1) for x in (a, b))
+    matrix = to_host(box_iou(on(device, a), on(device, b)))
+    wanted = [[iou(x, y) for y in b] for x in a]
+    np.testing.assert_allclose(matrix, wanted, atol=1e-5)
+    assert (matrix >= 0).all()
+    assert (matrix <= 1 + 1e-5).all()

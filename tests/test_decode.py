@@ -1,0 +1,438 @@
+"""decode(): against Pillow, on both devices, on whole and on broken files."""
+
+from __future__ import annotations
+
+import io
+import struct
+import threading
+import warnings
+import zlib
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image, ImageOps
+
+from nbvision.codecs import decode, gpu, read_header
+from nbvision.errors import DecodeError, InputError
+from nbvision.image import ImageBatch
+from nbvision.runtime import memory
+
+Pixels = npt.NDArray[np.uint8]
+
+
+def photo(height: int = 97, width: int = 131, mode: str = "RGB") -> Image.Image:
+    """Smooth, with a little grain: JPEG decoders differ most at hard colour edges, which photos seldom have."""
+    rng = np.random.default_rng(7)
+    coarse = Image.fromarray(rng.integers(0, 256, (height // 24 + 2, width // 24 + 2, 3), np.uint8))
+    smooth = np.asarray(coarse.resize((width, height), Image.Resampling.BICUBIC)).astype(int)
+    return Image.fromarray((smooth + rng.integers(-4, 5, (height, width, 1))).clip(0, 255).astype(np.uint8)).convert(
+        mode
+    )
+
+
+def encode(image: Image.Image, format: str, **options: object) -> bytes:
+    file = io.BytesIO()
+    image.save(file, format, **options)
+    return file.getvalue()
+
+
+def with_orientation(image: Image.Image, format: str, orientation: int) -> bytes:
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    return encode(image, format, exif=exif, **({"lossless": True} if format == "WEBP" else {}))
+
+
+def by_pillow(data: bytes, mode: str = "RGB") -> Pixels:
+    pixels = np.asarray(ImageOps.exif_transpose(Image.open(io.BytesIO(data))).convert(mode))
+    return pixels if pixels.ndim == 3 else pixels[:, :, None]
+
+
+def on_host(batch: ImageBatch) -> list[Pixels]:
+    return list(batch.to("cpu"))
+
+
+def assert_like(got: Pixels, expected: Pixels, *, exact: bool) -> None:
+    """Equal, or close as two correct JPEG decoders are.
+
+    The standard leaves rounding of the inverse transform and the interpolation of colour to the decoder, so the GPU's
+    pixels differ from libjpeg's by a few levels at single pixels and by less than one on average.
+    """
+    assert got.shape == expected.shape
+    assert got.dtype == np.uint8
+    difference = np.abs(got.astype(int) - expected)
+    if exact:
+        assert difference.max() == 0
+    else:
+        assert difference.mean() <= 0.7
+        assert difference.max() <= 8
+
+
+JPEGS = {
+    "4:2:0": encode(photo(), "JPEG", quality=90, subsampling="4:2:0"),
+    "4:2:2": encode(photo(), "JPEG", quality=90, subsampling="4:2:2"),
+    "4:4:4": encode(photo(), "JPEG", quality=90, subsampling="4:4:4"),
+    "gray": encode(photo(mode="L"), "JPEG", quality=90),
+    "progressive": encode(photo(), "JPEG", quality=90, progressive=True),
+    "restart markers": encode(photo(), "JPEG", quality=90, restart_marker_blocks=4),
+    "1x1": encode(photo(1, 1), "JPEG"),
+    "1x40": encode(photo(1, 40), "JPEG"),
+    "37x3": encode(photo(37, 3), "JPEG"),
+    "trailing bytes": encode(photo(), "JPEG", quality=90) + b"trailing",
+}
+
+# Decoded on the host whatever the device, so equal to Pillow everywhere.
+OTHERS = {
+    "png": encode(photo(), "PNG"),
+    "gray png": encode(photo(mode="L"), "PNG"),
+    "gray-alpha png": encode(photo(mode="LA"), "PNG"),
+    "rgba png": encode(photo(mode="RGBA"), "PNG"),
+    "palette png": encode(photo().quantize(32), "PNG"),
+    "palette png with a transparent colour": encode(photo().quantize(32), "PNG", transparency=3),
+    "palette png with alpha": encode(photo().quantize(32), "PNG", transparency=bytes(range(32))),
+    "rgb png with a transparent colour": encode(photo(), "PNG", transparency=(1, 2, 3)),
+    "1-bit png": encode(photo(mode="1"), "PNG"),
+    "1x1 png": encode(photo(1, 1), "PNG"),
+    "webp": encode(photo(), "WEBP"),
+    "lossless webp": encode(photo(mode="RGBA"), "WEBP", lossless=True),
+    "bmp": encode(photo(), "BMP"),
+    "palette bmp": encode(photo().quantize(32), "BMP"),
+    "tiff": encode(photo(), "TIFF"),
+    "lzw tiff": encode(photo(), "TIFF", compression="tiff_lzw"),
+    "jpeg tiff": encode(photo(), "TIFF", compression="jpeg"),
+    "1-bit tiff": encode(photo(mode="1"), "TIFF", compression="group4"),
+    "cmyk tiff": encode(photo(mode="CMYK"), "TIFF"),
+    "gif": encode(photo().quantize(32), "GIF"),
+    "cmyk jpeg": encode(photo(mode="CMYK"), "JPEG"),
+    "rgb jpeg": encode(photo(), "JPEG", keep_rgb=True),
+}
+
+
+# --- whole files -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("data", JPEGS.values(), ids=JPEGS.keys())
+def test_jpeg_is_like_pillow(device: Any, data: bytes) -> None:
+    (got,) = on_host(decode(data, device=device))
+    assert_like(got, by_pillow(data), exact=device == "cpu")
+
+
+@pytest.mark.parametrize("data", OTHERS.values(), ids=OTHERS.keys())
+def test_other_formats_are_equal_to_pillow(device: Any, data: bytes) -> None:
+    (got,) = on_host(decode(data, device=device))
+    assert_like(got, without_alpha(data), exact=True)
+
+
+def without_alpha(data: bytes) -> Pixels:
+    image = Image.open(io.BytesIO(data))
+    image.load()
+    image.info.pop("transparency", None)  # converting a palette with alpha warns
+    return np.asarray(image.convert("RGB"))
+
+
+@pytest.mark.parametrize("format", ["JPEG", "PNG", "WEBP", "TIFF"])
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_images_stand_upright(device: Any, format: str, orientation: int) -> None:
+    data = with_orientation(photo(), format, orientation)
+    batch = decode(data, device=device)
+    expected = by_pillow(data)
+    assert tuple(batch.sizes[0]) == expected.shape[:2]
+    assert_like(on_host(batch)[0], expected, exact=device == "cpu" or format != "JPEG")
+
+
+@pytest.mark.parametrize("color", ["bgr", "rgba", "bgra"])
+@pytest.mark.parametrize("name", ["4:2:0", "gray", "cmyk jpeg", "rgba png", "palette png with alpha", "gray png"])
+@pytest.mark.parametrize("orientation", [1, 6])
+def test_orders_of_channels(device: Any, color: Any, name: str, orientation: int) -> None:
+    data = (JPEGS | OTHERS)[name]
+    if orientation != 1:
+        data = with_orientation(photo(mode="RGBA"), "PNG", orientation)
+    expected = by_pillow(data, "RGBA")
+    order = {"bgr": [2, 1, 0], "rgba": [0, 1, 2, 3], "bgra": [2, 1, 0, 3]}[color]
+    (got,) = on_host(decode(data, color=color, device=device))
+    assert_like(got, expected[:, :, order], exact=device == "cpu" or name not in JPEGS or color != "bgr")
+
+
+@pytest.mark.parametrize("name", ["4:2:0", "gray", "progressive"])
+def test_gray_of_a_jpeg_is_its_luma(device: Any, name: str) -> None:
+    image = Image.open(io.BytesIO(JPEGS[name]))
+    image.draft("L", image.size)
+    (got,) = on_host(decode(JPEGS[name], color="gray", device=device))
+    assert_like(got, np.asarray(image)[:, :, None], exact=device == "cpu")
+
+
+@pytest.mark.parametrize("name", ["png", "rgba png", "palette png", "webp", "gif", "1-bit png"])
+def test_gray_of_other_formats_is_pillows(device: Any, name: str) -> None:
+    (got,) = on_host(decode(OTHERS[name], color="gray", device=device))
+    assert_like(got, by_pillow(OTHERS[name], "L"), exact=True)
+
+
+@pytest.mark.parametrize("format", ["PNG", "TIFF"])
+def test_16_bits_keep_the_upper_8(device: Any, format: str, rng: np.random.Generator) -> None:
+    deep = rng.integers(0, 65536, (20, 30), np.uint16)
+    (got,) = on_host(decode(encode(Image.fromarray(deep), format), device=device))
+    np.testing.assert_array_equal(got, np.repeat((deep >> 8).astype(np.uint8)[:, :, None], 3, axis=2))
+
+
+def test_floats_are_unsupported(device: Any) -> None:
+    batch = decode(encode(Image.fromarray(np.ones((4, 4), np.float32)), "TIFF"), device=device)
+    assert batch.errors[0].kind == "unsupported"
+
+
+def test_odd_colour_sampling_is_decoded(device: Any) -> None:
+    """4:1:0 in libjpeg's words: a sampling that simplejpeg does not name, and Pillow decodes."""
+    jpeg = bytearray(encode(photo(64, 64, "RGB"), "JPEG", subsampling="4:4:4"))
+    jpeg[jpeg.index(b"\xff\xc0") + 11] = 0x42
+    expected = Image.open(io.BytesIO(jpeg))
+    batch = decode(bytes(jpeg), device=device)
+    if batch.errors[0] is None:  # the scan no longer fits its frame: a decoder may refuse it, but not crash
+        assert on_host(batch)[0].shape == (*expected.size[::-1], 3)
+
+
+# --- batches ---------------------------------------------------------------------------------------------------------
+
+
+def test_a_mixed_batch_keeps_its_order(device: Any) -> None:
+    names = list((JPEGS | OTHERS).keys()) * 2
+    batch = decode([(JPEGS | OTHERS)[name] for name in names], device=device)
+    assert batch.errors == (None,) * len(names)
+    for name, got in zip(names, on_host(batch), strict=True):
+        assert_like(got, without_alpha((JPEGS | OTHERS)[name]), exact=device == "cpu" or name in OTHERS)
+
+
+@pytest.mark.parametrize("threads", [None, 1, 3])
+def test_errors_stay_where_they_are(device: Any, threads: int | None) -> None:
+    jpeg, png = JPEGS["4:2:0"], OTHERS["png"]
+    batch = decode(
+        [jpeg, b"", png, jpeg[: len(jpeg) // 2], b"no image", jpeg, png[:-20], damaged_png()],
+        device=device,
+        threads=threads,
+    )
+    kinds = [None if error is None else error.kind for error in batch.errors]
+    assert kinds == [None, "empty", None, "truncated", "not_an_image", None, "truncated", "corrupt"]
+    assert batch.ok.tolist() == [kind is None for kind in kinds]
+    assert [tuple(size) for size in batch.sizes] == [(97, 131) if kind is None else (0, 0) for kind in kinds]
+    with pytest.raises(DecodeError):
+        batch[3]
+    good = on_host(batch.select([0, 2, 5]))
+    assert_like(good[0], by_pillow(jpeg), exact=device == "cpu")
+    assert_like(good[1], by_pillow(png), exact=True)
+    np.testing.assert_array_equal(good[0], good[2])
+
+
+def damaged_png() -> bytes:
+    """Whole by its structure, with a checksum that does not fit."""
+    data = bytearray(OTHERS["png"])
+    data[data.index(b"IDAT") + 40] ^= 0xFF
+    return bytes(data)
+
+
+def test_an_empty_list_is_an_empty_batch(device: Any) -> None:
+    batch = decode([], device=device)
+    assert len(batch) == 0
+    assert batch.device == device
+
+
+def test_a_batch_of_errors_only(device: Any) -> None:
+    batch = decode([b"", b"x"], device=device)
+    assert [error.kind for error in batch.errors] == ["empty", "not_an_image"]
+
+
+def test_every_kind_of_source(device: Any, tmp_path: Path) -> None:
+    png = OTHERS["png"]
+    path = tmp_path / "a.png"
+    path.write_bytes(png)
+    sources = [png, bytearray(png), memoryview(png), np.frombuffer(png, np.uint8), str(path), path]
+    for got in on_host(decode(sources, device=device)):
+        np.testing.assert_array_equal(got, by_pillow(png))
+    assert len(decode(path, device=device)) == len(decode(png, device=device)) == 1
+    assert len(decode((source for source in sources), device=device)) == len(sources)
+
+
+def test_files_that_cannot_be_read_are_unreadable(device: Any, tmp_path: Path) -> None:
+    broken = tmp_path / "broken.jpg"
+    broken.write_bytes(JPEGS["4:2:0"][:500])
+    batch = decode([tmp_path / "missing.jpg", tmp_path, "a\0b", broken, JPEGS["gray"]], device=device)
+    assert [error.kind for error in batch.errors[:4]] == ["unreadable", "unreadable", "unreadable", "truncated"]
+    assert [error.source for error in batch.errors[:4]] == [
+        str(tmp_path / "missing.jpg"),
+        str(tmp_path),
+        "a\0b",
+        str(broken),
+    ]
+    assert str(broken) in str(batch.errors[3])
+    assert batch.errors[4] is None
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        {"sources": 3},
+        {"sources": None},
+        {"sources": [3]},
+        {"sources": [b"", np.zeros((4, 4, 3), np.uint8)]},
+        {"sources": [], "color": "yuv"},
+        {"sources": [], "limit_pixels": 0},
+        {"sources": [], "limit_pixels": 1.5},
+        {"sources": [], "threads": 0},
+        {"sources": [], "threads": "2"},
+        {"sources": [], "device": "tpu"},
+    ],
+)
+def test_wrong_arguments_are_input_errors(arguments: dict[str, Any]) -> None:
+    with pytest.raises(InputError):
+        decode(**{"device": "cpu", **arguments})
+
+
+# --- broken and hostile files ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["4:2:0", "progressive", "png", "webp", "bmp", "tiff"])
+def test_cut_files_are_truncated(device: Any, name: str) -> None:
+    data = (JPEGS | OTHERS)[name]
+    cuts = [data[: len(data) * part // 16] for part in range(1, 16)] + [data[:-1]]
+    batch = decode(cuts, device=device)
+    assert {error.kind for error in batch.errors} <= {"truncated"}
+
+
+def huge_jpeg() -> bytes:
+    jpeg = bytearray(JPEGS["4:2:0"])
+    struct.pack_into(">HH", jpeg, jpeg.index(b"\xff\xc0") + 5, 65500, 65500)
+    return bytes(jpeg)
+
+
+def huge_png() -> bytes:
+    data = bytearray(OTHERS["png"])
+    struct.pack_into(">II", data, 16, 100_000, 100_000)
+    struct.pack_into(">I", data, 29, zlib.crc32(data[12:29]))
+    return bytes(data)
+
+
+@pytest.mark.parametrize("bomb", [huge_jpeg, huge_png])
+def test_bombs_are_refused_before_memory_is_taken(device: Any, bomb: Callable[[], bytes]) -> None:
+    memory.clear(device=device)
+    held = memory.stats(device=device).held_bytes
+    batch = decode([bomb(), JPEGS["gray"]], device=device)
+    assert batch.errors[0].kind == "too_large"
+    assert batch.errors[1] is None
+    assert memory.stats(device=device).held_bytes - held < 1_000_000
+
+
+def test_the_limit_is_the_callers(device: Any) -> None:
+    pixels = 97 * 131
+    assert decode(OTHERS["png"], device=device, limit_pixels=pixels).errors == (None,)
+    assert decode(OTHERS["png"], device=device, limit_pixels=pixels - 1).errors[0].kind == "too_large"
+
+
+def test_pillows_own_limit_does_not_get_in_the_way(device: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 10)
+    for name in ("png", "bmp", "gif", "cmyk jpeg"):
+        assert decode(OTHERS[name], device=device).errors == (None,)
+    for name in ("tiff", "webp"):  # these two of its readers check for themselves
+        assert decode(OTHERS[name], device=device).errors[0].kind == "too_large"
+
+
+def test_pillows_warnings_stay_inside() -> None:
+    """A TIFF whose tags draw a warning is decoded, and the filters of the process are as before."""
+    data = bytearray(OTHERS["tiff"])
+    entries = struct.unpack_from("<I", data, 4)[0] + 2
+    for position in range(entries, entries + 12 * 20, 12):
+        if struct.unpack_from("<H", data, position)[0] == 284:  # planar configuration: two values instead of one
+            struct.pack_into("<HI", data, position + 2, 3, 2)
+    before = list(warnings.filters)
+    assert decode(bytes(data), device="cpu").errors == (None,)
+    assert warnings.filters == before
+
+
+def test_damage_inside_a_jpeg_is_found_on_the_host() -> None:
+    jpeg = bytearray(JPEGS["4:4:4"])
+    for position in range(len(jpeg) // 2, len(jpeg) // 2 + 60):
+        jpeg[position] = 0xA5
+    assert decode(bytes(jpeg), device="cpu").errors[0].kind == "corrupt"
+
+
+EVERYTHING = list((JPEGS | OTHERS).values())
+
+
+@st.composite
+def damaged_files(draw: st.DrawFn) -> bytes:
+    data = bytearray(draw(st.sampled_from(EVERYTHING)))
+    for _ in range(draw(st.integers(1, 6))):
+        position = draw(st.one_of(st.integers(0, 200), st.integers(0, len(data) - 1)))
+        data[min(position, len(data) - 1)] = draw(st.integers(0, 255))
+    return bytes(data)
+
+
+@settings(max_examples=300, deadline=None)
+@given(damaged_files(), st.sampled_from(["rgb", "gray", "bgra"]))
+def test_damaged_bytes_never_hurt_their_neighbours(data: bytes, color: Any) -> None:
+    batch = decode([data, OTHERS["png"]], color=color, device="cpu", limit_pixels=2_000_000)
+    assert batch.errors[1] is None
+    if batch.errors[0] is None:
+        assert tuple(batch.sizes[0]) == batch[0].shape[:2] == read_header(data).oriented_size
+
+
+# --- memory and threads ----------------------------------------------------------------------------------------------
+
+
+def test_the_second_batch_allocates_nothing(device: Any) -> None:
+    files = [JPEGS["4:2:0"], OTHERS["png"], JPEGS["progressive"]] * 3
+    decode(files, device=device)
+    before = memory.stats(device=device).allocations
+    for _ in range(5):
+        decode(files, device=device)
+    assert memory.stats(device=device).allocations == before
+
+
+def test_batches_that_live_do_not_share_memory(device: Any) -> None:
+    first, second = decode(OTHERS["png"], device=device), decode(OTHERS["bmp"], device=device)
+    np.testing.assert_array_equal(on_host(first)[0], on_host(second)[0])
+    assert first.table[0, 0] != second.table[0, 0]
+
+
+def test_decode_from_many_threads(device: Any) -> None:
+    files = [JPEGS["4:2:0"], OTHERS["png"], JPEGS["progressive"], OTHERS["lzw tiff"], b"broken"]
+    expected = on_host(decode(files[:4], device=device))
+    failures: list[object] = []
+
+    def work() -> None:
+        for _ in range(10):
+            batch = decode(files, device=device)
+            equal = [np.array_equal(*pair) for pair in zip(on_host(batch.select(range(4))), expected, strict=True)]
+            if not all(equal) or batch.errors[4] is None:
+                failures.append((equal, batch.errors))
+
+    workers = [threading.Thread(target=work) for _ in range(4)]
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join()
+    assert not failures
+
+
+@pytest.mark.parametrize("color", ["rgb", "bgr", "gray"])
+def test_calls_to_nvimgcodec_without_a_gpu(monkeypatch: pytest.MonkeyPatch, color: Any) -> None:
+    """The GPU room's own code over nvImageCodec's CPU decoder: same calls, host arrays."""
+    codec = pytest.importorskip("nvidia.nvimgcodec")
+    decoder = codec.Decoder(
+        device_id=codec.NVIMGCODEC_DEVICE_CPU_ONLY, backends=[codec.Backend(codec.BackendKind.CPU_ONLY)]
+    )
+    monkeypatch.setattr(gpu, "_decoder", lambda: decoder)
+    monkeypatch.setattr(gpu, "stream_pointer", lambda: 0)
+    datas = [JPEGS[name] for name in ("4:2:0", "gray", "progressive", "1x1")]
+    datas += [with_orientation(photo(), "JPEG", orientation) for orientation in range(1, 9)]
+    headers = [read_header(data) for data in datas]
+    channels = 1 if color == "gray" else 3
+    outs = [np.zeros((*header.oriented_size, channels), np.uint8) for header in headers]
+    datas[1] = b"not what the header says"
+    assert gpu.decode_into(outs, datas, headers, color=color) == [index != 1 for index in range(len(datas))]
+    for out, expected in zip(
+        outs, decode(datas, color=color, device="cpu").select(range(len(datas)))._arrays, strict=True
+    ):
+        if expected is not None:
+            np.testing.assert_array_equal(out, expected)

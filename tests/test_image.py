@@ -1,0 +1,97 @@
+"""ImageBatch: whatever holds images becomes one, without copies where none are needed."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from reference import on, random_image, to_host
+
+from nbvision.errors import DecodeError, InputError
+from nbvision.image import CHANNELS, ImageBatch, as_batch
+
+
+def address(array) -> int:
+    return array.ctypes.data if isinstance(array, np.ndarray) else array.data.ptr
+
+
+def test_arrays_are_shared_not_copied(device, rng):
+    arrays = [on(device, random_image(rng, 5, 7)), on(device, random_image(rng, 9, 4))]
+    batch = ImageBatch.from_arrays(arrays)
+    assert batch.device == device
+    assert [address(image) for image in batch] == [address(array) for array in arrays]
+    assert batch.sizes.tolist() == [[5, 7], [9, 4]]
+    table = to_host(batch.table)
+    assert table.tolist() == [[address(a), a.strides[0], *a.shape[:2]] for a in arrays]
+
+
+@pytest.mark.parametrize("color", list(CHANNELS))
+def test_as_batch_takes_single_stacked_and_listed(device, rng, color):
+    channels = CHANNELS[color]
+    stack = on(device, np.stack([random_image(rng, 6, 8, channels) for _ in range(3)]))
+    for given, count in [(stack, 3), (stack[0], 1), (list(stack), 3), ((image for image in stack), 3)]:
+        batch = as_batch(given, color=color)
+        assert len(batch) == count
+        np.testing.assert_array_equal(to_host(batch[0]), to_host(stack[0]))
+    if color == "gray":
+        np.testing.assert_array_equal(to_host(as_batch(stack[0, :, :, 0], color="gray")[0]), to_host(stack[0]))
+
+
+def test_moving_there_and_back_keeps_pixels(device, rng):
+    images = [random_image(rng, 3, 5), random_image(rng, 8, 2)]
+    there = ImageBatch.from_arrays(images).to(device)
+    assert there.device == device
+    for image, back in zip(images, there.to("cpu"), strict=True):
+        np.testing.assert_array_equal(image, back)
+
+
+def test_allocated_images_do_not_overlap(device):
+    batch = ImageBatch.allocate([(3, 5), (1, 1), (64, 3)], device=device)
+    for index, image in enumerate(batch):
+        image[...] = index + 1
+    for index, image in enumerate(batch):
+        assert (to_host(image) == index + 1).all()
+
+
+def test_missing_image_raises_its_error_and_select_keeps_it(device):
+    error = DecodeError("cut off", kind="truncated", source="a.jpg")
+    pixels = on(device, np.ones((2, 2, 3), np.uint8))
+    batch = ImageBatch([pixels, None], color="rgb", device=device, errors=[None, error])
+    assert batch.ok.tolist() == [True, False]
+    with pytest.raises(DecodeError, match=r"a\.jpg: cut off"):
+        batch[1]
+    again = batch.select([1, 0, 0])
+    assert again.errors == (error, None, None)
+    assert again.sizes.tolist() == [[0, 0], [2, 2], [2, 2]]
+    assert address(again[1]) == address(pixels)
+
+
+@pytest.mark.parametrize(
+    ("array", "message"),
+    [
+        (np.zeros((4, 4, 3), np.float32), "uint8"),
+        (np.zeros((4, 4, 2), np.uint8), r"expected \(height, width, 3\)"),
+        (np.zeros((0, 4, 3), np.uint8), "at least one pixel"),
+        (np.zeros(4, np.uint8), "expected"),
+    ],
+)
+def test_what_is_no_image_is_refused(device, array, message):
+    with pytest.raises(InputError, match=message):
+        ImageBatch.from_arrays([on(device, array)])
+
+
+@pytest.mark.needs_cuda
+def test_another_stream_waits_for_the_pixels(rng):
+    """Fails if use_on_current_stream does not order the streams: the copy would read before the fill."""
+    import cupy
+
+    producer, consumer = cupy.cuda.Stream(non_blocking=True), cupy.cuda.Stream(non_blocking=True)
+    for _ in range(5):
+        with producer:
+            batch = ImageBatch.allocate([(8192, 8192)], device="cuda")
+            for value in range(20):
+                batch[0].fill(value)
+        with consumer:
+            batch.use_on_current_stream()
+            copy = batch[0].copy()
+        consumer.synchronize()
+        assert bool((copy == 19).all())

@@ -1,0 +1,50 @@
+"""The package as a whole: light to import, its public names in order, its house rules kept."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+
+import pytest
+
+import nbvision
+
+
+def run_python(code: str) -> str:
+    return subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout
+
+
+def test_import_loads_nothing_heavy():
+    loaded = json.loads(run_python("import nbvision, sys, json; print(json.dumps(sorted(sys.modules)))"))
+    heavy = {"numba", "cupy", "cuda", "torch", "onnxruntime", "tensorrt", "faiss", "PIL", "cv2", "rich", "numpy"}
+    assert not heavy & {name.split(".")[0] for name in loaded}
+
+
+def test_import_is_quick():
+    """Of several tries the best, so that a busy machine does not decide."""
+    code = "import time; t = time.perf_counter(); import nbvision; print(time.perf_counter() - t)"
+    assert min(float(run_python(code)) for _ in range(3)) < 0.3
+
+
+def test_public_names_are_sorted_and_there():
+    assert nbvision.__all__ == sorted(nbvision.__all__)
+    for name in nbvision.__all__:
+        value = getattr(nbvision, name)
+        assert value.__doc__, name
+    assert set(nbvision.__all__) <= set(dir(nbvision))
+
+
+def test_unknown_name_is_an_attribute_error():
+    with pytest.raises(AttributeError, match="no attribute 'letterboxed'"):
+        _ = nbvision.letterboxed
+
+
+def test_error_tree_is_the_one_drawn():
+    from nbvision import errors
+
+    for name in errors.__all__:
+        value = getattr(errors, name)
+        if isinstance(value, type):
+            assert issubclass(value, errors.NbvisionError)
+            assert name in (errors.__doc__ or "")
