@@ -41,7 +41,7 @@ def run_preprocess(rng: np.random.Generator) -> None:
             out = np.full(len(SIZES) * 3 * height * width, np.nan, np.float32)
             kernel = preprocess_cuda.make_kernel(sampler, layout, preprocess.STORE_F32)
             numbers = [np.float32(value) for value in (1, 1, 1, 0, 0, 0, 114, 114, 114)]
-            arguments = (pixels, sources, table, scales, out, height, width, 3, 0, 1, *numbers)
+            arguments = (pixels, sources, table, scales, out, height, width, 3, 0, 0, *numbers)
             launch(kernel, (2, 1, len(SIZES)), (8, 8), *arguments)
             assert np.isfinite(out).all()
             assert out.min() >= 0

@@ -48,8 +48,8 @@ class CudaFrame:
     name: str
     entry: str
     source: str
-    defines: dict[str, int]
-    functions: dict[str, tuple[Callable[..., Any], Any, tuple[Any, ...]]] = field(hash=False)
+    defines: dict[str, int] = field(hash=False)
+    functions: dict[str, tuple[Callable[..., Any], Any, tuple[Any, ...]]] = field(hash=False, compare=False)
     float64: bool = False
 
 
@@ -62,8 +62,8 @@ _REGION_FIELDS = ("IMAGE", "X", "Y", "WIDTH", "HEIGHT", "LEFT", "TOP", "OUT_WIDT
 _REGION_FIELDS += (
     "STEP_X",
     "STEP_Y",
-    "BITS_X",
-    "BITS_Y",
+    "START_X",
+    "START_Y",
     "SCALE_X",
     "SCALE_Y",
     "UNIT_X",

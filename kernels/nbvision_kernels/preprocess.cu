@@ -4,7 +4,7 @@
 // Compiled with -D: STORE_TYPE (0 u8, 1 f16, 2 f32), LAYOUT (0 NCHW, 1 NHWC) and the fields of regions.py.
 // No header is included, so NVRTC needs no include directory.
 
-extern "C" __device__ float nbv_position(int index, long long step, long long bits, float unit, float scale);
+extern "C" __device__ float nbv_position(int index, long long step, long long start, float unit, float scale);
 extern "C" __device__ float nbv_sample(const unsigned char *pixels, long long origin, long long pitch, int pixel_bytes,
                                        int channel, int width, int height, float x, float y);
 
@@ -42,8 +42,8 @@ __device__ __forceinline__ void store4(Stored *to, const float *values) {
 extern "C" __global__ void __launch_bounds__(256, 4)
     preprocess(const unsigned char *pixels, const long long *__restrict__ sources, const long long *__restrict__ regions,
                const float *__restrict__ scales, Stored *__restrict__ out, int height, int width, int pixel_bytes,
-               int channel_first, int channel_step, float gain_0, float gain_1, float gain_2, float bias_0,
-               float bias_1, float bias_2, float fill_0, float fill_1, float fill_2) {
+               int gray, int swap, float gain_0, float gain_1, float gain_2, float bias_0, float bias_1, float bias_2,
+               float fill_0, float fill_1, float fill_2) {
     const int x_first = PIXELS * (blockIdx.x * blockDim.x + threadIdx.x);
     const int y = blockIdx.y * blockDim.y + threadIdx.y;
     if (x_first >= width || y >= height) return;
@@ -58,26 +58,52 @@ extern "C" __global__ void __launch_bounds__(256, 4)
     const int line = y - (int)region[REGION_TOP];
     const bool line_inside = line >= 0 && line < (int)region[REGION_OUT_HEIGHT];
     const float source_y =
-        nbv_position(line, region[REGION_STEP_Y], region[REGION_BITS_Y], scale[REGION_UNIT_Y], scale[REGION_SCALE_Y]);
+        nbv_position(line, region[REGION_STEP_Y], region[REGION_START_Y], scale[REGION_UNIT_Y], scale[REGION_SCALE_Y]);
 
+    // Straight-line code over all pixels, fill chosen afterwards: the loads of four pixels are in flight together, and
+    // what depends on the line alone is computed once. Samplers clamp, so a position outside the region is harmless.
     float values[3][PIXELS];
+    if (line_inside && x_first < left + out_width && x_first + PIXELS > left) {
+        float source_x[PIXELS];
+#pragma unroll
+        for (int i = 0; i < PIXELS; ++i)
+            source_x[i] = nbv_position(x_first + i - left, region[REGION_STEP_X], region[REGION_START_X],
+                                       scale[REGION_UNIT_X], scale[REGION_SCALE_X]);
+        if (gray) {
+#pragma unroll
+            for (int i = 0; i < PIXELS; ++i)
+                values[0][i] = values[1][i] = values[2][i] = nbv_sample(
+                    pixels, origin, pitch, pixel_bytes, 0, region_width, region_height, source_x[i], source_y);
+        } else {
+#pragma unroll
+            for (int i = 0; i < PIXELS; ++i)
+#pragma unroll
+                for (int c = 0; c < 3; ++c)  // a constant, so that the loads of a pixel share one address
+                    values[c][i] = nbv_sample(pixels, origin, pitch, pixel_bytes, c, region_width, region_height,
+                                              source_x[i], source_y);
+        }
+#pragma unroll
+        for (int i = 0; i < PIXELS; ++i) {
+            const int column = x_first + i - left;
+            const bool inside = column >= 0 && column < out_width;
+            const float first = swap ? values[2][i] : values[0][i], third = swap ? values[0][i] : values[2][i];
+            values[0][i] = inside ? first : fill_0;
+            values[1][i] = inside ? values[1][i] : fill_1;
+            values[2][i] = inside ? third : fill_2;
+        }
+    } else {
+#pragma unroll
+        for (int i = 0; i < PIXELS; ++i) {
+            values[0][i] = fill_0;
+            values[1][i] = fill_1;
+            values[2][i] = fill_2;
+        }
+    }
 #pragma unroll
     for (int i = 0; i < PIXELS; ++i) {
-        const int column = x_first + i - left;
-        float value_0 = fill_0, value_1 = fill_1, value_2 = fill_2;
-        if (line_inside && column >= 0 && column < out_width) {
-            const float source_x = nbv_position(column, region[REGION_STEP_X], region[REGION_BITS_X],
-                                                scale[REGION_UNIT_X], scale[REGION_SCALE_X]);
-            value_0 = nbv_sample(pixels, origin, pitch, pixel_bytes, channel_first, region_width, region_height,
-                                 source_x, source_y);
-            value_1 = nbv_sample(pixels, origin, pitch, pixel_bytes, channel_first + channel_step, region_width,
-                                 region_height, source_x, source_y);
-            value_2 = nbv_sample(pixels, origin, pitch, pixel_bytes, channel_first + 2 * channel_step, region_width,
-                                 region_height, source_x, source_y);
-        }
-        values[0][i] = value_0 * gain_0 + bias_0;
-        values[1][i] = value_1 * gain_1 + bias_1;
-        values[2][i] = value_2 * gain_2 + bias_2;
+        values[0][i] = values[0][i] * gain_0 + bias_0;
+        values[1][i] = values[1][i] * gain_1 + bias_1;
+        values[2][i] = values[2][i] * gain_2 + bias_2;
     }
 
     const long long plane = (long long)height * width;

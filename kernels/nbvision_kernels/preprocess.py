@@ -43,14 +43,14 @@ STORE_U8, STORE_F16, STORE_F32, STORE_HALF_BITS = 0, 1, 2, 3
 
 
 def make_position(sampler):
-    """``position(index, step, bits, unit, scale)`` -> float32 source position, for one kind of sampler."""
+    """``position(index, step, start, unit, scale)`` -> float32 source position, for one kind of sampler."""
 
     @pixel_function
-    def position(index, step, bits, unit, scale):
+    def position(index, step, start, unit, scale):
         if sampler == NEAREST:
-            result = np.float32(nearest_index(index, step, bits))
+            result = np.float32(nearest_index(index, step, start))
         elif sampler == LINEAR_EXACT:
-            result = exact_position(index, step, unit)
+            result = exact_position(index, step, start, unit)
         else:
             result = fast_position(index, scale)
         return result
@@ -102,8 +102,8 @@ def make_span_writer(sampler, layout, store):
         height,
         width,
         pixel_bytes,
-        channel_first,
-        channel_step,
+        gray,
+        swap,
         gain,
         bias,
         fill,
@@ -115,7 +115,7 @@ def make_span_writer(sampler, layout, store):
         region_width = np.int32(regions[row + region.WIDTH])
         region_height = np.int32(regions[row + region.HEIGHT])
         step_x = regions[row + region.STEP_X]
-        bits_x = regions[row + region.BITS_X]
+        start_x = regions[row + region.START_X]
         unit_x = scales[scale_row + region.UNIT_X]
         scale_x = scales[scale_row + region.SCALE_X]
         source = regions[row + region.IMAGE] * np.int64(4)
@@ -127,7 +127,7 @@ def make_span_writer(sampler, layout, store):
         source_y = position(
             line,
             regions[row + region.STEP_Y],
-            regions[row + region.BITS_Y],
+            regions[row + region.START_Y],
             scales[scale_row + region.UNIT_Y],
             scales[scale_row + region.SCALE_Y],
         )
@@ -142,13 +142,21 @@ def make_span_writer(sampler, layout, store):
             value_1 = fill[1]
             value_2 = fill[2]
             if line_inside and x >= left and x < right:
-                source_x = position(np.int32(x - left), step_x, bits_x, unit_x, scale_x)
-                c = np.int32(channel_first)
-                value_0 = sample(pixels, origin, pitch, pixel_bytes, c, region_width, region_height, source_x, source_y)
-                c = np.int32(c + channel_step)
-                value_1 = sample(pixels, origin, pitch, pixel_bytes, c, region_width, region_height, source_x, source_y)
-                c = np.int32(c + channel_step)
-                value_2 = sample(pixels, origin, pitch, pixel_bytes, c, region_width, region_height, source_x, source_y)
+                source_x = position(np.int32(x - left), step_x, start_x, unit_x, scale_x)
+                value_0 = sample(
+                    pixels, origin, pitch, pixel_bytes, np.int32(0), region_width, region_height, source_x, source_y
+                )
+                value_1 = value_0
+                value_2 = value_0
+                if not gray:
+                    value_1 = sample(
+                        pixels, origin, pitch, pixel_bytes, np.int32(1), region_width, region_height, source_x, source_y
+                    )
+                    value_2 = sample(
+                        pixels, origin, pitch, pixel_bytes, np.int32(2), region_width, region_height, source_x, source_y
+                    )
+                if swap:
+                    value_0, value_2 = value_2, value_0
             at = canvas + (line_start + np.int64(x)) * to_pixel
             save(out, at, value_0 * gain[0] + bias[0])
             save(out, at + to_channel, value_1 * gain[1] + bias[1])
@@ -170,8 +178,8 @@ def make_cpu_loop(sampler, layout, store):
         height,
         width,
         pixel_bytes,
-        channel_first,
-        channel_step,
+        gray,
+        swap,
         gain,
         bias,
         fill,
@@ -192,8 +200,8 @@ def make_cpu_loop(sampler, layout, store):
                 height,
                 width,
                 pixel_bytes,
-                channel_first,
-                channel_step,
+                gray,
+                swap,
                 gain,
                 bias,
                 fill,

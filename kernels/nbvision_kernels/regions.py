@@ -16,11 +16,11 @@ from nbvision_kernels.pixel import clamp, pixel_function, rint64
 __all__ = ["FIELDS", "FIT_LETTERBOX", "FIT_STRETCH", "SCALES", "fill_box_regions_cpu", "fill_regions_cpu"]
 
 # Fields of a row of `regions`. The source region is (X, Y, WIDTH, HEIGHT); it is resized to (OUT_WIDTH, OUT_HEIGHT) and
-# placed at (LEFT, TOP) of the canvas. STEP and BITS are the fixed-point scale, see sampling.py.
-IMAGE, X, Y, WIDTH, HEIGHT, LEFT, TOP, OUT_WIDTH, OUT_HEIGHT, STEP_X, STEP_Y, BITS_X, BITS_Y = range(13)
+# placed at (LEFT, TOP) of the canvas. STEP and START are positions in fixed point, see sampling.py.
+IMAGE, X, Y, WIDTH, HEIGHT, LEFT, TOP, OUT_WIDTH, OUT_HEIGHT, STEP_X, STEP_Y, START_X, START_Y = range(13)
 FIELDS = 13
 
-# Fields of a row of `scales`: canvas -> source is x * SCALE_X + OFFSET_X; UNIT is the last bit of linear STEP.
+# Fields of a row of `scales`: canvas -> source is x * SCALE_X + OFFSET_X; UNIT is the value of a linear step's last bit.
 SCALE_X, SCALE_Y, OFFSET_X, OFFSET_Y, UNIT_X, UNIT_Y = range(6)
 SCALES = 6
 
@@ -50,19 +50,25 @@ def linear_bits(source_length):
 
 
 @pixel_function
-def write_axis(regions, scales, row, scale_row, step_field, bits_field, unit_field, source_length, length, linear):
-    """The fixed-point scale of one axis, from OpenCV's float64 scale ``1 / (length / source_length)``."""
+def write_axis(regions, scales, row, scale_row, step_field, start_field, unit_field, source_length, length, linear):
+    """The fixed-point positions of one axis, from OpenCV's float64 scale ``1 / (length / source_length)``.
+
+    Linear: output ``d`` falls at ``(d * STEP + START) * UNIT``. Nearest: STEP has the 53 bits of the scale, START says
+    how many of them are behind the point.
+    """
     scale = np.float64(1.0) / (np.float64(length) / np.float64(source_length))
     if linear:
         bits = linear_bits(source_length)
-        step = np.int64(rint64(scale * power_of_two(bits - 1)))
+        half_step = np.int64(rint64(scale * power_of_two(bits - 1)))
+        regions[row + step_field] = 2 * half_step
+        regions[row + start_field] = half_step - (np.int64(1) << (bits - 1))
+        scales[scale_row + unit_field] = np.float32(np.float64(1.0) / power_of_two(bits))
     else:
         mantissa, exponent = math.frexp(scale)
         bits = min(np.int64(53) - np.int64(exponent), np.int64(62))  # 62: only when enlarging more than 512 times
-        step = np.int64(mantissa * power_of_two(bits + np.int64(exponent)))
-    regions[row + step_field] = step
-    regions[row + bits_field] = bits
-    scales[scale_row + unit_field] = np.float32(np.float64(1.0) / power_of_two(bits))
+        regions[row + step_field] = np.int64(mantissa * power_of_two(bits + np.int64(exponent)))
+        regions[row + start_field] = bits
+        scales[scale_row + unit_field] = np.float32(0)
 
 
 @pixel_function
@@ -105,8 +111,8 @@ def write_region(
     else:
         regions[row + OUT_WIDTH] = new_width
         regions[row + OUT_HEIGHT] = new_height
-        write_axis(regions, scales, row, scale_row, STEP_X, BITS_X, UNIT_X, width, new_width, linear)
-        write_axis(regions, scales, row, scale_row, STEP_Y, BITS_Y, UNIT_Y, height, new_height, linear)
+        write_axis(regions, scales, row, scale_row, STEP_X, START_X, UNIT_X, width, new_width, linear)
+        write_axis(regions, scales, row, scale_row, STEP_Y, START_Y, UNIT_Y, height, new_height, linear)
         scale_x = np.float64(width) / np.float64(new_width)
         scale_y = np.float64(height) / np.float64(new_height)
         scales[scale_row + SCALE_X] = np.float32(scale_x)

@@ -18,13 +18,9 @@ __all__ = ["exact_position", "fast_position", "linear_exact", "linear_fast", "ne
 
 
 @pixel_function
-def exact_position(index, step, unit):
-    """Source position of output ``index`` as OpenCV rounds it.
-
-    ``step`` is half the scale in fixed point, ``unit`` the value of the fixed-point number's last bit.
-    """
-    half = np.int64(np.float32(0.5) / unit)
-    return np.float32((2 * np.int64(index) + 1) * step - half) * unit
+def exact_position(index, step, start, unit):
+    """Source position of output ``index`` as OpenCV rounds it: fixed point, whose last bit is worth ``unit``."""
+    return np.float32(np.int64(index) * step + start) * unit
 
 
 @pixel_function
@@ -60,9 +56,9 @@ def nearest_index(index, step, bits):
 @pixel_function
 def nearest(pixels, origin, pitch, pixel_bytes, channel, width, height, x, y):
     """The source value at integer position (x, y), clamped to the region."""
-    column = np.int64(clamp(np.int32(x), np.int32(0), np.int32(width - 1)))
+    column = clamp(np.int32(x), np.int32(0), np.int32(width - 1))
     row = np.int64(clamp(np.int32(y), np.int32(0), np.int32(height - 1)))
-    return np.float32(pixels[origin + row * pitch + column * np.int64(pixel_bytes) + np.int64(channel)])
+    return np.float32(pixels[origin + row * pitch + np.int64(np.int32(column * pixel_bytes)) + np.int64(channel)])
 
 
 @pixel_function
@@ -72,17 +68,15 @@ def linear_exact(pixels, origin, pitch, pixel_bytes, channel, width, height, x, 
     Positions left of the first or right of the last column take that column; above the first or below the last row
     both rows are the same, but their weights stay, as in OpenCV.
     """
+    last = np.int32(width - 1)
     left = np.int32(math.floor(x))
     weight_x = x - np.float32(left)
-    if left < 0:
-        left = np.int32(0)
+    if left < 0 or left >= last:
+        left = clamp(left, np.int32(0), last)
         weight_x = np.float32(0)
-    if left >= np.int32(width - 1):
-        left = np.int32(width - 1)
-        weight_x = np.float32(0)
+    right = min(np.int32(left + 1), last)
     top = np.int32(math.floor(y))
     weight_y = y - np.float32(top)
-    right = min(np.int32(left + 1), np.int32(width - 1))
     bottom = clamp(np.int32(top + 1), np.int32(0), np.int32(height - 1))
     top = clamp(top, np.int32(0), np.int32(height - 1))
 
@@ -92,44 +86,45 @@ def linear_exact(pixels, origin, pitch, pixel_bytes, channel, width, height, x, 
     bottom_weight = np.int32(rint32(weight_y * scale))
     top_weight = np.int32(rint32((np.float32(1) - weight_y) * scale))
 
-    first = origin + np.int64(channel)
-    at_left = first + np.int64(left) * np.int64(pixel_bytes)
-    at_right = first + np.int64(right) * np.int64(pixel_bytes)
-    to_top = np.int64(top) * pitch
-    to_bottom = np.int64(bottom) * pitch
+    # A row is under 2**31 bytes, so columns are 32-bit; an image may be larger, so rows are 64-bit.
+    to_left = np.int64(np.int32(left * pixel_bytes))
+    to_right = np.int64(np.int32(right * pixel_bytes))
+    to_top = origin + np.int64(top) * pitch
+    to_bottom = origin + np.int64(bottom) * pitch
+    c = np.int64(channel)
     # Numba widens int32 products to int64; every one is cast back, or the kernel is a quarter slower.
     above = np.int32(
-        np.int32(np.int32(pixels[to_top + at_left]) * left_weight)
-        + np.int32(np.int32(pixels[to_top + at_right]) * right_weight)
+        np.int32(np.int32(pixels[to_top + to_left + c]) * left_weight)
+        + np.int32(np.int32(pixels[to_top + to_right + c]) * right_weight)
     )
     below = np.int32(
-        np.int32(np.int32(pixels[to_bottom + at_left]) * left_weight)
-        + np.int32(np.int32(pixels[to_bottom + at_right]) * right_weight)
+        np.int32(np.int32(pixels[to_bottom + to_left + c]) * left_weight)
+        + np.int32(np.int32(pixels[to_bottom + to_right + c]) * right_weight)
     )
+    # All terms are positive and sum to at most 255.5 * 4, so there is nothing to saturate.
     above = np.int32(np.int32(np.int32(above >> 4) * top_weight) >> 16)
     below = np.int32(np.int32(np.int32(below >> 4) * bottom_weight) >> 16)
-    value = np.int32(np.int32(above + below + 2) >> 2)
-    return np.float32(clamp(value, np.int32(0), np.int32(255)))
+    return np.float32(np.int32(np.int32(above + below + 2) >> 2))
 
 
 @pixel_function
 def linear_fast(pixels, origin, pitch, pixel_bytes, channel, width, height, x, y):
     """Bilinear value at (x, y) in float32, not rounded; the region's border pixels continue outwards."""
-    x = clamp(x, np.float32(0), np.float32(width - 1))
-    y = clamp(y, np.float32(0), np.float32(height - 1))
+    x = clamp(x, np.float32(0), np.float32(np.int32(width - 1)))
+    y = clamp(y, np.float32(0), np.float32(np.int32(height - 1)))
     left = np.int32(x)
     top = np.int32(y)
     right = min(np.int32(left + 1), np.int32(width - 1))
     bottom = min(np.int32(top + 1), np.int32(height - 1))
     weight_x = x - np.float32(left)
     weight_y = y - np.float32(top)
-    first = origin + np.int64(channel)
-    at_left = first + np.int64(left) * np.int64(pixel_bytes)
-    at_right = first + np.int64(right) * np.int64(pixel_bytes)
-    to_top = np.int64(top) * pitch
-    to_bottom = np.int64(bottom) * pitch
-    top_left = np.float32(pixels[to_top + at_left])
-    bottom_left = np.float32(pixels[to_bottom + at_left])
-    above = top_left + (np.float32(pixels[to_top + at_right]) - top_left) * weight_x
-    below = bottom_left + (np.float32(pixels[to_bottom + at_right]) - bottom_left) * weight_x
+    to_left = np.int64(np.int32(left * pixel_bytes))
+    to_right = np.int64(np.int32(right * pixel_bytes))
+    to_top = origin + np.int64(top) * pitch
+    to_bottom = origin + np.int64(bottom) * pitch
+    c = np.int64(channel)
+    top_left = np.float32(pixels[to_top + to_left + c])
+    bottom_left = np.float32(pixels[to_bottom + to_left + c])
+    above = top_left + (np.float32(pixels[to_top + to_right + c]) - top_left) * weight_x
+    below = bottom_left + (np.float32(pixels[to_bottom + to_right + c]) - bottom_left) * weight_x
     return above + (below - above) * weight_y

@@ -12,7 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 from nbvision.errors import InputError
-from nbvision.image import Color, ImageBatch, as_batch, to_device
+from nbvision.image import ImageBatch, as_batch, to_device
 from nbvision.ops.geometry import Geometry
 from nbvision.runtime import memory
 from nbvision.runtime.compile import cpu_loop, load_kernel
@@ -26,12 +26,6 @@ Layout = Literal["NCHW", "NHWC"]
 DType = Literal["uint8", "float16", "float32"]
 Parity = Literal["cv2", "fast"]
 
-# Which channel of the source is the output's first, and the step to the next; gray serves all three.
-_CHANNELS_FROM: dict[tuple[str, str], tuple[int, int]] = {
-    (source, target): (0, 0) if source == "gray" else (0, 1) if source[:3] == target else (2, -1)
-    for source in get_args(Color)
-    for target in ("rgb", "bgr")
-}
 _KNOWN_SIZES = 64  # sets of image sizes whose regions are kept; video has one, a shop's batches many
 _MAX_GRID_Z = 65535
 
@@ -326,8 +320,9 @@ class Preprocess:
         return {"uint8": plan.STORE_U8, "float16": half, "float32": plan.STORE_F32}[self.dtype.name]
 
     def _channels(self, batch: ImageBatch) -> tuple[np.int32, np.int32, np.int32]:
-        first, step = _CHANNELS_FROM[batch.color, self.color]
-        return np.int32(batch.channels), np.int32(first), np.int32(step)
+        """Bytes of a source pixel, whether it is gray, whether first and third channel change places."""
+        swap = batch.color != "gray" and batch.color[:3] != self.color
+        return np.int32(batch.channels), np.int32(batch.color == "gray"), np.int32(swap)
 
     def _output(self, count: int, out: Any, device: Device) -> tuple[Any, Any]:
         """What the caller gets, and the array over the same bytes that the kernel writes."""
