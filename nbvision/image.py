@@ -57,10 +57,7 @@ class ImageBatch:
         self.errors: tuple[DecodeError | None, ...] = tuple(errors or (None,) * len(arrays))
         self._arrays = list(arrays)
         self._buffer = buffer
-        rows = np.zeros((len(arrays), 4), np.int64)
-        for row, array in zip(rows, arrays, strict=True):
-            if array is not None:
-                row[:] = _address(array), array.strides[0], array.shape[0], array.shape[1]
+        rows = np.array([_table_row(array) for array in arrays], np.int64).reshape(-1, 4)
         self.sizes: npt.NDArray[np.int32] = rows[:, 2:].astype(np.int32)
         self.table = rows if device == "cpu" else array_module(device).asarray(rows)
         self._stream: Any = None if device == "cpu" else array_module(device).cuda.get_current_stream()
@@ -68,28 +65,15 @@ class ImageBatch:
     @classmethod
     def allocate(cls, sizes: Iterable[tuple[int, int]], *, color: Color = "rgb", device: Device) -> ImageBatch:
         """A batch of uninitialised images in one buffer of the memory manager; (0, 0) makes a missing image."""
-        sizes = list(sizes)
-        offsets, total = image_offsets(sizes, CHANNELS[color])
+        sizes = [(int(height), int(width)) for height, width in sizes]
+        channels = CHANNELS[color]
+        offsets, total = image_offsets(sizes, channels)
         buffer = memory.acquire(total, device=device)
-        return cls.in_buffer(buffer, sizes, offsets, color=color)
-
-    @classmethod
-    def in_buffer(
-        cls,
-        buffer: memory.Buffer,
-        sizes: Sequence[tuple[int, int]],
-        offsets: Sequence[int],
-        *,
-        color: Color,
-        errors: Sequence[DecodeError | None] | None = None,
-    ) -> ImageBatch:
-        """Dense images in ``buffer`` at ``offsets`` bytes; an item with an error, or of no area, is missing."""
-        errors = errors or (None,) * len(sizes)
         arrays = [
-            None if error is not None or 0 in size else buffer.view((*size, CHANNELS[color]), offset_bytes=offset)
-            for size, offset, error in zip(sizes, offsets, errors, strict=True)
+            None if 0 in size else buffer.view((*size, channels), offset_bytes=offset)
+            for size, offset in zip(sizes, offsets, strict=True)
         ]
-        return cls(arrays, color=color, device=buffer.device, errors=errors, buffer=buffer)
+        return cls(arrays, color=color, device=device, buffer=buffer)
 
     @classmethod
     def from_arrays(cls, arrays: Iterable[Any], *, color: Color = "rgb", device: Device | None = None) -> ImageBatch:
@@ -126,7 +110,7 @@ class ImageBatch:
         """The image as an (H, W, C) uint8 array that shares the batch's memory; raises its error if it is missing."""
         error = self.errors[index]
         if error is not None:
-            raise error
+            raise _twin(error)  # raised itself, it would keep this frame, and so the batch's memory
         return self._arrays[index]
 
     def __iter__(self) -> Iterator[Any]:
@@ -229,8 +213,18 @@ def _as_cupy(array: Any) -> Any:
     return cupy.from_dlpack(array) if hasattr(array, "__dlpack__") else cupy.asarray(array)
 
 
-def _address(array: Any) -> int:
-    return int(array.ctypes.data if isinstance(array, np.ndarray) else array.data.ptr)
+def _table_row(array: Any) -> tuple[int, int, int, int]:
+    """The image's row of :attr:`ImageBatch.table`."""
+    if array is None:
+        return 0, 0, 0, 0
+    address = array.ctypes.data if isinstance(array, np.ndarray) else array.data.ptr
+    return address, array.strides[0], array.shape[0], array.shape[1]
+
+
+def _twin(error: DecodeError) -> DecodeError:
+    twin = DecodeError(str(error), kind=error.kind)
+    twin.source = error.source  # afterwards: the text has it already
+    return twin
 
 
 def _as_hwc(array: Any, index: int, color: Color) -> Any:

@@ -129,10 +129,12 @@ def test_fill_bytes_between_segments_are_fine() -> None:
     assert read_header(jpeg[:2] + b"\xff" * 7 + jpeg[2:]) == read_header(jpeg)
 
 
-@pytest.mark.parametrize("data", FILES.values(), ids=FILES.keys())
+# The end of a GIF is for the decoder to find; Pillow's TIFFs may end in tags.
+ENDS_ARE_SEEN = {name: data for name, data in FILES.items() if not data.startswith((b"GIF", b"II"))}
+
+
+@pytest.mark.parametrize("data", ENDS_ARE_SEEN.values(), ids=ENDS_ARE_SEEN.keys())
 def test_a_cut_file_is_never_complete(data: bytes) -> None:
-    if data.startswith((b"GIF", b"II")):
-        pytest.skip("a GIF's end is for the decoder to find; Pillow's TIFFs may end in tags")
     for length in range(16, len(data) - 1, 7):
         assert cut_is_seen(data[:length])
 

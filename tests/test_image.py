@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import weakref
+
 import numpy as np
 import pytest
 from reference import on, random_image, to_host
@@ -63,6 +65,34 @@ def test_missing_image_raises_its_error_and_select_keeps_it(device):
     assert again.errors == (error, None, None)
     assert again.sizes.tolist() == [[0, 0], [2, 2], [2, 2]]
     assert address(again[1]) == address(pixels)
+
+
+def test_a_raised_error_does_not_keep_the_batch(device):
+    error = DecodeError("cut off", kind="truncated", source="a")
+    batch = ImageBatch([None], color="rgb", device=device, errors=[error])
+    batch_is_alive = weakref.ref(batch)
+    with pytest.raises(DecodeError) as caught:
+        batch[0]
+    assert (str(caught.value), caught.value.kind, caught.value.source) == ("a: cut off", "truncated", "a")
+    del batch, caught
+    assert batch_is_alive() is None
+    assert error.__traceback__ is None
+
+
+def test_allocate_takes_sizes_of_another_batch_and_leaves_out_missing_images(device):
+    first = ImageBatch.allocate([(3, 5), (0, 0), (7, 2)], color="gray", device=device)
+    again = ImageBatch.allocate(first.sizes, color="rgba", device=device)
+    assert again.sizes.tolist() == [[3, 5], [0, 0], [7, 2]]
+    assert again[1] is None
+    assert [again[index].shape for index in (0, 2)] == [(3, 5, 4), (7, 2, 4)]
+    table = to_host(again.table)
+    assert table.tolist() == [[address(again[0]), 20, 3, 5], [0, 0, 0, 0], [address(again[2]), 8, 7, 2]]
+
+
+def test_an_empty_batch_has_tables_too(device):
+    batch = ImageBatch([], color="rgb", device=device)
+    assert batch.sizes.shape == (0, 2)
+    assert batch.table.shape == (0, 4)
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from reference import to_host
+from reference import on, to_host
 
 from nbvision.errors import InputError, MemoryLimitError
 from nbvision.runtime import memory
@@ -105,6 +105,22 @@ def test_view_past_the_end_is_refused(device):
         buffer.view((1,), offset_bytes=-1)
 
 
+@pytest.mark.parametrize("shape", [(), (0, 3), (2, 3, 4), np.array([40_000, 60_000], np.int32)])
+def test_views_have_the_shape_asked_for(device, shape):
+    size = int(np.prod(shape, dtype=np.int64))
+    buffer = memory.acquire(min(size, 5000), device=device)
+    if size > buffer.size_bytes:  # 2.4e9: more than an int32 holds
+        with pytest.raises(InputError, match="ends past a buffer"):
+            buffer.view(tuple(shape))
+    else:
+        assert buffer.view(tuple(shape)).shape == tuple(shape)
+
+
+def test_use_of_arrays_without_a_lease_may_be_recorded(device):
+    memory.record_use(on(device, np.zeros((2, 3), np.uint8)))
+    memory.record_use(memory.acquire(100, device=device).view((100,))[10:])
+
+
 def test_threads_never_share_a_held_buffer(device, ring):
     """Many threads take, mark and drop buffers of one source; nobody sees another's mark."""
     clashes = []
@@ -163,3 +179,68 @@ def test_host_wait_is_counted_and_waits(ring):
         memory.acquire(64 << 20, device="cuda", wait_on_host=True)
         assert stream.done
     assert memory.stats(device="cuda").waits in (before, before + 1)
+
+
+@pytest.mark.needs_cuda
+def test_a_new_buffer_waits_for_the_stream_it_is_made_on(ring):
+    """CuPy's pool hands out a block that queued work still uses: a writer that ignores streams must not have it yet."""
+    import cupy
+
+    stream = cupy.cuda.Stream(non_blocking=True)
+    for _ in range(3):
+        with memory.source(ring), stream:
+            block = cupy.empty(memory.size_class(64 << 20), np.uint8)
+            for value in range(50):
+                block.fill(value)
+            del block  # its memory is the next to be handed out
+            grown = memory.stats(device="cuda").allocations
+            buffer = memory.acquire(64 << 20, device="cuda", wait_on_host=True)
+            assert stream.done
+            assert memory.stats(device="cuda").allocations == grown + 1
+            del buffer
+        memory.clear(device="cuda")
+
+
+@pytest.mark.needs_cuda
+def test_recorded_use_is_waited_for(ring):
+    """Fails if record_use misses the lease behind a slice: the buffer would be free while another stream reads it."""
+    import cupy
+
+    owner, user = cupy.cuda.Stream(non_blocking=True), cupy.cuda.Stream(non_blocking=True)
+    with memory.source(ring), owner:
+        view = memory.acquire(64 << 20, device="cuda").view((64 << 20,))
+        address = view.data.ptr
+        part = view[1024:]
+        del view
+        with user:
+            for value in range(50):
+                part.fill(value)
+        memory.record_use(part, user)
+        del part
+        assert memory.acquire(64 << 20, device="cuda", wait_on_host=True).address == address
+        assert user.done
+
+
+@pytest.mark.needs_cuda
+def test_pinned_memory_is_not_reused_before_it_is_copied(ring):
+    """Fails if the host does not wait: it would write the next values while the copy of the last ones is queued."""
+    import cupy
+
+    stream = cupy.cuda.Stream(non_blocking=True)
+    size = 32 << 20
+    addresses, copies = set(), []
+    with memory.source(ring), stream:
+        for value in range(5):
+            staging = memory.acquire(size, device="pinned").view((size,))
+            assert isinstance(staging, np.ndarray)
+            staging.fill(value)
+            addresses.add(staging.ctypes.data)
+            copies.append(cupy.empty(size, np.uint8))
+            copies[-1].set(staging, stream=stream)
+            del staging
+        stream.synchronize()
+        assert len(addresses) == 1
+        assert all(bool((copy == value).all()) for value, copy in enumerate(copies))
+        assert memory.stats(device="pinned").by_source[ring] >= size
+        memory.clear(device="pinned")
+        assert ring not in memory.stats(device="pinned").by_source

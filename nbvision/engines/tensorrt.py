@@ -70,7 +70,7 @@ class TensorRTExecutor:
             self._stream.record(self._outputs_ready)
             caller.wait_event(self._outputs_ready)
         for array in (*inputs.values(), *outputs.values()):
-            _record_use(array, caller)
+            memory.record_use(array, caller)
         if not queued:
             raise EngineError(f"{self._file_name}: {self._trt} refuses to run: {self._trt.take_reason()}")
         return outputs
@@ -127,10 +127,3 @@ class TensorRTExecutor:
 def _aligned(array: Any) -> Any:
     """``array``, copied if it starts where TensorRT cannot read it, as a slice of a batch may."""
     return array.copy() if array.data.ptr % _ADDRESS_ALIGNMENT_BYTES else array
-
-
-def _record_use(array: Any, stream: Any) -> None:
-    """Keep the memory manager from reusing an array's buffer before ``stream`` has passed this point."""
-    lease = getattr(array.data.mem, "_owner", None)
-    if isinstance(lease, memory.Buffer):
-        lease.record_stream(stream)

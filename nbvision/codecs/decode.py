@@ -1,0 +1,230 @@
+"""Compressed images in, an ImageBatch out."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any, TypeAlias, get_args
+
+from nbvision.codecs import gpu, host
+from nbvision.codecs._threads import available_cores, in_background, map_all, run_all
+from nbvision.codecs.headers import Header, as_bytes, read_header
+from nbvision.errors import DecodeError, InputError
+from nbvision.image import CHANNELS, Color, ImageBatch, image_offsets
+from nbvision.runtime import memory
+from nbvision.runtime.device import Device, array_module, resolve_device
+
+__all__ = ["Source", "decode"]
+
+Source: TypeAlias = "bytes | bytearray | memoryview | str | os.PathLike[str]"
+
+
+def decode(
+    sources: Source | Iterable[Source],
+    *,
+    color: Color = "rgb",
+    device: Device | None = None,
+    limit_pixels: int = 178_956_970,
+    threads: int | None = None,
+) -> ImageBatch:
+    """Decode images of any formats and sizes: JPEG, PNG, WebP, TIFF, BMP, GIF.
+
+    Images stand upright (EXIF orientation is applied), with 8 bits a channel.  Of an animation the first frame is
+    taken.  On CUDA, JPEGs are decoded by the GPU and the rest by the host's threads at the same time; the work is
+    ordered on CuPy's current stream.
+
+    Parameters
+    ----------
+    sources : bytes-like, str, os.PathLike, or an iterable of them
+        Compressed bytes, or paths of files. A single one gives a batch of one.
+    color : {"rgb", "bgr", "rgba", "bgra", "gray"}
+        Alpha is dropped, not blended, where ``color`` has none. ``"rgba"`` and ``"bgra"`` are decoded on the host.
+    device : {"cpu", "cuda"}, optional
+        Where the images shall be; default: CUDA where there is one.
+    limit_pixels : int
+        Images of more pixels are refused before any memory is allocated for them. The default is Pillow's.
+    threads : int, optional
+        Host threads to use at most; default: one for each core of this process.
+
+    Returns
+    -------
+    ImageBatch
+        One item for each source, in order.  ``batch.errors[i]`` is the :class:`~nbvision.errors.DecodeError` of an
+        image that could not be decoded, or None; its ``kind`` sorts it, its ``source`` is the path.  The other images
+        of the batch do not notice.
+
+    Raises
+    ------
+    InputError
+        For arguments of a wrong type or range, never for what is in a file.
+    DeviceError, MissingExtraError
+        If the device cannot be used.
+
+    Notes
+    -----
+    A JPEG that is damaged inside is an error of kind ``"corrupt"`` on the CPU.  The GPU's decoder shows such damage as
+    wrong pixels and says nothing, so there only damage to a file's structure is found, and files that end too early.
+    """
+    items = _as_items(sources)
+    _check_options(color, limit_pixels, threads)
+    target = resolve_device(device)
+    threads = threads or available_cores()
+    opened = _open_all(items, limit_pixels, threads)
+    sizes = [item.header.oriented_size if isinstance(item, _Image) else (0, 0) for item in opened]
+    offsets, total_bytes = image_offsets(sizes, CHANNELS[color])
+    buffer = memory.acquire(total_bytes, device=target, wait_on_host=True)  # as gpu.decode_into wants it
+    images = []
+    for item, size, offset in zip(opened, sizes, offsets, strict=True):
+        if isinstance(item, _Image):
+            item.out = buffer.view((*size, CHANNELS[color]), offset_bytes=offset)
+            images.append(item)
+    (_decode_on_cuda if target == "cuda" else _decode_on_cpu)(images, color, threads)
+    errors = [item.error if isinstance(item, _Image) else item for item in opened]
+    arrays = [item.out if isinstance(item, _Image) and item.error is None else None for item in opened]
+    return ImageBatch(arrays, color=color, device=target, errors=errors, buffer=buffer)
+
+
+# --- arguments -------------------------------------------------------------------------------------------------------
+
+
+def _as_items(sources: Any) -> list[Any]:
+    if _is_source(sources):
+        return [sources]
+    try:
+        items = list(sources)
+    except TypeError:
+        raise InputError(f"sources is a {type(sources).__name__}; expected bytes, a path, or several of them") from None
+    for index, item in enumerate(items):
+        if not _is_source(item):
+            raise InputError(f"sources[{index}] is a {type(item).__name__}; expected bytes or a path")
+    return items
+
+
+def _is_source(item: Any) -> bool:
+    if isinstance(item, (bytes, str, os.PathLike)):
+        return True
+    try:
+        view = memoryview(item)
+    except TypeError:
+        return False
+    return view.ndim == 1 and view.itemsize == 1
+
+
+def _check_options(color: Any, limit_pixels: Any, threads: Any) -> None:
+    if color not in CHANNELS:
+        raise InputError(f"color is {color!r}; expected one of {get_args(Color)}")
+    if not isinstance(limit_pixels, int) or limit_pixels <= 0:
+        raise InputError(f"limit_pixels is {limit_pixels!r}; expected a positive integer")
+    if threads is not None and (not isinstance(threads, int) or threads <= 0):
+        raise InputError(f"threads is {threads!r}; expected a positive integer, or None for one per core")
+
+
+# --- bytes and headers -----------------------------------------------------------------------------------------------
+
+
+@dataclass(slots=True, eq=False)
+class _Image:
+    """One image on its way from bytes to pixels."""
+
+    data: bytes
+    header: Header
+    source: str | None
+    out: Any = None  # (H, W, C) on the device of the batch: where the pixels shall be
+    error: DecodeError | None = None
+
+
+def _open_all(sources: Sequence[Any], limit_pixels: int, threads: int) -> list[_Image | DecodeError]:
+    """Read the files and their headers."""
+    # Threads help to wait for files; headers of bytes are read faster than a thread is woken.
+    reads_files = any(isinstance(source, (str, os.PathLike)) for source in sources)
+    return map_all(lambda source: _open(source, limit_pixels), sources, threads if reads_files else 1)
+
+
+def _open(source: Any, limit_pixels: int) -> _Image | DecodeError:
+    path = os.fsdecode(source) if isinstance(source, (str, os.PathLike)) else None
+    try:
+        data = as_bytes(source) if path is None else _read_file(path)
+        header = read_header(data)
+        _check_header(header, limit_pixels)
+    except DecodeError as error:
+        return _bare(error, path)
+    return _Image(data, header, path)
+
+
+def _read_file(path: str) -> bytes:
+    try:
+        with open(path, "rb") as file:
+            return file.read()
+    except (OSError, ValueError) as error:  # ValueError: a zero byte in the path
+        reason = getattr(error, "strerror", None) or str(error)
+        raise DecodeError(f"the file cannot be read: {reason}", kind="unreadable") from error
+
+
+def _check_header(header: Header, limit_pixels: int) -> None:
+    if header.pixels > limit_pixels:
+        raise DecodeError(
+            f"the header says {header.height} x {header.width} = {header.pixels} pixels; the limit is {limit_pixels}. "
+            "Raise limit_pixels if you trust the file",
+            kind="too_large",
+        )
+    if not header.complete:
+        raise DecodeError(
+            f"this {header.format.upper()} of {header.height} x {header.width} pixels ends before its last pixel",
+            kind="truncated",
+        )
+
+
+def _bare(error: DecodeError, path: str | None) -> DecodeError:
+    """The error without its traceback, whose frames would keep the file and the buffers as long as the error lives."""
+    return DecodeError(str(error), kind=error.kind, source=path)
+
+
+# --- pixels ----------------------------------------------------------------------------------------------------------
+
+
+def _decode_on_cpu(images: Sequence[_Image], color: Color, threads: int) -> None:
+    run_all(lambda image: _decode_on_host(image, image.out, color), images, threads)
+
+
+def _decode_on_cuda(images: Sequence[_Image], color: Color, threads: int) -> None:
+    for_gpu = [image for image in images if gpu.takes(image.header, color)]
+    for_host = [image for image in images if not gpu.takes(image.header, color)]
+    staged = _staging_for(for_host)
+
+    def stage(image: _Image) -> None:
+        _decode_on_host(image, staged[image], color)
+
+    with in_background(stage, for_host, threads):
+        decoded = gpu.decode_into(
+            [image.out for image in for_gpu],
+            [image.data for image in for_gpu],
+            [image.header for image in for_gpu],
+            color=color,
+        )
+    # What the GPU refused, the host decodes, or it says what is wrong.
+    refused = [image for image, done in zip(for_gpu, decoded, strict=True) if not done]
+    staged |= _staging_for(refused)
+    run_all(stage, refused, threads)
+    stream = array_module("cuda").cuda.get_current_stream()
+    for image, pixels in staged.items():
+        if image.error is None:
+            image.out.set(pixels, stream=stream)  # the memory manager gives the pinned memory out after the copy
+
+
+def _staging_for(images: Sequence[_Image]) -> dict[_Image, Any]:
+    """Pinned memory for the pixels of each image, from which they are copied to the GPU."""
+    if not images:
+        return {}
+    shapes = [image.out.shape for image in images]
+    offsets, total_bytes = image_offsets([shape[:2] for shape in shapes], shapes[0][2])
+    buffer = memory.acquire(total_bytes, device="pinned")
+    views = [buffer.view(shape, offset_bytes=offset) for shape, offset in zip(shapes, offsets, strict=True)]
+    return dict(zip(images, views, strict=True))
+
+
+def _decode_on_host(image: _Image, out: Any, color: Color) -> None:
+    try:
+        host.decode_into(out, image.data, image.header, color=color)
+    except DecodeError as error:
+        image.error = _bare(error, image.source)

@@ -1,0 +1,202 @@
+"""Decode one image on the CPU: JPEG with simplejpeg, everything else with Pillow."""
+
+from __future__ import annotations
+
+import io
+import threading
+import warnings
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import simplejpeg
+from PIL import (
+    BmpImagePlugin,
+    GifImagePlugin,
+    Image,
+    ImageFile,
+    JpegImagePlugin,
+    PngImagePlugin,
+    TiffImagePlugin,
+    WebPImagePlugin,
+)
+
+from nbvision.codecs.headers import Header
+from nbvision.errors import DecodeError, DecodeErrorKind
+from nbvision.image import Color
+
+__all__ = ["decode_into"]
+
+Pixels = npt.NDArray[np.uint8]
+
+_SIMPLEJPEG_COLOR: dict[Color, str] = {"rgb": "RGB", "bgr": "BGR", "rgba": "RGBA", "bgra": "BGRA", "gray": "GRAY"}
+_PILLOW_MODE: dict[Color, str] = {"rgb": "RGB", "bgr": "RGB", "rgba": "RGBA", "bgra": "RGBA", "gray": "L"}
+_FROM_RED_FIRST: dict[Color, tuple[int, ...]] = {"bgr": (2, 1, 0), "bgra": (2, 1, 0, 3)}
+
+# The classes themselves rather than Image.open(): we know the format already, and Pillow's own limit of pixels,
+# a process-wide setting, does not get in the way of ours.
+_PILLOW_READER: dict[str, type[ImageFile.ImageFile]] = {
+    "bmp": BmpImagePlugin.BmpImageFile,
+    "gif": GifImagePlugin.GifImageFile,
+    "jpeg": JpegImagePlugin.JpegImageFile,
+    "png": PngImagePlugin.PngImageFile,
+    "tiff": TiffImagePlugin.TiffImageFile,
+    "webp": WebPImagePlugin.WebPImageFile,
+}
+
+
+def decode_into(out: Pixels, data: bytes, header: Header, *, color: Color) -> None:
+    """Decode an image, upright, into the caller's memory.
+
+    Parameters
+    ----------
+    out : (H, W, C) uint8 array
+        ``header.oriented_size`` pixels, C channels of ``color``. JPEGs that are stored upright are decoded straight
+        into it if it is C-contiguous. After an error its content is undefined.
+    data : bytes
+    header : Header
+        Of ``data``.
+    color : {"rgb", "bgr", "rgba", "bgra", "gray"}
+        Alpha is dropped, not blended, where ``color`` has none, and 255 where the image has none.  Gray is the luma
+        of a JPEG as stored, and ITU-R 601 luma of other images.  16-bit channels keep their upper 8 bits.
+
+    Raises
+    ------
+    DecodeError
+        With ``kind`` ``"truncated"``, ``"corrupt"``, ``"unsupported"`` or ``"too_large"``.
+    """
+    if not header.complete:
+        raise DecodeError(f"this {header.format.upper()} ends before its last pixel", kind="truncated")
+    if not (_suits_simplejpeg(header) and _decode_jpeg_into(out, data, header, color)):
+        _decode_by_pillow_into(out, data, header, color)
+
+
+# --- JPEG -----------------------------------------------------------------------------------------------------------
+
+
+def _suits_simplejpeg(header: Header) -> bool:
+    return header.variant in ("baseline", "extended", "progressive") and header.colorspace in ("gray", "ycbcr", "rgb")
+
+
+def _decode_jpeg_into(out: Pixels, data: bytes, header: Header, color: Color) -> bool:
+    """Decode a JPEG; False, and nothing done, if it samples its colours in a way that only Pillow takes."""
+    upright = header.orientation == 1 and out.flags.c_contiguous
+    target = out if upright else np.empty((header.height, header.width, out.shape[2]), np.uint8)
+    try:
+        pixels = simplejpeg.decode_jpeg(data, _SIMPLEJPEG_COLOR[color], buffer=target, strict=True)
+    except Exception as error:  # ValueError in all cases we know; nothing else may escape either
+        if "subsampling" in str(error):
+            return False
+        raise _decode_error(header, error) from error
+    _check_size(header, pixels.shape[:2], (header.height, header.width))
+    if not upright:
+        _copy_turned(out, pixels, header.orientation)
+    return True
+
+
+# --- everything else -------------------------------------------------------------------------------------------------
+
+
+def _decode_by_pillow_into(out: Pixels, data: bytes, header: Header, color: Color) -> None:
+    try:
+        with _quiet_pillow, _PILLOW_READER[header.format](io.BytesIO(data)) as image:
+            # Before the pixels are touched: a reader that disagrees may be about to allocate gigabytes.
+            upright_by_pillow = header.format == "tiff"
+            expected = header.oriented_size if upright_by_pillow else (header.height, header.width)
+            _check_size(header, (image.height, image.width), expected)
+            pixels = _pixels_of(image, header, color)
+    except DecodeError:
+        raise
+    except Exception as error:  # Pillow's readers let about ten kinds of exception out of damaged files
+        raise _decode_error(header, error) from error
+    _check_size(header, pixels.shape[:2], expected)
+    _copy_turned(out, pixels, 1 if upright_by_pillow else header.orientation, _FROM_RED_FIRST.get(color))
+
+
+def _pixels_of(image: Image.Image, header: Header, color: Color) -> Pixels:
+    """(H, W, C) uint8, with red first."""
+    mode = _PILLOW_MODE[color]
+    image.load()
+    if image.mode == "F" or (image.mode == "I" and header.bits != 16):
+        raise DecodeError(f"its pixels are {header.bits}-bit numbers; expected 8 or 16 bits", kind="unsupported")
+    if image.mode.startswith("I"):
+        image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+    if mode != "RGBA":
+        image.info.pop("transparency", None)  # dropped anyway, and a palette's draws a warning
+    if image.mode != mode:
+        image = image.convert(mode)
+    pixels: Pixels = np.asarray(image)
+    return pixels if pixels.ndim == 3 else pixels[:, :, None]
+
+
+class _QuietPillow:
+    """Pillow's warnings are ignored while a thread is inside.
+
+    Warning filters belong to the whole process, so the first thread in sets this one and the last one out removes it.
+    """
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._inside = 0
+        self._filters = warnings.catch_warnings()
+
+    def __enter__(self) -> None:
+        with self._lock:
+            self._inside += 1
+            if self._inside == 1:
+                self._filters = warnings.catch_warnings()
+                self._filters.__enter__()
+                warnings.filterwarnings("ignore", module=r"PIL\.")
+
+    def __exit__(self, *exception: Any) -> None:
+        with self._lock:
+            self._inside -= 1
+            if self._inside == 0:
+                self._filters.__exit__(None, None, None)
+
+
+_quiet_pillow = _QuietPillow()
+
+
+# --- shared ----------------------------------------------------------------------------------------------------------
+
+
+# Steps along rows and columns; the images from 5 on are transposed first.
+_FLIPS = {1: (1, 1), 2: (1, -1), 3: (-1, -1), 4: (-1, 1), 5: (1, 1), 6: (1, -1), 7: (-1, -1), 8: (-1, 1)}
+
+
+def _copy_turned(out: Pixels, pixels: Pixels, orientation: int, order: tuple[int, ...] | None = None) -> None:
+    """Copy stored pixels the way EXIF says they are to be seen, their channels in a new order where one is given."""
+    rows, columns = _FLIPS[orientation]
+    turned = (pixels.swapaxes(0, 1) if orientation >= 5 else pixels)[::rows, ::columns]
+    if orientation == 1 and order is None:
+        np.copyto(out, turned)
+        return
+    for channel, origin in enumerate(order or range(out.shape[2])):  # 2 to 7 times as fast as whole pixels
+        out[:, :, channel] = turned[:, :, origin]
+
+
+def _check_size(header: Header, got: tuple[int, ...], expected: tuple[int, int]) -> None:
+    if got != expected:
+        raise DecodeError(
+            f"the header says {expected[0]} x {expected[1]} pixels, the decoder found {got[0]} x {got[1]}; "
+            "the file is damaged",
+            kind="corrupt",
+        )
+
+
+def _decode_error(header: Header, error: Exception) -> DecodeError:
+    """A decoder's own exception as ours, sorted into our kinds by what it says."""
+    text = str(error) or type(error).__name__
+    return DecodeError(f"the {header.format.upper()} decoder says: {text}", kind=_kind_of(header, error, text.lower()))
+
+
+def _kind_of(header: Header, error: Exception, said: str) -> DecodeErrorKind:
+    if isinstance(error, (MemoryError, Image.DecompressionBombError)):
+        return "too_large"
+    if "truncated" in said or "premature end of jpeg file" in said:
+        return "truncated"
+    if isinstance(error, NotImplementedError) or "unsupported" in said or "unknown" in said:
+        return "unsupported"
+    is_odd_jpeg = header.format == "jpeg" and not (header.bits == 8 and _suits_simplejpeg(header))
+    return "unsupported" if is_odd_jpeg else "corrupt"

@@ -1,0 +1,100 @@
+"""A picture people can judge: each query with its boxes and masks, beside its best matches."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+from PIL import Image, ImageDraw, ImageFont
+
+__all__ = ["Match", "Row", "draw_report"]
+
+_COLOURS = [(230, 57, 70), (29, 120, 208), (42, 157, 80), (240, 150, 20), (140, 70, 190), (20, 160, 170)]
+_QUERY_HEIGHT, _MATCH_SIDE, _GAP, _CAPTION = 300, 134, 14, 16
+_INK, _PAPER, _GOOD, _BAD = (30, 30, 34), (252, 252, 250), (42, 157, 80), (200, 60, 60)
+
+
+@dataclass(frozen=True)
+class Match:
+    """One answer: a catalogue photograph, its product, the similarity, and whether it is the right product."""
+
+    path: Path
+    product: str
+    score: float
+    right: bool
+
+
+@dataclass(frozen=True)
+class Row:
+    """One query: its image, and for each object the box, the mask in source pixels, a caption and the answers."""
+
+    image: npt.NDArray[np.uint8]
+    boxes: npt.NDArray[np.float32]
+    masks: Sequence[npt.NDArray[np.bool_]]
+    captions: Sequence[str]
+    matches: Sequence[Sequence[Match]]
+
+
+def draw_report(rows: Sequence[Row], path: Path, *, title: str) -> None:
+    """Draw the rows into a PNG at ``path``."""
+    pictures = [_draw_row(row) for row in rows]
+    width = max(picture.width for picture in pictures) + 2 * _GAP
+    height = sum(picture.height + _GAP for picture in pictures) + 46
+    sheet = Image.new("RGB", (width, height), _PAPER)
+    ImageDraw.Draw(sheet).text((_GAP, 12), title, fill=_INK, font=ImageFont.load_default(18))
+    top = 46
+    for picture in pictures:
+        sheet.paste(picture, (_GAP, top))
+        top += picture.height + _GAP
+    sheet.save(path)
+
+
+def _draw_row(row: Row) -> Image.Image:
+    query = _draw_query(row)
+    lines = [_draw_matches(matches, _COLOURS[index % len(_COLOURS)]) for index, matches in enumerate(row.matches)]
+    width = query.width + _GAP + max((line.width for line in lines), default=0)
+    height = max(query.height, sum(line.height for line in lines))
+    picture = Image.new("RGB", (width, height), _PAPER)
+    picture.paste(query, (0, 0))
+    top = 0
+    for line in lines:
+        picture.paste(line, (query.width + _GAP, top))
+        top += line.height
+    return picture
+
+
+def _draw_query(row: Row) -> Image.Image:
+    pixels = row.image.astype(np.float32)
+    for index, mask in enumerate(row.masks):
+        pixels[mask] = pixels[mask] * 0.55 + np.array(_COLOURS[index % len(_COLOURS)], np.float32) * 0.45
+    picture = Image.fromarray(pixels.astype(np.uint8))
+    scale = _QUERY_HEIGHT / picture.height
+    picture = picture.resize((round(picture.width * scale), _QUERY_HEIGHT), Image.Resampling.LANCZOS)
+    draw = ImageDraw.Draw(picture)
+    font = ImageFont.load_default(13)
+    for index, (box, caption) in enumerate(zip(row.boxes * scale, row.captions, strict=True)):
+        colour = _COLOURS[index % len(_COLOURS)]
+        draw.rectangle(box.tolist(), outline=colour, width=3)
+        x, y = float(box[0]), max(float(box[1]) - 17, 0.0)
+        draw.rectangle([x, y, x + draw.textlength(caption, font=font) + 6, y + 17], fill=colour)
+        draw.text((x + 3, y + 1), caption, fill=(255, 255, 255), font=font)
+    return picture
+
+
+def _draw_matches(matches: Sequence[Match], colour: tuple[int, int, int]) -> Image.Image:
+    line = Image.new("RGB", (8 + len(matches) * (_MATCH_SIDE + 6), _MATCH_SIDE + _CAPTION), _PAPER)
+    draw = ImageDraw.Draw(line)
+    draw.rectangle([0, 0, 3, _MATCH_SIDE], fill=colour)
+    for index, match in enumerate(matches):
+        with Image.open(match.path) as photograph:
+            thumbnail = photograph.convert("RGB").resize((_MATCH_SIDE, _MATCH_SIDE * 3 // 4), Image.Resampling.LANCZOS)
+        x = 8 + index * (_MATCH_SIDE + 6)
+        line.paste(thumbnail, (x, 0))
+        frame = _GOOD if match.right else _BAD
+        draw.rectangle([x, 0, x + _MATCH_SIDE - 1, thumbnail.height - 1], outline=frame, width=3)
+        text = f"{match.product}  {match.score:.2f}"
+        draw.text((x, thumbnail.height + 2), text, fill=frame, font=ImageFont.load_default(12))
+    return line

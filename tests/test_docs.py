@@ -1,0 +1,66 @@
+"""Every code block of the README and the docs runs; the commands are the ones CI runs."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from nbvision.demo.garments import backgrounds, draw_scene, make_products
+
+ROOT = Path(__file__).parent.parent
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
+BLOCK = re.compile(r"^```(\w+)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+
+
+def blocks(language: str) -> list[tuple[str, str]]:
+    return [
+        (f"{page.relative_to(ROOT)}:{page.read_text()[: found.start()].count(chr(10)) + 1}", found[2])
+        for page in PAGES
+        for found in BLOCK.finditer(page.read_text())
+        if found[1] == language
+    ]
+
+
+@pytest.fixture
+def folder_with_images(tmp_path, monkeypatch):
+    """The files that the examples name."""
+    rng = np.random.default_rng(3)
+    for name in ("a.jpg", "b.png", "c.webp"):
+        scene = draw_scene(make_products(2, seed=77), background=backgrounds("test")[0], size=(240, 320), rng=rng)
+        Image.fromarray(scene.image).save(tmp_path / name)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("NBVISION_DEVICE", "cpu")
+    return tmp_path
+
+
+@pytest.mark.parametrize(("place", "code"), blocks("python"), ids=lambda value: value if "\n" not in value else "")
+def test_python_block_runs(folder_with_images, place, code):
+    done = subprocess.run(
+        [sys.executable, "-W", "error", "-c", code], cwd=folder_with_images, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, f"{place}\n{done.stderr[-2000:]}"
+
+
+def test_there_are_examples():
+    assert len(blocks("python")) >= 2
+
+
+def test_ci_runs_the_readmes_test_command():
+    readme = (ROOT / "README.md").read_text()
+    found = re.search(r"<!-- tests -->\n```bash\n(.*?)\n```", readme, re.DOTALL)
+    assert found is not None
+    assert "pip install" in found[1]
+    assert "pytest" in found[1]
+    assert "<!-- tests -->" in (ROOT / ".ci" / "run").read_text()
+
+
+def test_pictures_and_links_exist():
+    for page in PAGES:
+        for target in re.findall(r"\]\((?!https?:)([^)#]+)", page.read_text()):
+            assert (page.parent / target).exists(), f"{page.name}: {target}"
