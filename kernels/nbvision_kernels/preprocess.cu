@@ -10,13 +10,11 @@ extern "C" __device__ float nbv_sample(const unsigned char *pixels, long long or
 
 #if STORE_TYPE == 0
 typedef unsigned char Stored;
-typedef uchar4 Stored4;
 __device__ __forceinline__ Stored to_stored(float value) {
     return (unsigned char)fminf(fmaxf(rintf(value), 0.0f), 255.0f);
 }
 #elif STORE_TYPE == 1
 typedef unsigned short Stored;  // the bits of a half
-typedef ushort4 Stored4;
 __device__ __forceinline__ Stored to_stored(float value) {
     Stored half;
     asm("cvt.rn.f16.f32 %0, %1;" : "=h"(half) : "f"(value));
@@ -24,22 +22,31 @@ __device__ __forceinline__ Stored to_stored(float value) {
 }
 #else
 typedef float Stored;
-typedef float4 Stored4;
 __device__ __forceinline__ Stored to_stored(float value) { return value; }
 #endif
 
-constexpr int PIXELS = 4;  // a thread: 8-byte stores in half precision; measured faster than 1, 2 and 8
+// Where a multiprocessor holds 2,048 threads, more of them hide more latency than more registers save: 119 us against
+// 141 us on sm_90. The others hold 1,536 at most and would spill.
+constexpr int THREADS = 128;
+#if __CUDA_ARCH__ == 800 || __CUDA_ARCH__ == 900 || __CUDA_ARCH__ == 1000
+constexpr int MIN_BLOCKS = 12;
+#else
+constexpr int MIN_BLOCKS = 8;
+#endif
+constexpr int PIXELS = 4;  // a thread: 8-byte stores in half precision; docs/preprocess.md has the alternatives
 
-__device__ __forceinline__ void store4(Stored *to, const float *values) {
-    Stored4 packed;
-    packed.x = to_stored(values[0]);
-    packed.y = to_stored(values[1]);
-    packed.z = to_stored(values[2]);
-    packed.w = to_stored(values[3]);
-    *reinterpret_cast<Stored4 *>(to) = packed;
+struct alignas(PIXELS * sizeof(Stored)) Packed {
+    Stored values[PIXELS];
+};
+
+__device__ __forceinline__ void store(Stored *to, const float *values) {
+    Packed packed;
+#pragma unroll
+    for (int i = 0; i < PIXELS; ++i) packed.values[i] = to_stored(values[i]);
+    *reinterpret_cast<Packed *>(to) = packed;
 }
 
-extern "C" __global__ void __launch_bounds__(256, 4)
+extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS)
     preprocess(const unsigned char *pixels, const long long *__restrict__ sources, const long long *__restrict__ regions,
                const float *__restrict__ scales, Stored *__restrict__ out, int height, int width, int pixel_bytes,
                int gray, int swap, float gain_0, float gain_1, float gain_2, float bias_0, float bias_1, float bias_2,
@@ -109,12 +116,12 @@ extern "C" __global__ void __launch_bounds__(256, 4)
     const long long plane = (long long)height * width;
     Stored *canvas = out + (long long)blockIdx.z * 3 * plane;
     const long long pixel = (long long)y * width + x_first;
-    // Every line starts on a wide boundary when the width is a multiple of four and `out` itself is aligned.
-    const bool wide = (width & 3) == 0 && ((unsigned long long)out & (sizeof(Stored4) - 1)) == 0;
+    // Every line starts on a wide boundary when the width is a multiple of PIXELS and `out` itself is aligned.
+    const bool wide = width % PIXELS == 0 && (unsigned long long)out % sizeof(Packed) == 0;
 #if LAYOUT == 0
     if (wide) {
 #pragma unroll
-        for (int c = 0; c < 3; ++c) store4(canvas + c * plane + pixel, values[c]);
+        for (int c = 0; c < 3; ++c) store(canvas + c * plane + pixel, values[c]);
     } else {
 #pragma unroll
         for (int c = 0; c < 3; ++c)
@@ -128,7 +135,7 @@ extern "C" __global__ void __launch_bounds__(256, 4)
     for (int i = 0; i < 3 * PIXELS; ++i) line_values[i] = values[i % 3][i / 3];
     if (wide) {
 #pragma unroll
-        for (int k = 0; k < 3; ++k) store4(canvas + 3 * pixel + 4 * k, line_values + 4 * k);
+        for (int k = 0; k < 3; ++k) store(canvas + 3 * pixel + PIXELS * k, line_values + PIXELS * k);
     } else {
 #pragma unroll
         for (int i = 0; i < 3 * PIXELS; ++i)

@@ -224,7 +224,7 @@ class Preprocess:
         kernel = self._kernels.get(device_id)
         if kernel is None:
             kernel = self._kernels[device_id] = load_kernel(self._kernel_spec(), device_id)
-        pixels_a_thread, block = 4, (32, 8, 1)
+        pixels_a_thread, block = 4, (32, 4, 1)
         columns = -(-width // (pixels_a_thread * block[0]))
         lines = -(-height // block[1])
         numbers = (*self._int_size, *self._channels(batch), *self._gain, *self._bias, *self._fill)

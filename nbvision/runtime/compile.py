@@ -26,8 +26,8 @@ __all__ = ["CompiledKernel", "compile_kernel", "cpu_loop", "load_kernel"]
 
 ComputeCapability = tuple[int, int]
 
-# Intermediate code is made once, for the oldest architecture; the linker makes each one's machine code of it. The
-# kernels use nothing newer, and the registers, loads and speed on sm_90 are the same as from its own intermediate code.
+# Numba's intermediate code is made once, for the oldest architecture; the linker makes each one's machine code of it.
+# The kernels use nothing newer, and instructions and registers on sm_90 are the same as from its own intermediate code.
 OLDEST: ComputeCapability = (7, 5)
 
 
@@ -62,7 +62,7 @@ def compile_kernel(kernel: Kernel, cc: ComputeCapability) -> CompiledKernel:
         raise MissingExtraError(str(error.name), extra=CUDA_EXTRA, needed_for="compiling a CUDA kernel") from error
     try:
         if isinstance(kernel, CudaFrame):
-            linkable, intermediate = _frame_objects(kernel), ""
+            linkable, intermediate = [_frame_ltoir(kernel, cc), *_function_ltoirs(kernel)], ""
         else:
             intermediate = _numba_ptx(kernel)
             linkable = [cuda.core.ObjectCode.from_ptx(intermediate.encode())]
@@ -87,21 +87,28 @@ def _numba_ptx(kernel: NumbaKernel) -> str:
     return text.replace(mangled[1], kernel.entry)
 
 
-@functools.lru_cache(maxsize=4)
-def _frame_objects(kernel: CudaFrame) -> list[Any]:
-    """The frame and its Python device functions, each as LTO-IR."""
-    from cuda.core import ObjectCode, Program, ProgramOptions
+def _frame_ltoir(kernel: CudaFrame, cc: ComputeCapability) -> Any:
+    """The frame as LTO-IR; NVRTC is quick, so for the very architecture, whose limits the frame may ask about."""
+    from cuda.core import Program, ProgramOptions
     from nbvision_kernels import read_source
-    from numba import cuda
 
     options = ProgramOptions(
-        arch=f"sm_{OLDEST[0]}{OLDEST[1]}",
+        arch=f"sm_{cc[0]}{cc[1]}",
         std="c++17",
         link_time_optimization=True,
         relocatable_device_code=True,
         define_macro=[(name, str(value)) for name, value in kernel.defines.items()],
     )
-    objects = [Program(read_source(kernel.source), "c++", options).compile("ltoir")]
+    return Program(read_source(kernel.source), "c++", options).compile("ltoir")
+
+
+@functools.lru_cache(maxsize=4)
+def _function_ltoirs(kernel: CudaFrame) -> list[Any]:
+    """The Python device functions of a frame as LTO-IR."""
+    from cuda.core import ObjectCode
+    from numba import cuda
+
+    objects = []
     for name, (function, result, arguments) in kernel.functions.items():
         python_function = getattr(function, "py_func", function)
         ltoir, _ = cuda.compile(
@@ -122,7 +129,11 @@ def _link(objects: list[Any], cc: ComputeCapability) -> tuple[bytes, str]:
 
     is_ltoir = objects[0].code_type == "ltoir"
     options = LinkerOptions(
-        arch=f"sm_{cc[0]}{cc[1]}", verbose=True, link_time_optimization=is_ltoir or None, ptxas_options=["-v"]
+        arch=f"sm_{cc[0]}{cc[1]}",
+        verbose=True,
+        link_time_optimization=is_ltoir or None,
+        ptxas_options=["-v"],
+        no_cache=True,  # a second link from the linker's own cache would have an empty log
     )
     linker = Linker(*objects, options=options)
     cubin = linker.link("cubin").code

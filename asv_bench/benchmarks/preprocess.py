@@ -1,0 +1,232 @@
+"""From decoded images to the detector's input: letterbox, scale, NCHW, in one launch or by the usual chain of calls."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+
+from .common import copied_bytes_per_us, gpu_us, launch_us, need, need_cuda, noise, straightforward, wall_us
+
+FILL = 114
+EXACT, RAGGED = "64 x 1080p to 640", "64 odd sizes to 608"  # the first is exactly a third: it skips every third row
+SIDE = {EXACT: 640, RAGGED: 608}
+IMAGES = 64
+
+NBVISION = ["nbvision, parity cv2", "nbvision, parity fast"]
+
+
+@functools.lru_cache(maxsize=1)
+def images_on_host(sources: str) -> list[np.ndarray]:
+    rng = np.random.default_rng(1)
+    sizes = rng.integers(700, 2001, (IMAGES, 2)) | 1 if sources == RAGGED else [(1080, 1920)] * IMAGES
+    return [noise(int(height), int(width), seed) for seed, (height, width) in enumerate(sizes)]
+
+
+@functools.lru_cache(maxsize=1)
+def images_on_gpu(sources: str) -> Any:
+    """(N, H, W, 3), or a list of (H, W, 3)."""
+    import cupy
+
+    if sources == RAGGED:
+        return [cupy.asarray(image) for image in images_on_host(sources)]
+    return cupy.asarray(np.stack(images_on_host(sources)))
+
+
+class LetterboxOnGPU:
+    """uint8 images in device memory to float16 NCHW in 0..1."""
+
+    params = (
+        [EXACT, RAGGED],
+        [*NBVISION, "torchvision v2", "torch interpolate", "CV-CUDA", "OpenCV, copied up"],
+    )
+    param_names = ("sources", "how")
+
+    def setup(self, sources: str, how: str) -> None:
+        need_cuda()
+        from nbvision import Preprocess, as_batch
+
+        if how == "CV-CUDA" and sources == RAGGED:
+            raise NotImplementedError("written for images of one size only")
+        images = images_on_gpu(sources)
+        batch = as_batch(images)
+        side = SIDE[sources]
+        parity: Any = "fast" if how.endswith("fast") else "cv2"
+        pre = Preprocess((side, side), scale=1 / 255, dtype="float16", fill=FILL, parity=parity)
+        expected, geometry = pre(batch)
+        self.places = geometry.regions[:, 5:9].get().tolist()  # left, top, width, height on each canvas
+        self.moved_bytes = expected.nbytes + sum(
+            min(2 * height, image.shape[0]) * image.shape[1] * 3
+            for image, (_, _, _, height) in zip(images, self.places, strict=True)
+        )
+        if how in NBVISION:
+            self.call: Callable[[], Any] = lambda: pre(batch, out=expected)
+        else:
+            self.call = _GPU_PEERS[how](sources, side, self.places)
+            _check_close(self.call(), expected)
+
+    def track_us(self, sources: str, how: str) -> float:
+        """The GPU's time."""
+        return gpu_us(self.call)
+
+    track_us.unit = "us"
+
+    def track_copy_bounds(self, sources: str, how: str) -> float:
+        """The same, as a multiple of the time that a copy of the bytes takes which must be read and written.
+
+        Read must be every source row that an output row falls between, whole, and written every output.
+        """
+        return gpu_us(self.call) / (self.moved_bytes / copied_bytes_per_us())
+
+    track_copy_bounds.unit = "x the copy bound"
+
+    def track_host_us(self, sources: str, how: str) -> float:
+        """What one call costs the Python thread, while the GPU is behind."""
+        if how == "OpenCV, copied up":
+            return float("nan")  # it waits for its copy, there is no launch to speak of
+        return launch_us(self.call)
+
+    track_host_us.unit = "us"
+
+
+class LetterboxOnCPU:
+    """One uint8 image to float32 NCHW in 0..1."""
+
+    params = (
+        ["1080x1920", "1079x1917"],
+        [*NBVISION, "OpenCV and NumPy", "OpenCV blobFromImage"],
+    )
+    param_names = ("size", "how")
+    side = 640
+
+    def setup(self, size: str, how: str) -> None:
+        from nbvision import Preprocess, as_batch
+
+        height, width = map(int, size.split("x"))
+        image = noise(height, width, 1)
+        parity: Any = "fast" if how.endswith("fast") else "cv2"
+        pre = Preprocess((self.side, self.side), scale=1 / 255, fill=FILL, parity=parity)
+        batch = as_batch([image])
+        expected, _ = pre(batch)
+        if how in NBVISION:
+            self.call: Callable[[], Any] = lambda: pre(batch, out=expected)
+        else:
+            self.call = _opencv_on_cpu(image, self.side, blob=how == "OpenCV blobFromImage")
+            _check_close(self.call(), expected)
+
+    def track_us(self, size: str, how: str) -> float:
+        """Time of one call, on all cores."""
+        return wall_us(self.call)
+
+    track_us.unit = "us"
+
+
+# --- peers ---------------------------------------------------------------------------------------------------------
+
+Places = Sequence[Sequence[int]]
+
+
+def _padding(side: int, place: Sequence[int]) -> tuple[int, int, int, int]:
+    """Left, top, right and bottom of the canvas around the image."""
+    left, top, width, height = place
+    return left, top, side - width - left, side - height - top
+
+
+def _torchvision(sources: str, side: int, places: Places) -> Callable[[], Any]:
+    torch, v2 = need("torch"), need("torchvision.transforms.v2.functional")
+    images = images_on_gpu(sources)
+
+    def one(image: Any, place: Sequence[int]) -> Any:
+        image = v2.resize(image, [place[3], place[2]], antialias=False)
+        image = v2.pad(image, list(_padding(side, place)), fill=FILL)
+        return v2.to_dtype(image, torch.float16, scale=True)
+
+    return _batch_or_loop(torch, images, one, places)
+
+
+def _torch_interpolate(sources: str, side: int, places: Places) -> Callable[[], Any]:
+    torch = need("torch")
+    functional = torch.nn.functional
+    images = images_on_gpu(sources)
+
+    def one(image: Any, place: Sequence[int]) -> Any:
+        left, top, right, bottom = _padding(side, place)
+        image = image if image.ndim == 4 else image[None]
+        image = functional.interpolate(image.half(), (place[3], place[2]), mode="bilinear", align_corners=False)
+        image = functional.pad(image, (left, right, top, bottom), value=FILL).div_(255)
+        return image if len(image) > 1 else image[0]
+
+    return _batch_or_loop(torch, images, one, places)
+
+
+def _batch_or_loop(torch: Any, images: Any, one: Callable[[Any, Any], Any], places: Places) -> Callable[[], Any]:
+    """Equal sizes in one batch, others one by one: torch has no ragged images."""
+    if not isinstance(images, list):
+        batch = torch.from_dlpack(images).permute(0, 3, 1, 2)
+        return lambda: one(batch, places[0]).contiguous()
+    tensors = [torch.from_dlpack(image).permute(2, 0, 1) for image in images]
+    return lambda: torch.stack([one(image, place) for image, place in zip(tensors, places, strict=True)]).contiguous()
+
+
+def _cvcuda(sources: str, side: int, places: Places) -> Callable[[], Any]:
+    cvcuda = need("cvcuda")
+    batch = cvcuda.as_tensor(images_on_gpu(sources), "NHWC")
+    left, top, right, bottom = _padding(side, places[0])
+    shape = (IMAGES, places[0][3], places[0][2], 3)
+
+    def call() -> Any:
+        images = cvcuda.resize(batch, shape, cvcuda.Interp.LINEAR)
+        images = cvcuda.copymakeborder(
+            images,
+            border_mode=cvcuda.Border.CONSTANT,
+            border_value=[FILL] * 3,
+            top=top,
+            bottom=bottom,
+            left=left,
+            right=right,
+        )
+        return cvcuda.reformat(cvcuda.convertto(images, np.float32, scale=1 / 255), "NCHW").cuda()
+
+    return call  # it has no float16 here, so it writes twice the bytes
+
+
+def _opencv_copied_up(sources: str, side: int, places: Places) -> Callable[[], Any]:
+    baseline = straightforward()
+    import cupy
+
+    images = images_on_host(sources)
+
+    def call() -> Any:
+        canvases = [baseline.letterbox(image, (side, side))[0] for image in images]
+        return cupy.asarray(baseline.tensor_of(canvases, (side, side)).astype(np.float16))
+
+    return call
+
+
+_GPU_PEERS: dict[str, Callable[[str, int, Places], Callable[[], Any]]] = {
+    "torchvision v2": _torchvision,
+    "torch interpolate": _torch_interpolate,
+    "CV-CUDA": _cvcuda,
+    "OpenCV, copied up": _opencv_copied_up,
+}
+
+
+def _opencv_on_cpu(image: np.ndarray, side: int, *, blob: bool) -> Callable[[], Any]:
+    baseline, cv2 = straightforward(), need("cv2")
+    size = (side, side)
+    if blob:
+        return lambda: cv2.dnn.blobFromImage(baseline.letterbox(image, size)[0], 1 / 255)
+    return lambda: baseline.tensor_of([baseline.letterbox(image, size)[0]], size)
+
+
+def _check_close(got: Any, expected: Any) -> None:
+    """A peer that computes something else is no peer: on average within two levels of 255."""
+    if hasattr(got, "__cuda_array_interface__"):
+        import cupy
+
+        got, expected = cupy.asarray(got), expected.astype(np.float32)
+    difference = float(abs(got.astype(np.float32) - expected).mean())
+    assert got.shape == expected.shape, f"{got.shape} instead of {expected.shape}"
+    assert difference < 2 / 255, f"differs by {difference * 255:.1f} levels on average"
