@@ -17,7 +17,7 @@ Messages say what was got, what was expected and what to do about it.
 
 from __future__ import annotations
 
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 __all__ = [
     "CompileError",
@@ -36,7 +36,10 @@ DecodeErrorKind = Literal["empty", "not_an_image", "truncated", "corrupt", "unsu
 
 
 class NbvisionError(Exception):
-    """Base of every nbvision error."""
+    """Base of every nbvision error. Can be copied and pickled, so it may cross threads and processes."""
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _revive, (type(self), self.args, dict(self.__dict__))
 
 
 class InputError(NbvisionError, ValueError):
@@ -105,3 +108,10 @@ class EngineError(NbvisionError, RuntimeError):
 
 class SearchError(NbvisionError, RuntimeError):
     """An index cannot be read, or does not fit the vectors it is asked about."""
+
+
+def _revive(kind: type[NbvisionError], arguments: tuple[Any, ...], attributes: dict[str, Any]) -> NbvisionError:
+    """An error as it was; its own initialiser would want the arguments that made the message."""
+    error = kind.__new__(kind, *arguments)
+    error.__dict__.update(attributes)
+    return error

@@ -16,6 +16,7 @@ from nbvision.runtime.device import cuda_unavailable_because
 
 # Files about an optional peer are collected only where the peer is installed; the header says which were left out.
 _NEEDS = {
+    "test_benchmarks.py": "asv",
     "test_compile.py": "numba_cuda",
     "test_house_rules.py": "ruff",
     "test_simulator.py": "numba_cuda",

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import json
+import pickle
 import subprocess
 import sys
 
@@ -48,3 +50,19 @@ def test_error_tree_is_the_one_drawn():
         if isinstance(value, type):
             assert issubclass(value, errors.NbvisionError)
             assert name in (errors.__doc__ or "")
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        nbvision.DecodeError("cut off", kind="truncated", source="a.jpg"),
+        nbvision.MissingExtraError("cupy", extra="cuda13", needed_for="a kernel"),
+        nbvision.InputError("wrong"),
+    ],
+    ids=lambda error: type(error).__name__,
+)
+def test_errors_survive_copy_and_pickle(error):
+    for again in (copy.copy(error), pickle.loads(pickle.dumps(error))):
+        assert type(again) is type(error)
+        assert str(again) == str(error)
+        assert again.__dict__ == error.__dict__

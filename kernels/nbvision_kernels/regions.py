@@ -20,7 +20,7 @@ __all__ = ["FIELDS", "FIT_LETTERBOX", "FIT_STRETCH", "SCALES", "fill_box_regions
 IMAGE, X, Y, WIDTH, HEIGHT, LEFT, TOP, OUT_WIDTH, OUT_HEIGHT, STEP_X, STEP_Y, START_X, START_Y = range(13)
 FIELDS = 13
 
-# Fields of a row of `scales`: canvas -> source is x * SCALE_X + OFFSET_X; UNIT is the value of a linear step's last bit.
+# Fields of a row of `scales`: canvas -> source is x * SCALE_X + OFFSET_X; UNIT is the worth of a step's last bit.
 SCALE_X, SCALE_Y, OFFSET_X, OFFSET_Y, UNIT_X, UNIT_Y = range(6)
 SCALES = 6
 

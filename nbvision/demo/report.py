@@ -8,12 +8,12 @@ from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageChops, ImageDraw, ImageFilter, ImageFont
 
 __all__ = ["Match", "Row", "draw_report"]
 
 _COLOURS = [(230, 57, 70), (29, 120, 208), (42, 157, 80), (240, 150, 20), (140, 70, 190), (20, 160, 170)]
-_QUERY_HEIGHT, _MATCH_SIDE, _GAP, _CAPTION = 300, 134, 14, 16
+_QUERY_HEIGHT, _MATCH_WIDTH, _GAP, _CAPTION = 288, 150, 16, 20
 _INK, _PAPER, _GOOD, _BAD = (30, 30, 34), (252, 252, 250), (42, 157, 80), (200, 60, 60)
 
 
@@ -67,34 +67,37 @@ def _draw_row(row: Row) -> Image.Image:
 
 
 def _draw_query(row: Row) -> Image.Image:
-    pixels = row.image.astype(np.float32)
+    scale = _QUERY_HEIGHT / row.image.shape[0]
+    size = (round(row.image.shape[1] * scale), _QUERY_HEIGHT)
+    picture = Image.fromarray(row.image).resize(size, Image.Resampling.LANCZOS)
     for index, mask in enumerate(row.masks):
-        pixels[mask] = pixels[mask] * 0.55 + np.array(_COLOURS[index % len(_COLOURS)], np.float32) * 0.45
-    picture = Image.fromarray(pixels.astype(np.uint8))
-    scale = _QUERY_HEIGHT / picture.height
-    picture = picture.resize((round(picture.width * scale), _QUERY_HEIGHT), Image.Resampling.LANCZOS)
+        inside = (
+            Image.fromarray(mask).convert("L").resize(size, Image.Resampling.BILINEAR).point(lambda v: 255 * (v > 127))
+        )
+        outline = ImageChops.subtract(inside.filter(ImageFilter.MaxFilter(5)), inside)
+        picture.paste(_COLOURS[index % len(_COLOURS)], mask=outline)
     draw = ImageDraw.Draw(picture)
-    font = ImageFont.load_default(13)
+    font = ImageFont.load_default(14)
     for index, (box, caption) in enumerate(zip(row.boxes * scale, row.captions, strict=True)):
         colour = _COLOURS[index % len(_COLOURS)]
-        draw.rectangle(box.tolist(), outline=colour, width=3)
-        x, y = float(box[0]), max(float(box[1]) - 17, 0.0)
-        draw.rectangle([x, y, x + draw.textlength(caption, font=font) + 6, y + 17], fill=colour)
-        draw.text((x + 3, y + 1), caption, fill=(255, 255, 255), font=font)
+        draw.rectangle(box.tolist(), outline=colour, width=2)
+        x, y = float(box[0]), max(float(box[1]) - 19, 0.0)
+        draw.rectangle([x, y, x + draw.textlength(caption, font=font) + 8, y + 19], fill=colour)
+        draw.text((x + 4, y + 1), caption, fill=(255, 255, 255), font=font)
     return picture
 
 
 def _draw_matches(matches: Sequence[Match], colour: tuple[int, int, int]) -> Image.Image:
-    line = Image.new("RGB", (8 + len(matches) * (_MATCH_SIDE + 6), _MATCH_SIDE + _CAPTION), _PAPER)
+    height = _MATCH_WIDTH * 3 // 4
+    line = Image.new("RGB", (10 + len(matches) * (_MATCH_WIDTH + 8), height + _CAPTION + 8), _PAPER)
     draw = ImageDraw.Draw(line)
-    draw.rectangle([0, 0, 3, _MATCH_SIDE], fill=colour)
+    draw.rectangle([0, 0, 4, height - 1], fill=colour)
     for index, match in enumerate(matches):
         with Image.open(match.path) as photograph:
-            thumbnail = photograph.convert("RGB").resize((_MATCH_SIDE, _MATCH_SIDE * 3 // 4), Image.Resampling.LANCZOS)
-        x = 8 + index * (_MATCH_SIDE + 6)
+            thumbnail = photograph.convert("RGB").resize((_MATCH_WIDTH, height), Image.Resampling.LANCZOS)
+        x = 12 + index * (_MATCH_WIDTH + 8)
         line.paste(thumbnail, (x, 0))
         frame = _GOOD if match.right else _BAD
-        draw.rectangle([x, 0, x + _MATCH_SIDE - 1, thumbnail.height - 1], outline=frame, width=3)
-        text = f"{match.product}  {match.score:.2f}"
-        draw.text((x, thumbnail.height + 2), text, fill=frame, font=ImageFont.load_default(12))
+        draw.rectangle([x, 0, x + _MATCH_WIDTH - 1, height - 1], outline=frame, width=3)
+        draw.text((x, height + 2), f"{match.product}  {match.score:.2f}", fill=frame, font=ImageFont.load_default(13))
     return line
