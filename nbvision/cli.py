@@ -22,7 +22,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = _parser().parse_args(arguments)
     try:
         return int(options.command(options))
-    except NbvisionError as error:
+    except (NbvisionError, OSError) as error:  # OSError: of the files that the user named
         print(f"nbvision: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
@@ -39,8 +39,8 @@ def _parser() -> argparse.ArgumentParser:
     demo = commands.add_parser("demo", help="the whole pipeline on a catalogue drawn for it")
     demo.add_argument("--out", type=Path, default=Path("nbvision-demo"), help="directory to write (%(default)s)")
     demo.add_argument("--json", type=Path, metavar="FILE", help="write the figures here too")
-    demo.add_argument("--products", type=int, default=120, help="products of the catalogue (%(default)s)")
-    demo.add_argument("--queries", type=int, default=90, help="query scenes (%(default)s)")
+    demo.add_argument("--products", type=_positive, default=120, help="products of the catalogue (%(default)s)")
+    demo.add_argument("--queries", type=_positive, default=90, help="query scenes (%(default)s)")
     demo.add_argument("--seed", type=int, default=0)
     _add_device_options(demo)
     demo.set_defaults(command=_demo)
@@ -58,6 +58,12 @@ def _parser() -> argparse.ArgumentParser:
     _add_model_options(search)
     search.set_defaults(command=_search)
     return parser
+
+
+def _positive(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is no whole number of 1 or more")
+    return int(text)
 
 
 def _add_device_options(parser: argparse.ArgumentParser) -> None:

@@ -14,6 +14,8 @@ __all__ = ["Console"]
 class Console:
     """Progress bars and tables on the terminal; plain lines where output is no terminal.
 
+    Text is printed as it is: a file may be called ``[red].jpg``.
+
     Raises
     ------
     MissingExtraError
@@ -28,8 +30,8 @@ class Console:
         self._rich = rich.console.Console(file=file)
 
     def print(self, text: str) -> None:
-        """One line."""
-        self._rich.print(text, highlight=False)
+        """One line, never broken: it may hold a path that somebody wants to copy."""
+        self._rich.print(_printable(text), highlight=False, markup=False, emoji=False, soft_wrap=True)
 
     @contextlib.contextmanager
     def status(self, text: str) -> Iterator[None]:
@@ -48,12 +50,19 @@ class Console:
             yield lambda: bar.advance(task)
 
     def table(self, title: str, header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
-        """A table; all columns but the first are right-aligned."""
+        """A table; all columns but the first are right-aligned, and no cell is cut off."""
         from rich.table import Table
+        from rich.text import Text
 
-        table = Table(title=title, title_justify="left")
+        table = Table()
         for position, name in enumerate(header):
-            table.add_column(name, justify="left" if position == 0 else "right")
+            table.add_column(name, justify="left" if position == 0 else "right", overflow="fold")
         for row in rows:
-            table.add_row(*row)
+            table.add_row(*(Text(_printable(cell)) for cell in row))
+        self.print(title)
         self._rich.print(table)
+
+
+def _printable(text: str) -> str:
+    """The text with question marks for what no terminal can show: bytes of a file name that are no UTF-8."""
+    return text.encode(errors="replace").decode()

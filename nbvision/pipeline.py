@@ -252,13 +252,12 @@ def in_batches(engine: Engine, inputs: Any) -> Any:
     largest = engine.batch.max if engine.batch is not None else len(inputs)
     if len(inputs) <= largest:
         return engine(inputs)
-    name = engine.outputs[0].name
     first = engine(inputs[:largest])
     outputs = _like(first, len(inputs))
     outputs[:largest] = first
     for start in range(largest, len(inputs), largest):
         part = slice(start, start + largest)
-        engine.run({engine.inputs[0].name: inputs[part]}, out={name: outputs[part]})
+        outputs[part] = engine(inputs[part])  # not out=outputs[part]: TensorRT takes no output at an odd address
     return outputs
 
 
@@ -274,6 +273,8 @@ def _like(array: Any, count: int) -> Any:
 def _class_names(detector: Engine) -> tuple[str, ...]:
     try:
         names: Sequence[str] = json.loads(detector.metadata["nbvision.classes"])
+        if not isinstance(names, list):
+            raise ValueError(f"it is {names!r}")
     except (KeyError, ValueError) as error:
         raise EngineError(
             f"{detector.name} names no classes; expected a JSON list in its metadata 'nbvision.classes'"

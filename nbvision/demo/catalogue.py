@@ -91,7 +91,7 @@ def make_catalogue(
     stock = [photograph([product], shelf / f"{product.id}_{view}") for product in goods for view in range(photographs)]
     scenes = []
     for number in range(queries):
-        shown = rng.choice(len(goods), size=int(rng.integers(1, 4)), replace=False)
+        shown = rng.choice(len(goods), size=min(int(rng.integers(1, 4)), len(goods)), replace=False)
         scenes.append(photograph([goods[index] for index in shown], asked / f"query-{number:04d}"))
     return Catalogue(goods, stock, scenes, _write_broken(shelf, stock[0].scene.image))
 

@@ -1,0 +1,233 @@
+"""The command line as a user types it: what it prints, what it writes, and how it fails."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from nbvision import Index
+from nbvision.cli import main
+from nbvision.demo.catalogue import Catalogue, make_catalogue
+
+
+@pytest.fixture(autouse=True)
+def _wide_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rich breaks lines at the width of the terminal."""
+    monkeypatch.setenv("COLUMNS", "400")
+
+
+@pytest.fixture(scope="module")
+def catalogue(tmp_path_factory: pytest.TempPathFactory) -> Catalogue:
+    return make_catalogue(tmp_path_factory.mktemp("shop"), products=4, photographs=1, queries=1, seed=0)
+
+
+@pytest.fixture
+def shelf(catalogue: Catalogue, tmp_path: Path) -> Path:
+    """A folder with four good images, one of them in a folder below, a text named like an image, an empty file."""
+    folder = tmp_path / "shelf"
+    (folder / "below").mkdir(parents=True)
+    for number, photograph in enumerate(catalogue.photographs):
+        target = folder / "below" if number == 0 else folder
+        (target / photograph.path.name).write_bytes(photograph.path.read_bytes())
+    (folder / "text.jpg").write_text("this is no image at all")
+    (folder / "empty.png").touch()
+    (folder / "notes.txt").write_text("nobody asked for this file")
+    return folder
+
+
+def run(capsys: pytest.CaptureFixture[str], *arguments: str | Path) -> tuple[int, str, str]:
+    """Exit status, stdout, stderr of one command."""
+    status = main([str(argument) for argument in arguments])
+    printed = capsys.readouterr()
+    return status, printed.out, printed.err
+
+
+def assert_fails(result: tuple[int, str, str], *said: str) -> None:
+    """Exit status 1 and a message on stderr, without a traceback."""
+    status, _, errors = result
+    assert status == 1
+    assert errors.startswith("nbvision: ")
+    assert "Traceback" not in errors
+    for text in said:
+        assert text in errors
+
+
+def table_rows(printed: str) -> list[list[str]]:
+    """The cells of every row that Rich has drawn."""
+    return [[cell.strip() for cell in line.strip("│").split("│")] for line in printed.splitlines() if "│" in line]
+
+
+# --- info and demo ----------------------------------------------------------------------------------------------------
+
+
+def test_info(capsys: pytest.CaptureFixture[str]) -> None:
+    status, printed, errors = run(capsys, "info")
+    assert (status, errors) == (0, "")
+    lines = printed.splitlines()
+    assert lines[0].startswith("nbvision ")
+    assert f"numpy {np.__version__}" in printed
+    assert sum(line.startswith("cuda ") for line in lines) == 1
+    extras = lines[lines.index("extras") + 1 :]
+    assert [line.split()[0] for line in extras] == ["cuda13", "tensorrt", "tensorrt-rtx", "onnx", "search", "cli"]
+
+
+def test_demo(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    figures, out = tmp_path / "figures.json", tmp_path / "out"
+    status, printed, errors = run(
+        capsys, "demo", "--products", "6", "--queries", "4", "--device", "cpu", "--out", out, "--json", figures
+    )
+    assert (status, errors) == (0, "")
+    content = json.loads(figures.read_text())
+    assert (content["products"], content["queries"], content["device"]) == (6, 4, "cpu")
+    assert (out / "report.png").is_file()
+    for measure in ("mAP@0.5", "mask IoU", "recall@1", "recall@5"):
+        assert measure in printed
+    for kind in content["errors_by_kind"]:
+        assert kind in printed
+    assert str(out / "report.png") in printed
+    assert Index.load(out / "index")  # what it indexed can be searched later
+
+
+@pytest.mark.parametrize("option", ["--products", "--queries"])
+@pytest.mark.parametrize("value", ["0", "-3", "many"])
+def test_demo_of_nothing_is_wrong_usage(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, option: str, value: str
+) -> None:
+    with pytest.raises(SystemExit) as exit_info:
+        main(["demo", "--device", "cpu", "--out", str(tmp_path / "out"), option, value])
+    assert exit_info.value.code == 2
+    assert option in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+# --- index and search -------------------------------------------------------------------------------------------------
+
+
+def test_index_then_search(capsys: pytest.CaptureFixture[str], shelf: Path, catalogue: Catalogue) -> None:
+    status, printed, errors = run(capsys, "index", shelf, "--device", "cpu")
+    assert (status, errors) == (0, "")
+    path = shelf.with_name("shelf.index")
+    assert f"4 of 6 images indexed in {path}" in printed
+    assert f"{shelf / 'text.jpg'}: " in printed
+    assert f"{shelf / 'empty.png'}: " in printed
+    assert ["empty", "1"] in table_rows(printed)
+    assert ["not_an_image", "1"] in table_rows(printed)
+
+    index = Index.load(path)
+    names = [photograph.path.name for photograph in catalogue.photographs]
+    assert len(index) == 4
+    for name in (f"below/{names[0]}", *names[1:]):
+        assert name in index
+
+    status, printed, errors = run(capsys, "search", path, shelf / names[2], "--device", "cpu", "-k", "3")
+    assert (status, errors) == (0, "")
+    first, *others = table_rows(printed)[:3]
+    assert first[0] == names[2]
+    assert float(first[1]) > 0.999
+    assert all(float(similarity) < float(first[1]) for _, similarity in others)
+
+
+def test_index_where_it_is_told_to_go(capsys: pytest.CaptureFixture[str], shelf: Path, tmp_path: Path) -> None:
+    status, _, _ = run(capsys, "index", shelf, "--device", "cpu", "--index", tmp_path / "elsewhere")
+    assert status == 0
+    assert len(Index.load(tmp_path / "elsewhere")) == 4
+    assert not shelf.with_name("shelf.index").exists()
+
+
+def test_index_of_an_empty_folder(capsys: pytest.CaptureFixture[str], catalogue: Catalogue, tmp_path: Path) -> None:
+    (tmp_path / "empty").mkdir()
+    status, printed, errors = run(capsys, "index", tmp_path / "empty", "--device", "cpu")
+    assert (status, errors) == (0, "")
+    assert "0 of 0 images indexed" in printed
+    path = tmp_path / "empty.index"
+    assert len(Index.load(path)) == 0
+    status, _, errors = run(capsys, "search", path, catalogue.photographs[0].path, "--device", "cpu")
+    assert (status, errors) == (0, "")
+
+
+def test_image_without_an_object(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    from PIL import Image
+
+    folder = tmp_path / "plain"
+    folder.mkdir()
+    Image.new("RGB", (320, 240), (127, 127, 127)).save(folder / "grey.png")
+    status, printed, _ = run(capsys, "index", folder, "--device", "cpu")
+    assert status == 0
+    assert "grey.png: no object found" in printed
+    assert "0 of 1 images indexed" in printed
+    status, printed, _ = run(capsys, "search", tmp_path / "plain.index", folder / "grey.png", "--device", "cpu")
+    assert status == 0
+    assert "no object found" in printed
+
+
+# --- failures ---------------------------------------------------------------------------------------------------------
+
+
+def test_index_of_a_missing_directory(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    missing = tmp_path / "missing"
+    assert_fails(run(capsys, "index", missing, "--device", "cpu"), str(missing), "expected a directory")
+    assert not missing.with_name("missing.index").exists()
+
+
+def test_search_in_a_missing_index(capsys: pytest.CaptureFixture[str], catalogue: Catalogue, tmp_path: Path) -> None:
+    image = catalogue.photographs[0].path
+    assert_fails(run(capsys, "search", tmp_path / "missing", image, "--device", "cpu"), str(tmp_path / "missing"))
+
+
+@pytest.mark.parametrize("name", ["text.jpg", "empty.png", "missing.jpg"])
+def test_search_with_an_unreadable_image(capsys: pytest.CaptureFixture[str], shelf: Path, name: str) -> None:
+    assert run(capsys, "index", shelf, "--device", "cpu")[0] == 0
+    path = shelf.with_name("shelf.index")
+    assert_fails(run(capsys, "search", path, shelf / name, "--device", "cpu"), name)
+
+
+def test_search_for_no_neighbours(capsys: pytest.CaptureFixture[str], shelf: Path, catalogue: Catalogue) -> None:
+    assert run(capsys, "index", shelf, "--device", "cpu")[0] == 0
+    image = catalogue.photographs[0].path
+    assert_fails(run(capsys, "search", shelf.with_name("shelf.index"), image, "--device", "cpu", "-k", "0"), "k is 0")
+
+
+def test_search_in_an_index_of_another_model(
+    capsys: pytest.CaptureFixture[str], catalogue: Catalogue, tmp_path: Path
+) -> None:
+    index = Index(128, model="other")
+    index.add(["a"], np.eye(1, 128, dtype=np.float32))
+    index.save(tmp_path / "other.index")
+    image = catalogue.photographs[0].path
+    assert_fails(run(capsys, "search", tmp_path / "other.index", image, "--device", "cpu"), "other")
+
+
+@pytest.mark.parametrize("command", ["index", "search"])
+def test_missing_models(
+    capsys: pytest.CaptureFixture[str], catalogue: Catalogue, shelf: Path, tmp_path: Path, command: str
+) -> None:
+    models = tmp_path / "no-models"
+    arguments = [shelf] if command == "index" else [tmp_path / "missing", catalogue.photographs[0].path]
+    assert_fails(run(capsys, command, *arguments, "--models", models, "--device", "cpu"), str(models))
+
+
+def test_a_file_where_a_directory_should_go(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    arguments = ["--products", "1", "--queries", "1", "--device", "cpu", "--out", tmp_path / "file"]
+    assert_fails(run(capsys, "demo", *arguments), "file")
+
+
+@pytest.mark.parametrize(
+    "arguments", [[], ["fly"], ["index"], ["search", "only-one"], ["index", ".", "--device", "tpu"], ["info", "--what"]]
+)
+def test_wrong_usage(capsys: pytest.CaptureFixture[str], arguments: list[str]) -> None:
+    with pytest.raises(SystemExit) as exit_info:
+        main(arguments)
+    assert exit_info.value.code == 2
+    assert "usage: nbvision" in capsys.readouterr().err
+
+
+def test_help_names_every_command(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as exit_info:
+        main(["--help"])
+    assert exit_info.value.code == 0
+    printed = capsys.readouterr().out
+    assert all(command in printed for command in ("info", "demo", "index", "search"))
