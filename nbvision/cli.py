@@ -3,22 +3,25 @@
 from __future__ import annotations
 
 import argparse
+import functools
 import sys
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from nbvision.errors import NbvisionError, SearchError
+from nbvision.errors import InputError, NbvisionError, SearchError
 
 if TYPE_CHECKING:
     from nbvision.pipeline import Recognizer
 
 __all__ = ["main"]
 
+NOTHING_FOUND = "nothing found"  # as good as an error to whoever looks for a file, but none of the file's
+
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run a command; returns the exit status: 0 done, 1 a typed error, 2 wrong usage."""
+    """Run a command; returns the exit status: 0 done, 1 an error, or a file that cannot be decoded, 2 wrong usage."""
     options = _parser().parse_args(arguments)
     try:
         return int(options.command(options))
@@ -41,7 +44,7 @@ def _parser() -> argparse.ArgumentParser:
     demo.add_argument("--json", type=Path, metavar="FILE", help="write the figures here too")
     demo.add_argument("--products", type=_positive, default=120, help="products of the catalogue (%(default)s)")
     demo.add_argument("--queries", type=_positive, default=90, help="query scenes (%(default)s)")
-    demo.add_argument("--seed", type=int, default=0)
+    demo.add_argument("--seed", type=_whole, default=0, help="of the products and scenes (%(default)s)")
     _add_device_options(demo)
     demo.set_defaults(command=_demo)
 
@@ -60,10 +63,13 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _positive(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is no whole number of 1 or more")
+def _whole(text: str, *, least: int = 0) -> int:
+    if not text.isdecimal() or int(text) < least:
+        raise argparse.ArgumentTypeError(f"{text!r} is no whole number of {least} or more")
     return int(text)
+
+
+_positive = functools.partial(_whole, least=1)
 
 
 def _add_device_options(parser: argparse.ArgumentParser) -> None:
@@ -119,20 +125,24 @@ def _demo(options: argparse.Namespace) -> int:
     console.print(f"{figures.images} images, {figures.queries} queries in {figures.seconds:.1f} s")
     console.print(f"picture: {options.out / 'report.png'}")
     if options.json:
+        options.json.parent.mkdir(parents=True, exist_ok=True)
         options.json.write_text(figures_as_json(figures))
     return 0
 
 
 def _index(options: argparse.Namespace) -> int:
     from nbvision.console import Console
-    from nbvision.indexing import image_files, index_files
+    from nbvision.indexing import IMAGE_SUFFIXES, image_files, index_files
     from nbvision.search import Index
 
     if not options.directory.is_dir():
-        raise SearchError(f"{options.directory} is no directory; expected a directory of images")
-    console = Console()
+        raise InputError(f"{options.directory} is no directory; expected a directory of images")
     files = image_files(options.directory)
-    path = options.index or options.directory.with_name(options.directory.name + ".index")
+    if not files:
+        suffixes = ", ".join(sorted(IMAGE_SUFFIXES))
+        raise InputError(f"{options.directory} holds no images; expected file names that end in {suffixes}")
+    console = Console()
+    path = options.index or Path(f"{options.directory.resolve()}.index")  # resolved: "." has no name
     recognizer = _load_recognizer(options)
     index = Index(recognizer.dimension, model=recognizer.digest)
     problems: Counter[str] = Counter()
@@ -144,15 +154,19 @@ def _index(options: argparse.Namespace) -> int:
                     problems[error.kind] += 1
                     messages.append(str(error))
                 elif len(found.of_image(number)) == 0:
-                    problems["nothing found"] += 1
+                    problems[NOTHING_FOUND] += 1
                     messages.append(f"{batch[number]}: no object found")
                 advance()
-    index.save(path)
     for message in messages:
         console.print(message)
-    console.table("not indexed", ["reason", "files"], [(kind, str(count)) for kind, count in sorted(problems.items())])
+    if problems:
+        reasons = [(kind, str(count)) for kind, count in sorted(problems.items())]
+        console.table("not indexed", ["reason", "files"], reasons)
+    if len(index) == 0:  # an index that is there already is worth more than an empty one
+        raise SearchError(f"none of {len(files)} images can be indexed; {path} is left as it was")
+    index.save(path)
     console.print(f"{len(index)} of {len(files)} images indexed in {path}")
-    return 0
+    return 1 if set(problems) - {NOTHING_FOUND} else 0
 
 
 def _search(options: argparse.Namespace) -> int:
@@ -165,6 +179,8 @@ def _search(options: argparse.Namespace) -> int:
     found = recognizer.recognize([options.image])
     if found.errors[0] is not None:
         raise found.errors[0]
+    if len(found) == 0:
+        raise SearchError(f"{options.image}: no object found, so there is nothing to search for")
     hits = index.search(found.vectors, k=options.k)
     for number in range(len(found)):
         x1, y1, x2, y2 = found.boxes[number]
@@ -172,6 +188,4 @@ def _search(options: argparse.Namespace) -> int:
         title = f"{label} {found.scores[number]:.2f} at {x1:.0f},{y1:.0f} - {x2:.0f},{y2:.0f}"
         answers = zip(hits.ids[number], hits.scores[number], strict=False)
         console.table(title, ["image", "similarity"], [(name, f"{score:.3f}") for name, score in answers])
-    if len(found) == 0:
-        console.print(f"no object found in {options.image}")
     return 0

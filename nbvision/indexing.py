@@ -25,11 +25,11 @@ def index_files(
     recognizer: Recognizer,
     files: Iterable[Path],
     *,
-    root: Path | None = None,
+    root: Path,
     batch_size: int = 32,
     times: StageTimes | None = None,
 ) -> Iterator[tuple[Sequence[Path], Recognition]]:
-    """Add the best-scored object of each image to ``index``, under the file's name (its path below ``root``, if given).
+    """Add the best-scored object of each image to ``index``, under the file's path below ``root``.
 
     Yields each batch and what was found in it, so that the caller can count, show or judge. A file that cannot be
     decoded, or in which nothing is found, is not added; nothing else is lost.
@@ -37,7 +37,7 @@ def index_files(
     for sources, found in recognizer.stream(files, batch_size=batch_size, times=times):
         batch = [Path(str(source)) for source in sources]
         images, best = np.unique(found.images, return_index=True)  # the first of an image is its best
-        names = [str(batch[image].relative_to(root) if root else batch[image].name) for image in images]
+        names = [str(batch[image].relative_to(root)) for image in images]
         if names:
             index.add(names, found.vectors[best])
         yield batch, found

@@ -27,7 +27,8 @@ from nbvision.ops.boxes import nms
 from nbvision.ops.geometry import Geometry
 from nbvision.ops.masks import cut_out, mask_boxes
 from nbvision.ops.preprocess import Preprocess
-from nbvision.runtime.device import Device, resolve_device, synchronize
+from nbvision.runtime import memory
+from nbvision.runtime.device import Device, device_of, resolve_device, synchronize
 
 __all__ = ["Recognition", "Recognizer", "StageTimes", "in_batches"]
 
@@ -141,9 +142,13 @@ class Recognizer:
         self.score_threshold = score_threshold
         self.iou_threshold = iou_threshold
         self.max_detections = max_detections
-        detect_size, crop_size = _square_input(detector), _square_input(masker)
-        if _square_input(embedder) != crop_size:
-            raise EngineError(f"the masker takes {crop_size} crops, the embedder {_square_input(embedder)}")
+        detect_size, crop_size, embed_size = (_input_size(engine) for engine in (detector, masker, embedder))
+        if embed_size != crop_size:
+            raise EngineError(f"the masker takes {crop_size} crops, the embedder {embed_size}")
+        _check_output(masker, 1, *crop_size)
+        _check_output(embedder, None)
+        if not detector.device == masker.device == embedder.device:
+            raise EngineError(f"the models run on {detector.device}, {masker.device}, {embedder.device}; expected one")
         self._to_detector = Preprocess(detect_size, scale=1 / 255)
         self._to_crops = Preprocess(crop_size, fit="stretch", scale=1 / 255, box_margin=CROP_MARGIN)
 
@@ -187,7 +192,9 @@ class Recognizer:
             An image that could not be decoded has its error and no objects; the others do not notice.
         """
         if not isinstance(sources, ImageBatch):
-            items: list[Any] = [sources] if isinstance(sources, (bytes, str, os.PathLike)) else list(sources)
+            if isinstance(sources, (bytes, bytearray, memoryview, str, os.PathLike)):
+                sources = [sources]
+            items = list(sources)
             with self._stage(times, "decode", len(items)):
                 batch = decode(items, device=self.device)
         else:
@@ -262,9 +269,6 @@ def in_batches(engine: Engine, inputs: Any) -> Any:
 
 
 def _like(array: Any, count: int) -> Any:
-    from nbvision.runtime import memory
-    from nbvision.runtime.device import device_of
-
     shape = (count, *array.shape[1:])
     size_bytes = array.nbytes // max(len(array), 1) * count
     return memory.acquire(size_bytes, device=device_of(array)).view(shape, dtype=array.dtype)
@@ -279,13 +283,26 @@ def _class_names(detector: Engine) -> tuple[str, ...]:
         raise EngineError(
             f"{detector.name} names no classes; expected a JSON list in its metadata 'nbvision.classes'"
         ) from error
-    if detector.outputs[0].shape[1] not in (-1, 4 + len(names)):
+    shape = detector.outputs[0].shape
+    if len(shape) != 3 or shape[1] not in (-1, 4 + len(names)):
         raise EngineError(f"{detector.name} names {len(names)} classes, but its output is {detector.outputs[0]}")
     return tuple(names)
 
 
-def _square_input(engine: Engine) -> tuple[int, int]:
+def _input_size(engine: Engine) -> tuple[int, int]:
     shape = engine.inputs[0].shape
     if len(engine.inputs) != 1 or len(shape) != 4 or shape[1] != 3 or min(shape[2:]) < 1:
         raise EngineError(f"{engine.name} takes {engine.inputs}; expected one input (batch, 3, height, width)")
     return shape[2], shape[3]
+
+
+def _check_output(engine: Engine, *beyond_batch: int | None) -> None:
+    """Refuse a model whose one output is not (batch, then these sizes); None stands for any size."""
+    shape = engine.outputs[0].shape[1:]
+    fits = len(shape) == len(beyond_batch) and all(
+        want is None or size in (-1, want) for size, want in zip(shape, beyond_batch, strict=True)
+    )
+    if len(engine.outputs) != 1 or not fits:
+        wanted = ", ".join(["batch", *("any" if want is None else str(want) for want in beyond_batch)])
+        gives = ", ".join(map(str, engine.outputs))
+        raise EngineError(f"{engine.name} gives {gives}; expected one output ({wanted})")

@@ -3,20 +3,16 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from nbvision import Index
 from nbvision.cli import main
 from nbvision.demo.catalogue import Catalogue, make_catalogue
-
-
-@pytest.fixture(autouse=True)
-def _wide_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Rich breaks lines at the width of the terminal."""
-    monkeypatch.setenv("COLUMNS", "400")
 
 
 @pytest.fixture(scope="module")
@@ -55,6 +51,12 @@ def assert_fails(result: tuple[int, str, str], *said: str) -> None:
         assert text in errors
 
 
+def index_of(capsys: pytest.CaptureFixture[str], shelf: Path) -> Path:
+    """The index of the good images on the shelf."""
+    assert run(capsys, "index", shelf, "--device", "cpu")[0] == 1  # there are broken ones too
+    return shelf.with_name("shelf.index")
+
+
 def table_rows(printed: str) -> list[list[str]]:
     """The cells of every row that Rich has drawn."""
     return [[cell.strip() for cell in line.strip("│").split("│")] for line in printed.splitlines() if "│" in line]
@@ -75,7 +77,7 @@ def test_info(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_demo(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
-    figures, out = tmp_path / "figures.json", tmp_path / "out"
+    figures, out = tmp_path / "new" / "figures.json", tmp_path / "out"
     status, printed, errors = run(
         capsys, "demo", "--products", "6", "--queries", "4", "--device", "cpu", "--out", out, "--json", figures
     )
@@ -91,13 +93,15 @@ def test_demo(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     assert Index.load(out / "index")  # what it indexed can be searched later
 
 
-@pytest.mark.parametrize("option", ["--products", "--queries"])
-@pytest.mark.parametrize("value", ["0", "-3", "many"])
-def test_demo_of_nothing_is_wrong_usage(
+@pytest.mark.parametrize(
+    ("option", "value"),
+    [("--products", "0"), ("--products", "many"), ("--queries", "0"), ("--queries", "-3"), ("--seed", "-9")],
+)
+def test_demo_with_impossible_numbers_is_wrong_usage(
     capsys: pytest.CaptureFixture[str], tmp_path: Path, option: str, value: str
 ) -> None:
     with pytest.raises(SystemExit) as exit_info:
-        main(["demo", "--device", "cpu", "--out", str(tmp_path / "out"), option, value])
+        main(["demo", "--device", "cpu", "--out", str(tmp_path / "out"), f"{option}={value}"])
     assert exit_info.value.code == 2
     assert option in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
@@ -107,8 +111,8 @@ def test_demo_of_nothing_is_wrong_usage(
 
 
 def test_index_then_search(capsys: pytest.CaptureFixture[str], shelf: Path, catalogue: Catalogue) -> None:
-    status, printed, errors = run(capsys, "index", shelf, "--device", "cpu")
-    assert (status, errors) == (0, "")
+    status, printed, _ = run(capsys, "index", shelf, "--device", "cpu")
+    assert status == 1  # two files cannot be decoded, which costs the others nothing
     path = shelf.with_name("shelf.index")
     assert f"4 of 6 images indexed in {path}" in printed
     assert f"{shelf / 'text.jpg'}: " in printed
@@ -131,36 +135,36 @@ def test_index_then_search(capsys: pytest.CaptureFixture[str], shelf: Path, cata
 
 
 def test_index_where_it_is_told_to_go(capsys: pytest.CaptureFixture[str], shelf: Path, tmp_path: Path) -> None:
-    status, _, _ = run(capsys, "index", shelf, "--device", "cpu", "--index", tmp_path / "elsewhere")
-    assert status == 0
-    assert len(Index.load(tmp_path / "elsewhere")) == 4
-    assert not shelf.with_name("shelf.index").exists()
-
-
-def test_index_of_an_empty_folder(capsys: pytest.CaptureFixture[str], catalogue: Catalogue, tmp_path: Path) -> None:
-    (tmp_path / "empty").mkdir()
-    status, printed, errors = run(capsys, "index", tmp_path / "empty", "--device", "cpu")
+    arguments = [shelf / "below", "--device", "cpu", "--index", tmp_path / "elsewhere"]
+    status, printed, errors = run(capsys, "index", *arguments)
     assert (status, errors) == (0, "")
-    assert "0 of 0 images indexed" in printed
-    path = tmp_path / "empty.index"
-    assert len(Index.load(path)) == 0
-    status, _, errors = run(capsys, "search", path, catalogue.photographs[0].path, "--device", "cpu")
-    assert (status, errors) == (0, "")
+    assert "not indexed" not in printed
+    assert len(Index.load(tmp_path / "elsewhere")) == 1
+    assert not shelf.with_name("below.index").exists()
 
 
-def test_image_without_an_object(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
-    from PIL import Image
+def test_index_of_the_current_directory(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, shelf: Path
+) -> None:
+    monkeypatch.chdir(shelf / "below")
+    assert run(capsys, "index", ".", "--device", "cpu")[0] == 0
+    assert len(Index.load(shelf / "below.index")) == 1
 
-    folder = tmp_path / "plain"
-    folder.mkdir()
-    Image.new("RGB", (320, 240), (127, 127, 127)).save(folder / "grey.png")
-    status, printed, _ = run(capsys, "index", folder, "--device", "cpu")
-    assert status == 0
-    assert "grey.png: no object found" in printed
-    assert "0 of 1 images indexed" in printed
-    status, printed, _ = run(capsys, "search", tmp_path / "plain.index", folder / "grey.png", "--device", "cpu")
-    assert status == 0
-    assert "no object found" in printed
+
+def test_file_names_are_printed_as_they_are(
+    capsys: pytest.CaptureFixture[str], shelf: Path, catalogue: Catalogue
+) -> None:
+    """Brackets mean styles to Rich, a long path would be broken, and a byte need be no UTF-8."""
+    good, bad = shelf / ("long-" * 30 + "[blue].jpg"), shelf / "[red] :smile: no image.jpg"
+    good.write_bytes(catalogue.photographs[1].path.read_bytes())
+    bad.write_text("no image")
+    Path(os.fsdecode(os.fsencode(shelf) + b"/latin-\xe9.jpg")).write_text("no image")
+    status, printed, _ = run(capsys, "index", shelf, "--device", "cpu")
+    assert status == 1
+    assert f"{bad}: " in printed
+    assert f"{shelf}/latin-?.jpg: " in printed
+    _, printed, _ = run(capsys, "search", shelf.with_name("shelf.index"), good, "--device", "cpu", "-k", "1")
+    assert "".join(row[0] for row in table_rows(printed)) == good.name  # folded over several lines
 
 
 # --- failures ---------------------------------------------------------------------------------------------------------
@@ -172,6 +176,30 @@ def test_index_of_a_missing_directory(capsys: pytest.CaptureFixture[str], tmp_pa
     assert not missing.with_name("missing.index").exists()
 
 
+def test_nothing_to_index_leaves_the_index_as_it_was(
+    capsys: pytest.CaptureFixture[str], shelf: Path, tmp_path: Path
+) -> None:
+    """A folder whose disk is not mounted looks empty."""
+    empty, broken, plain = (tmp_path / name for name in ("empty", "broken", "plain"))
+    for folder in (empty, broken, plain):
+        folder.mkdir()
+    (empty / "notes.txt").touch()
+    (broken / "text.jpg").write_text("this is no image at all")
+    Image.new("RGB", (320, 240), (127, 127, 127)).save(plain / "grey.png")
+
+    path = index_of(capsys, shelf)
+    before = (path / "index.json").read_bytes()
+    said = {empty: "holds no images", broken: "none of 1 images can be indexed", plain: "none of 1 images"}
+    for folder, text in said.items():
+        assert_fails(run(capsys, "index", folder, "--device", "cpu", "--index", path), text)
+        assert_fails(run(capsys, "index", folder, "--device", "cpu"), text)
+        assert not folder.with_name(f"{folder.name}.index").exists()
+    assert (path / "index.json").read_bytes() == before
+    assert len(Index.load(path)) == 4
+
+    assert_fails(run(capsys, "search", path, plain / "grey.png", "--device", "cpu"), "grey.png: no object found")
+
+
 def test_search_in_a_missing_index(capsys: pytest.CaptureFixture[str], catalogue: Catalogue, tmp_path: Path) -> None:
     image = catalogue.photographs[0].path
     assert_fails(run(capsys, "search", tmp_path / "missing", image, "--device", "cpu"), str(tmp_path / "missing"))
@@ -179,15 +207,12 @@ def test_search_in_a_missing_index(capsys: pytest.CaptureFixture[str], catalogue
 
 @pytest.mark.parametrize("name", ["text.jpg", "empty.png", "missing.jpg"])
 def test_search_with_an_unreadable_image(capsys: pytest.CaptureFixture[str], shelf: Path, name: str) -> None:
-    assert run(capsys, "index", shelf, "--device", "cpu")[0] == 0
-    path = shelf.with_name("shelf.index")
-    assert_fails(run(capsys, "search", path, shelf / name, "--device", "cpu"), name)
+    assert_fails(run(capsys, "search", index_of(capsys, shelf), shelf / name, "--device", "cpu"), name)
 
 
 def test_search_for_no_neighbours(capsys: pytest.CaptureFixture[str], shelf: Path, catalogue: Catalogue) -> None:
-    assert run(capsys, "index", shelf, "--device", "cpu")[0] == 0
     image = catalogue.photographs[0].path
-    assert_fails(run(capsys, "search", shelf.with_name("shelf.index"), image, "--device", "cpu", "-k", "0"), "k is 0")
+    assert_fails(run(capsys, "search", index_of(capsys, shelf), image, "--device", "cpu", "-k", "0"), "k is 0")
 
 
 def test_search_in_an_index_of_another_model(

@@ -169,7 +169,7 @@ def test_one_image_alone_needs_no_list(device: str, catalogue: Catalogue, files:
     expected = recognizer(device).recognize(files[:1])
     assert len(expected) > 0
     path = catalogue.photographs[0].path
-    for source in (files[0], path, str(path)):
+    for source in (files[0], bytearray(files[0]), memoryview(files[0]), path, str(path)):
         assert_same_objects(recognizer(device).recognize(source), expected)
 
 
@@ -255,6 +255,10 @@ def test_models_that_do_not_fit_together(device: str) -> None:
         Recognizer(whole.masker, whole.masker, whole.embedder)
     with pytest.raises(EngineError, match=r"masker takes \(320, 320\) crops, the embedder \(96, 96\)"):
         Recognizer(whole.detector, whole.detector, whole.embedder)
+    with pytest.raises(EngineError, match=r"embedder gives .*; expected one output \(batch, 1, 96, 96\)"):
+        Recognizer(whole.detector, whole.embedder, whole.masker)
+    with pytest.raises(EngineError, match=r"masker gives .*; expected one output \(batch, any\)"):
+        Recognizer(whole.detector, whole.masker, whole.masker)
 
 
 def test_missing_models(device: str, tmp_path: Path) -> None:

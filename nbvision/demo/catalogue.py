@@ -12,6 +12,7 @@ import numpy.typing as npt
 from PIL import Image
 
 from nbvision.demo.garments import Product, Scene, backgrounds, draw_scene, make_products
+from nbvision.errors import InputError
 
 __all__ = ["Catalogue", "Photograph", "make_catalogue", "product_of"]
 
@@ -35,8 +36,12 @@ class Photograph:
 
 @dataclass(frozen=True)
 class Catalogue:
-    """Products, photographs of one product each, scenes of several, and files that are broken on purpose."""
+    """Products, photographs of one product each, scenes of several, and files that are broken on purpose.
 
+    ``shelf`` is the directory of the photographs and the broken files.
+    """
+
+    shelf: Path
     products: Sequence[Product]
     photographs: Sequence[Photograph]
     queries: Sequence[Photograph]
@@ -71,10 +76,18 @@ def make_catalogue(
     products, photographs, queries : int
         Products, photographs of each, and query scenes with one to three garments.
     seed : int
-        The same seed gives the same files.
+        0 or more. The same seed gives the same files.
     on_image : callable
         Called after each image, to show progress.
+
+    Raises
+    ------
+    InputError
+        For a count below 1 or a seed below 0, whose products a training run may have seen.
     """
+    for name, value, least in (("products", products, 1), ("photographs", photographs, 1), ("seed", seed, 0)):
+        if value < least:
+            raise InputError(f"{name} is {value}; expected {least} or more")
     rng = np.random.default_rng(seed)
     goods = make_products(products, seed=_PRODUCT_SEED + seed)
     photos = backgrounds("test")
@@ -93,7 +106,7 @@ def make_catalogue(
     for number in range(queries):
         shown = rng.choice(len(goods), size=min(int(rng.integers(1, 4)), len(goods)), replace=False)
         scenes.append(photograph([goods[index] for index in shown], asked / f"query-{number:04d}"))
-    return Catalogue(goods, stock, scenes, _write_broken(shelf, stock[0].scene.image))
+    return Catalogue(shelf, goods, stock, scenes, _write_broken(shelf, stock[0].scene.image))
 
 
 def _write(image: npt.NDArray[np.uint8], stem: Path, kind: int) -> Path:

@@ -13,10 +13,10 @@ from PIL import Image, ImageChops, ImageDraw, ImageFilter, ImageFont
 __all__ = ["Match", "Row", "draw_report"]
 
 _COLOURS = [(230, 57, 70), (29, 120, 208), (240, 150, 20), (140, 70, 190), (20, 160, 170), (110, 90, 70)]
-_QUERY_HEIGHT, _MATCH_SIZE, _GAP, _CAPTION = 360, (136, 102), 18, 18
+_QUERY_HEIGHT, _MATCH_SIZE, _GAP, _CAPTION = 348, (128, 96), 18, 20
 _INK, _FAINT, _PAPER, _GOOD = (30, 30, 34), (125, 125, 130), (252, 252, 250), (42, 157, 80)
 _LEGEND = "Green frames: the same product, photographed elsewhere. Numbers: cosine similarity."
-_PALETTE = 255  # colours of the file: a third of the bytes, and hardly to be seen
+_FILE_COLOURS = 256  # with dithering, a third of the bytes of the whole picture, and hardly to be seen
 
 
 @dataclass(frozen=True)
@@ -51,7 +51,8 @@ def draw_report(rows: Sequence[Row], path: Path, *, title: str) -> None:
     for picture in pictures:
         sheet.paste(picture, (_GAP, top))
         top += picture.height + _GAP
-    sheet.quantize(_PALETTE, dither=Image.Dither.NONE).save(path, optimize=True)
+    palette = sheet.quantize(_FILE_COLOURS)  # Pillow dithers only to a palette that it is given
+    sheet.quantize(palette=palette, dither=Image.Dither.FLOYDSTEINBERG).save(path, optimize=True)
 
 
 def _draw_heading(title: str) -> Image.Image:

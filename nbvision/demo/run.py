@@ -120,7 +120,7 @@ def _index_catalogue(
     errors: Counter[str] = Counter()
     scenes = {photograph.path: photograph.scene for photograph in catalogue.photographs}
     with console.progress("indexing the catalogue", len(catalogue.files)) as advance:
-        for batch, found in index_files(index, recognizer, catalogue.files, times=times):
+        for batch, found in index_files(index, recognizer, catalogue.files, root=catalogue.shelf, times=times):
             for number, (file, error) in enumerate(zip(batch, found.errors, strict=True)):
                 if error is not None:
                     errors[error.kind] += 1
@@ -212,18 +212,19 @@ class _Judge:
 
 def _report_row(answer: _Answer, recognizer: Recognizer, catalogue: Catalogue) -> Row:
     found, scene = answer.found, answer.query.scene
-    shelf = catalogue.photographs[0].path.parent
     wanted = {detection: scene.product_ids[number] for number, detection in answer.matches.items()}
 
     def match(detection: int, name: str, score: float) -> Match:
         product = product_of(name)
-        return Match(shelf / name, _short(product), score, right=product == wanted.get(detection))
+        return Match(catalogue.shelf / name, _short(product, catalogue), score, right=product == wanted.get(detection))
 
     return Row(
         image=scene.image,
         boxes=found.boxes,
         masks=[paste_mask(mask, found.crop_geometry, i, scene.image.shape[:2]) for i, mask in enumerate(found.masks)],
-        captions=[f"{recognizer.classes[label]} {score:.2f}" for label, score in zip(found.labels, found.scores, strict=True)],
+        captions=[
+            f"{recognizer.classes[label]} {score:.2f}" for label, score in zip(found.labels, found.scores, strict=True)
+        ],
         matches=[
             [match(detection, name, float(score)) for name, score in list(zip(names, scores, strict=True))[:ANSWERS]]
             for detection, (names, scores) in enumerate(zip(answer.hits.ids, answer.hits.scores, strict=True))
@@ -231,10 +232,10 @@ def _report_row(answer: _Answer, recognizer: Recognizer, catalogue: Catalogue) -
     )
 
 
-def _short(product: str) -> str:
-    """``dress-9000042`` as people want to read it: ``dress 42``."""
+def _short(product: str, catalogue: Catalogue) -> str:
+    """``dress-9000042`` as people want to read it: ``dress 42``, counted from the catalogue's first product."""
     kind, _, number = product.rpartition("-")
-    return f"{kind} {int(number) % PRODUCTS_PER_SET}"
+    return f"{kind} {int(number) - catalogue.products[0].seed}"
 
 
 def figures_as_json(figures: DemoFigures) -> str:

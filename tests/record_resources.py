@@ -1,6 +1,6 @@
 """Rewrite ``kernels/resources.json``: the registers that each kernel may use on each architecture.
 
-Run ``python kernels/record_resources.py`` after a change that is meant to use more, and look at the difference.
+Run ``python tests/record_resources.py`` after a change that is meant to use more, and look at the difference.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ def main() -> None:
         table[kernel.name] = {architecture: code.registers for architecture, code in compiled.items()}
         spills = {architecture: code.spill_bytes for architecture, code in compiled.items() if code.spill_bytes}
         print(kernel.name, table[kernel.name], f"SPILLS {spills}" if spills else "", flush=True)
-    Path(__file__).with_name("resources.json").write_text(json.dumps(table, indent=1) + "\n")
+    (Path(__file__).parent.parent / "kernels" / "resources.json").write_text(json.dumps(table, indent=1) + "\n")
 
 
 if __name__ == "__main__":

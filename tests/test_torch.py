@@ -1,0 +1,49 @@
+"""Torch tensors go in and come out without a copy where they are on the right device."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from reference import random_image, to_host
+
+from nbvision.image import ImageBatch, as_batch
+from nbvision.ops.boxes import nms
+from nbvision.ops.preprocess import Preprocess
+
+
+def test_tensor_in_shares_memory(device, rng):
+    tensor = torch.from_numpy(random_image(rng, 20, 30)).to(device)
+    batch = ImageBatch.from_arrays([tensor])
+    assert batch.device == device
+    assert int(to_host(batch.table)[0, 0]) == tensor.data_ptr()
+
+
+def test_stacked_tensor_is_a_batch(device, rng):
+    stack = torch.from_numpy(np.stack([random_image(rng, 9, 7) for _ in range(3)])).to(device)
+    batch = as_batch(stack)
+    assert len(batch) == 3
+    np.testing.assert_array_equal(to_host(batch[1]), stack[1].cpu().numpy())
+
+
+def test_tensor_out_is_written(device, rng):
+    image = random_image(rng, 40, 50)
+    pre = Preprocess((16, 16), scale=1 / 255)
+    wanted, _ = pre(ImageBatch.from_arrays([image], device=device))
+    out = torch.full((1, 3, 16, 16), float("nan"), device=device)
+    got, _ = pre(torch.from_numpy(image).to(device), out=out)
+    if device == "cuda":
+        torch.cuda.synchronize()
+    assert got is out
+    np.testing.assert_array_equal(out.cpu().numpy(), to_host(wanted))
+
+
+def test_predictions_and_boxes_of_torch(device, rng):
+    _, geometry = Preprocess((32, 32))(ImageBatch.from_arrays([random_image(rng, 32, 32)], device=device))
+    head = torch.zeros((1, 5, 4), device=device)
+    head[0, :, 0] = torch.tensor([16.0, 16.0, 8.0, 8.0, 0.9])
+    found = nms(head, geometry)
+    np.testing.assert_allclose(to_host(found.boxes)[0, 0], [12, 12, 20, 20], atol=1e-4)
+    crops, _ = Preprocess((8, 8), fit="stretch")(
+        [random_image(rng, 32, 32)], boxes=torch.tensor([[12.0, 12, 20, 20]]), box_images=torch.tensor([0])
+    )
+    assert crops.shape == (1, 3, 8, 8)
