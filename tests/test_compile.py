@@ -24,7 +24,7 @@ def test_names_are_unique():
 @pytest.mark.slow
 @pytest.mark.parametrize("kernel", KERNELS, ids=lambda kernel: kernel.name)
 def test_kernel_compiles_everywhere(kernel):
-    """Registers may not rise over what kernels/resources.json records; rewrite it with ``python tests/record_resources.py``."""
+    """Registers may not rise over what kernels/resources.json records; tests/record_resources.py rewrites that."""
     accepted = json.loads(RESOURCES.read_text())
     for cc in ARCHITECTURES:
         compiled = compile_kernel(kernel, cc)

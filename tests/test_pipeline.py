@@ -150,7 +150,11 @@ def test_a_broken_file_changes_nothing_for_the_others(device: str, files: list[b
     assert [number for number, error in enumerate(found.errors) if error is not None] == [middle]
     assert len(found.of_image(middle)) == 0
     shifted = dataclasses.replace(found, images=found.images - (found.images > middle))
-    assert_same_objects(shifted, recognized(device, files))
+    alone = recognized(device, files)
+    assert_same_objects(shifted, alone)
+    if device == "cpu":  # ONNX Runtime computes each image of a batch alike: not one bit changes
+        for name in ("boxes", "scores", "mask_boxes", "masks", "vectors"):
+            np.testing.assert_array_equal(getattr(shifted, name), getattr(alone, name), err_msg=name)
 
 
 def test_only_broken_files(device: str) -> None:
