@@ -156,7 +156,7 @@ def test_file_names_are_printed_as_they_are(
 ) -> None:
     """Brackets mean styles to Rich, a long path would be broken, and a byte need be no UTF-8."""
     good, bad = shelf / ("long-" * 30 + "[blue].jpg"), shelf / "[red] :smile: no image.jpg"
-    good.write_bytes(catalogue.photographs[1].path.read_bytes())
+    good.write_bytes(catalogue.queries[0].path.read_bytes())
     bad.write_text("no image")
     Path(os.fsdecode(os.fsencode(shelf) + b"/latin-\xe9.jpg")).write_text("no image")
     status, printed, _ = run(capsys, "index", shelf, "--device", "cpu")
@@ -164,7 +164,7 @@ def test_file_names_are_printed_as_they_are(
     assert f"{bad}: " in printed
     assert f"{shelf}/latin-?.jpg: " in printed
     _, printed, _ = run(capsys, "search", shelf.with_name("shelf.index"), good, "--device", "cpu", "-k", "1")
-    assert "".join(row[0] for row in table_rows(printed)) == good.name  # folded over several lines
+    assert good.name in "".join(row[0] for row in table_rows(printed))  # folded over several lines
 
 
 # --- failures ---------------------------------------------------------------------------------------------------------

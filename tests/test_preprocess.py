@@ -225,6 +225,11 @@ def test_bad_arguments_say_what_was_expected(rng):
     image = random_image(rng, 5, 5)
     for arguments, message in [
         ({"size": (0, 5)}, "expected .height, width."),
+        ({"size": 8}, "expected .height, width."),
+        ({"size": (8, 2.5)}, "expected .height, width."),
+        ({"size": (8, 8), "dtype": "float99"}, "expected one of"),
+        ({"size": (8, 8), "mean": "rgb"}, "one finite number, or three"),
+        ({"size": (8, 8), "scale": None}, "scale"),
         ({"size": (8, 8), "fit": "cover"}, "expected one of .'letterbox', 'stretch'."),
         ({"size": (8, 8), "dtype": "float64"}, "expected one of"),
         ({"size": (8, 8), "std": 0}, "other than 0"),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import math
+import operator
 from collections import OrderedDict
 from collections.abc import Sequence
 from typing import Any, Literal, get_args
@@ -71,7 +72,7 @@ class Preprocess:
     --------
     >>> import numpy as np, nbvision as nbv
     >>> pre = nbv.Preprocess((64, 64), scale=1 / 255)
-    >>> x, geometry = pre([np.zeros((48, 80, 3), np.uint8)], )
+    >>> x, geometry = pre([np.zeros((48, 80, 3), np.uint8)])
     >>> x.shape
     (1, 3, 64, 64)
     """
@@ -97,18 +98,18 @@ class Preprocess:
         self.size = _checked_size(size)
         self.fit = _one_of("fit", fit, Fit)
         self.color = _one_of("color", color, Literal["rgb", "bgr"])
-        self.dtype = np.dtype(_one_of("dtype", np.dtype(dtype).name, DType))
+        self.dtype = np.dtype(_one_of("dtype", _dtype_name(dtype), DType))
         self.layout = _one_of("layout", layout, Layout)
         self.interpolation = _one_of("interpolation", interpolation, Interpolation)
         self.parity = _one_of("parity", parity, Parity)
         self.scaleup = bool(scaleup)
         self.center = bool(center)
-        if not (math.isfinite(box_margin) and box_margin >= 0):
+        if _finite("box_margin", box_margin) < 0:
             raise InputError(f"box_margin is {box_margin}; expected a share of the box, 0 or more")
         self.box_margin = np.float32(box_margin)
 
         self._gain, self._bias = affine(
-            scale,
+            _finite("scale", scale),
             three_numbers("mean", 0.0 if mean is None else mean),
             three_numbers("std", 1.0 if std is None else std),
         )
@@ -431,10 +432,20 @@ def _checked_out(out: Any, shape: tuple[int, ...], dtype: np.dtype[Any], device:
 
 
 def _checked_size(size: tuple[int, int]) -> tuple[int, int]:
-    height, width = (int(length) for length in size)
+    try:
+        height, width = (operator.index(length) for length in size)
+    except (TypeError, ValueError):
+        height = width = 0
     if not (0 < height < 65536 and 0 < width < 65536):
-        raise InputError(f"size is {size}; expected (height, width), each from 1 to 65535")
+        raise InputError(f"size is {size!r}; expected (height, width), each an integer from 1 to 65535")
     return height, width
+
+
+def _dtype_name(dtype: Any) -> str:
+    try:
+        return str(np.dtype(dtype).name)
+    except TypeError:
+        return str(dtype)
 
 
 def affine(
@@ -448,9 +459,22 @@ def affine(
     return gain, bias
 
 
+def _finite(name: str, value: float) -> float:
+    try:
+        number = float(value)
+    except (TypeError, ValueError):
+        number = math.nan
+    if not math.isfinite(number):
+        raise InputError(f"{name} is {value!r}; expected a finite number")
+    return number
+
+
 def three_numbers(name: str, value: float | Sequence[float]) -> tuple[float, float, float]:
     """One number for every channel, or three."""
-    values = np.broadcast_to(np.asarray(value, np.float64), 3) if np.size(value) in (1, 3) else np.array([])
+    try:
+        values = np.broadcast_to(np.asarray(value, np.float64).reshape(-1), 3)
+    except (TypeError, ValueError):
+        values = np.array([])
     if values.size != 3 or not np.isfinite(values).all():
         raise InputError(f"{name} is {value}; expected one finite number, or three, one per channel")
     first, second, third = values.tolist()
@@ -458,6 +482,6 @@ def three_numbers(name: str, value: float | Sequence[float]) -> tuple[float, flo
 
 
 def _one_of(name: str, value: str, choices: Any) -> Any:
-    if value not in get_args(choices):
+    if not isinstance(value, str) or value not in get_args(choices):
         raise InputError(f"{name} is {value!r}; expected one of {get_args(choices)}")
     return value

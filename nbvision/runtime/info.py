@@ -44,7 +44,7 @@ def describe() -> str:
             lines.append(f"  {extra:<13} missing {', '.join(missing)}: {cost}; pip install 'nbvision[{extra}]'")
         else:
             versions = [f"{name} {_version(name)}" for name in distributions if _version(name) != "absent"]
-            lines.append(f"  {extra:<13} {', '.join(versions)}")
+            lines.append(f"  {extra:<13} {', '.join(versions) or 'there'}")  # not every build is a distribution
     return "\n".join(lines)
 
 
