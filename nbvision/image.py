@@ -14,7 +14,7 @@ import numpy.typing as npt
 
 from nbvision.errors import DecodeError, InputError
 from nbvision.runtime import memory
-from nbvision.runtime.device import Device, array_module, device_of
+from nbvision.runtime.device import Device, array_module, device_of, resolve_device
 
 __all__ = ["CHANNELS", "Color", "ImageBatch", "as_batch", "to_device"]
 
@@ -93,10 +93,12 @@ class ImageBatch:
         InputError
             For a dtype other than uint8, or a shape that does not fit ``color``.
         """
+        if not isinstance(arrays, Iterable):
+            raise InputError(f"images are a {type(arrays).__name__}; expected an array, or several of them")
         arrays = list(arrays)
         if color not in get_args(Color):
             raise InputError(f"color is {color!r}; expected one of {get_args(Color)}")
-        target: Device = device or (device_of(arrays[0]) if arrays else "cpu")
+        target = resolve_device(device) if device else device_of(arrays[0]) if arrays else "cpu"
         return cls(
             [_as_hwc(to_device(array, target), index, color) for index, array in enumerate(arrays)],
             color=color,
@@ -145,6 +147,7 @@ class ImageBatch:
         """The batch on ``device``; itself if it is there already."""
         if device == self.device:
             return self
+        device = resolve_device(device)
         arrays = [None if array is None else to_device(array, device) for array in self._arrays]
         return ImageBatch(arrays, color=self.color, device=device, errors=self.errors)
 
@@ -182,7 +185,7 @@ def as_batch(images: Any, *, color: Color = "rgb", device: Device | None = None)
         return images if device is None else images.to(device)
     if hasattr(images, "shape"):
         shape = tuple(images.shape)
-        single = len(shape) == 2 or (len(shape) == 3 and shape[-1] == CHANNELS[color])
+        single = len(shape) == 2 or (len(shape) == 3 and shape[-1] == CHANNELS.get(color))
         images = [images] if single else [images[index] for index in range(shape[0])] if shape else images
     return ImageBatch.from_arrays(images, color=color, device=device)
 

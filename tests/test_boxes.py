@@ -130,3 +130,9 @@ def test_box_iou_of_any_boxes(device, first, second):
     np.testing.assert_allclose(matrix, wanted, atol=1e-5)
     assert (matrix >= 0).all()
     assert (matrix <= 1 + 1e-5).all()
+
+
+def test_box_iou_refuses_what_are_no_boxes():
+    with pytest.raises(InputError, match=r"second has shape \(2, 3\); expected \(N, 4\)"):
+        box_iou(np.zeros((2, 4)), np.zeros((2, 3)))
+    assert box_iou([[0, 0, 2, 2]], [[0, 0, 2, 1]]).tolist() == [[0.5]]

@@ -244,3 +244,10 @@ def test_pinned_memory_is_not_reused_before_it_is_copied(ring):
         assert memory.stats(device="pinned").by_source[ring] >= size
         memory.clear(device="pinned")
         assert ring not in memory.stats(device="pinned").by_source
+
+
+def test_unknown_place_and_limits_that_are_no_numbers_are_refused():
+    with pytest.raises(InputError, match=r"device is 'tpu'; expected one of"):
+        memory.acquire(1, device="tpu")
+    with pytest.raises(InputError, match="expected a positive number"):
+        memory.set_limit("1 GB", device="cpu")

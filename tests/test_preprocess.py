@@ -294,3 +294,17 @@ def test_one_launch_and_no_upload_for_known_sizes(rng):
         graph.launch(graph_stream)
         graph_stream.synchronize()
     np.testing.assert_array_equal(to_host(out), wanted)
+
+
+def test_more_bad_arguments_say_what_was_expected(rng):
+    image = random_image(rng, 5, 5)
+    pre = Preprocess((8, 8))
+    with pytest.raises(InputError, match="images are a NoneType"):
+        pre(None)
+    for boxes in ("abc", [[1, 2], [3]]):
+        with pytest.raises(InputError, match="boxes are no array of numbers"):
+            pre([image], boxes=boxes)
+    out = np.zeros((1, 3, 8, 8), np.float32)
+    out.setflags(write=False)
+    with pytest.raises(InputError, match="read-only"):
+        pre([image], out=out)

@@ -16,7 +16,7 @@ from nbvision.image import to_device
 from nbvision.ops.geometry import Geometry
 from nbvision.runtime import memory
 from nbvision.runtime.compile import cpu_loop, load_kernel
-from nbvision.runtime.device import Device, array_module
+from nbvision.runtime.device import Device, array_module, device_of
 
 __all__ = ["Detections", "FlatDetections", "box_iou", "nms"]
 
@@ -170,14 +170,24 @@ def box_iou(first: Any, second: Any) -> Any:
 
     Parameters
     ----------
-    first, second : (M, 4) and (N, 4) float arrays, both NumPy or both CuPy
-        x1, y1, x2, y2.
+    first, second : (M, 4) and (N, 4) float arrays
+        x1, y1, x2, y2; the device is that of ``first``.
 
     Returns
     -------
     (M, N) float array; 0 where neither box has an area.
+
+    Raises
+    ------
+    InputError
+        If a last axis is not 4.
     """
-    xp = array_module("cpu" if isinstance(first, np.ndarray) else "cuda")
+    device = device_of(first)
+    xp = array_module(device)
+    first, second = to_device(first, device), to_device(second, device)
+    for name, boxes in (("first", first), ("second", second)):
+        if boxes.ndim != 2 or boxes.shape[1] != 4:
+            raise InputError(f"{name} has shape {boxes.shape}; expected (N, 4): x1, y1, x2, y2")
     a, b = first[:, None, :], second[None, :, :]
     sides = xp.minimum(a[..., 2:], b[..., 2:]) - xp.maximum(a[..., :2], b[..., :2])
     intersection = xp.maximum(sides, 0).prod(axis=-1)

@@ -104,9 +104,9 @@ def cut_out(
     device = device_of(crops)
     crops = to_device(crops, device)
     logits = _planes(logits, "logits", device)
-    count = crops.shape[0]
     if crops.ndim != 4 or crops.shape[1] != 3 or crops.dtype != np.float32:
         raise InputError(f"crops have shape {crops.shape} and dtype {crops.dtype}; expected (M, 3, H, W) float32")
+    count = crops.shape[0]
     if logits.shape != (count, *crops.shape[2:]):
         raise InputError(f"logits have shape {logits.shape}; expected {(count, *crops.shape[2:])}, one mask per crop")
     crops = array_module(device).ascontiguousarray(crops)

@@ -383,7 +383,10 @@ def _checked_host_boxes(
     boxes: Any, box_images: Any, sizes: npt.NDArray[np.int32]
 ) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.int64]]:
     """Boxes on the host as float32, each known to cover a part of its image."""
-    boxes = np.ascontiguousarray(to_device(boxes, "cpu"), dtype=np.float32)
+    try:
+        boxes = np.ascontiguousarray(to_device(boxes, "cpu"), dtype=np.float32)
+    except (TypeError, ValueError) as error:
+        raise InputError(f"boxes are no array of numbers ({error}); expected (M, 4): x1, y1, x2, y2") from None
     if boxes.size == 0:
         boxes = boxes.reshape(0, 4)
     images = np.ascontiguousarray(_box_images_or_zeros(box_images, boxes.shape, len(sizes), np), dtype=np.int64)
@@ -428,6 +431,8 @@ def _checked_out(out: Any, shape: tuple[int, ...], dtype: np.dtype[Any], device:
             f"out has shape {array.shape}, dtype {array.dtype}, contiguous={array.flags.c_contiguous}; "
             f"expected a contiguous {dtype} array of shape {shape}"
         )
+    if device == "cpu" and not array.flags.writeable:
+        raise InputError("out is read-only; expected an array that can be written")
     return array
 
 

@@ -275,6 +275,13 @@ def size_class(size_bytes: int) -> int:
     return -(-size // quantum) * quantum
 
 
+def _manager(device: Place) -> _Manager:
+    try:
+        return _managers[device]
+    except KeyError:
+        raise InputError(f"device is {device!r}; expected one of {tuple(_managers)}") from None
+
+
 def acquire(size_bytes: int, *, device: Place, wait_on_host: bool = False) -> Buffer:
     """Take a buffer from the ring of the current source; the ring grows when none is free.
 
@@ -293,7 +300,7 @@ def acquire(size_bytes: int, *, device: Place, wait_on_host: bool = False) -> Bu
     MemoryLimitError
         If the ring would pass the limit of :func:`set_limit`, or the device has no memory left.
     """
-    return _managers[device].acquire(size_bytes, wait_on_host=wait_on_host)
+    return _manager(device).acquire(size_bytes, wait_on_host=wait_on_host)
 
 
 def record_use(array: Any, stream: Any = None) -> None:
@@ -324,21 +331,21 @@ def set_limit(limit_bytes: int | None, *, device: Place) -> None:
     InputError
         For a limit that is not positive.
     """
-    if limit_bytes is not None and limit_bytes <= 0:
-        raise InputError(f"limit_bytes is {limit_bytes}; expected a positive number, or None for no limit")
-    _managers[device].limit_bytes = limit_bytes
+    if limit_bytes is not None and (not isinstance(limit_bytes, int) or limit_bytes <= 0):
+        raise InputError(f"limit_bytes is {limit_bytes!r}; expected a positive number, or None for no limit")
+    _manager(device).limit_bytes = limit_bytes
 
 
 def limit_bytes(*, device: Place) -> int | None:
     """The limit set by :func:`set_limit`."""
-    return _managers[device].limit_bytes
+    return _manager(device).limit_bytes
 
 
 def stats(*, device: Place) -> MemoryStats:
     """What the rings in one place hold now."""
-    return _managers[device].stats()
+    return _manager(device).stats()
 
 
 def clear(*, device: Place) -> None:
     """Give every free buffer of one place back, waiting for the streams that used it last."""
-    _managers[device].clear()
+    _manager(device).clear()
