@@ -68,9 +68,11 @@ def run_class(name: str, kind: Any, only: re.Pattern[str]) -> list[dict[str, Any
             "failed": False,
         }
         for track in tracks_of(kind)
-        if only.search(f"{name}.{track}")
+        if any(only.search(f"{name}.{track} {combination}") for combination in combinations)
     ]
     for index, combination in enumerate(combinations if records else ()):
+        if not any(only.search(f"{record['name']} {combination}") for record in records):
+            continue
         benchmark = kind()
         try:
             benchmark.setup(*combination)
@@ -173,22 +175,22 @@ def versions() -> dict[str, str]:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, required=True, help="JSON to write")
-    parser.add_argument("--only", default="", help="regular expression on module.Class.track_name")
+    parser.add_argument("--only", default="", help="regular expression on module.Class.track_name (parameters)")
     options = parser.parse_args()
     only = re.compile(options.only)
-    records = []
-    for name, kind in benchmark_classes():
-        for record in run_class(name, kind, only):
-            print_table(record)
-            records.append(record)
-    written = {
+    records: list[dict[str, Any]] = []
+    about = {
         "sources": digest(),
         "python": f"{sys.version_info[0]}.{sys.version_info[1]}",
         "machine": machine(),
         "versions": versions(),
-        "benchmarks": records,
     }
-    options.out.write_text(json.dumps(written, indent=1) + "\n")
+    for name, kind in benchmark_classes():
+        for record in run_class(name, kind, only):
+            print_table(record)
+            records.append(record)
+        written = {**about, "benchmarks": records}
+        options.out.write_text(json.dumps(written, indent=1) + "\n")  # after each, so that a cut-off run leaves some
     failed = [record["name"] for record in records if record["failed"]]
     print(f"\n{len(records)} benchmarks in {options.out}" + (f"; failed: {', '.join(failed)}" if failed else ""))
     return 1 if failed else 0

@@ -127,7 +127,9 @@ def test_match_objects_wants_class_and_overlap_and_gives_each_object_once() -> N
         boxes=np.array([place for _, place, _ in found], np.float32),
         mask_boxes=np.zeros((count, 4), np.float32),
         masks=np.zeros((count, 4, 4), bool),
-        crop_geometry=Geometry(np.zeros((count, 13), np.int64), np.zeros((count, 6), np.float32), "cpu"),
+        crop_geometry=Geometry(
+            np.zeros((count, 12), np.int32), np.zeros((count, 4), np.int64), np.zeros((count, 6), np.float32), "cpu"
+        ),
         scores=np.linspace(0.9, 0.5, count, dtype=np.float32),
         labels=np.array([label for _, _, label in found], np.int32),
         vectors=np.zeros((count, 8), np.float32),

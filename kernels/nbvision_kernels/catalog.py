@@ -87,15 +87,28 @@ Kernel = NumbaKernel | CudaFrame
 _SAMPLERS = {plan.NEAREST: "nearest", plan.LINEAR_EXACT: "linear_exact", plan.LINEAR_FAST: "linear_fast"}
 _LAYOUTS = {plan.NCHW: "nchw", plan.NHWC: "nhwc"}
 _STORES = {plan.STORE_U8: ("u8", u8), plan.STORE_F16: ("f16", types.float16), plan.STORE_F32: ("f32", f32)}
-_REGION_FIELDS = ("IMAGE", "X", "Y", "WIDTH", "HEIGHT", "LEFT", "TOP", "OUT_WIDTH", "OUT_HEIGHT", "FIELDS")
+_REGION_FIELDS: tuple[str, ...] = (
+    "IMAGE",
+    "X",
+    "Y",
+    "WIDTH",
+    "HEIGHT",
+    "LEFT",
+    "TOP",
+    "OUT_WIDTH",
+    "OUT_HEIGHT",
+    "FIELDS",
+)
 _REGION_FIELDS += ("UNIT_X", "UNIT_Y", "SCALES")
 # sampler -> lines a thread of the frame, and blocks of 128 threads that shall fit on a multiprocessor: what was fastest
 # on sm_90 without spills. docs/preprocess.md has the alternatives.
 _FRAME_SHAPES = {plan.NEAREST: (4, 8), plan.LINEAR_EXACT: (4, 8), plan.LINEAR_FAST: (2, 8)}
 
 
-def preprocess_kernel(sampler: int, layout: int, store: int, *, frame: bool = True) -> Kernel:
-    """The fused plan of one type: its CUDA C frame, or the plain Numba kernel."""
+def preprocess_kernel(
+    sampler: int, layout: int, store: int, *, pixel_bytes: int = 3, frame: bool = True
+) -> CudaFrame | NumbaKernel:
+    """The fused plan of one type: its CUDA C frame, or the plain Numba kernel, which serves every ``pixel_bytes``."""
     store_name, stored = _STORES[store]
     name = f"preprocess-{_SAMPLERS[sampler]}-{_LAYOUTS[layout]}-{store_name}"
     if frame:
@@ -103,13 +116,15 @@ def preprocess_kernel(sampler: int, layout: int, store: int, *, frame: bool = Tr
         weight = f32 if sampler == plan.LINEAR_FAST else i32
         taps = (i32, i64, i64, f32, i32, i32_pointer, types.CPointer(weight))
         lines, min_blocks = _FRAME_SHAPES[sampler]
-        types_of_plan = {"STORE_TYPE": store, "LAYOUT": layout, "PAIRS": int(sampler != plan.NEAREST)}
-        shape = {"WEIGHT": int(weight is f32), "LINES": lines, "MIN_BLOCKS": min_blocks}
+        types_of_plan = {"PIXEL_BYTES": pixel_bytes, "STORE_TYPE": store, "LAYOUT": layout}
+        types_of_plan |= {"PAIRS": int(sampler != plan.NEAREST), "WEIGHT": int(weight is f32)}
         return CudaFrame(
-            name=f"{name}-frame",
+            name=f"{name}-{pixel_bytes}-bytes-frame",
             entry="preprocess",
             source="preprocess.cu",
-            defines=types_of_plan | shape | {f"REGION_{name}": getattr(regions, name) for name in _REGION_FIELDS},
+            defines=types_of_plan
+            | {"LINES": lines, "MIN_BLOCKS": min_blocks}
+            | {f"REGION_{name}": getattr(regions, name) for name in _REGION_FIELDS},
             functions={
                 "nbv_along_x": (plan.make_taps_export(along_x), types.void, taps),
                 "nbv_along_y": (plan.make_taps_export(along_y), types.void, taps),
@@ -160,8 +175,10 @@ def cut_out_kernel() -> NumbaKernel:
 
 def all_kernels() -> Iterator[Kernel]:
     """Every kernel of every type."""
-    for sampler, layout, store, frame in itertools.product(_SAMPLERS, _LAYOUTS, _STORES, (True, False)):
-        yield preprocess_kernel(sampler, layout, store, frame=frame)
+    for sampler, layout, store in itertools.product(_SAMPLERS, _LAYOUTS, _STORES):
+        for pixel_bytes in (1, 3, 4):
+            yield preprocess_kernel(sampler, layout, store, pixel_bytes=pixel_bytes)
+        yield preprocess_kernel(sampler, layout, store, frame=False)
     yield box_regions_kernel()
     yield nms_kernel()
     yield mask_boxes_kernel()

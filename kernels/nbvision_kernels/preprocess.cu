@@ -1,8 +1,9 @@
 // The fused plan's frame: wide loads, wide stores, four pixels side by side in each of several lines a thread. It only
 // moves data; taps and values are the Python pixel functions of sampling.py, linked in through LTO.
 //
-// Compiled with -D: STORE_TYPE (0 u8, 1 f16, 2 f32), LAYOUT (0 NCHW, 1 NHWC), PAIRS (whether a sampler reads two
-// neighbouring columns), WEIGHT (0 int, 1 float), LINES and MIN_BLOCKS, and the fields of regions.py.
+// Compiled with -D: PIXEL_BYTES of the source (1 gray, 3, 4), STORE_TYPE (0 u8, 1 f16, 2 f32), LAYOUT (0 NCHW, 1 NHWC),
+// PAIRS (whether the sampler reads two neighbouring columns), WEIGHT (0 int, 1 float), LINES and MIN_BLOCKS, and the
+// fields of regions.py.
 // No header is included, so NVRTC needs no include directory.
 
 #if WEIGHT == 0
@@ -34,6 +35,7 @@ typedef float Stored;
 __device__ __forceinline__ Stored to_stored(float value) { return value; }
 #endif
 
+#define CHANNELS (PIXEL_BYTES == 1 ? 1 : 3)  // alpha is dropped
 constexpr int THREADS = 128;
 // A multiprocessor that holds 2,048 threads takes MIN_BLOCKS; with as many the others would spill.
 #if __CUDA_ARCH__ == 800 || __CUDA_ARCH__ == 900 || __CUDA_ARCH__ == 1000
@@ -64,23 +66,39 @@ __device__ __forceinline__ void store(Stored *to, const float *values) {
     *reinterpret_cast<Packed *>(to) = packed;
 }
 
-// Up to eight bytes from `at`, `count` of them needed, by aligned words: three loads where bytes would be six. No word
-// without a needed byte is touched, so nothing outside the allocation is.
-__device__ __forceinline__ void load_bytes(const unsigned char *at, int count, unsigned &low, unsigned &high) {
+// Two neighbouring pixels of a line, by aligned words: three loads where bytes would be six. No word without a byte of
+// the pair is touched, so nothing outside the allocation is.
+__device__ __forceinline__ void load_pair(const unsigned char *at, unsigned &low, unsigned &high) {
     const unsigned long long address = reinterpret_cast<unsigned long long>(at);
-    const char *aligned = reinterpret_cast<const char *>(address & ~3ull);
-    const int shift = (int)(address & 3), last = (shift + count - 1) & ~3;
-    const unsigned word_0 = __ldg(reinterpret_cast<const unsigned *>(aligned));
-    const unsigned word_1 = __ldg(reinterpret_cast<const unsigned *>(aligned + min(4, last)));
-    const unsigned word_2 = __ldg(reinterpret_cast<const unsigned *>(aligned + last));
-    low = __funnelshift_r(word_0, word_1, 8 * shift);
-    high = __funnelshift_r(word_1, word_2, 8 * shift);
+    const unsigned *word = reinterpret_cast<const unsigned *>(address & ~3ull);
+    const unsigned *last = reinterpret_cast<const unsigned *>((address + 2 * PIXEL_BYTES - 1) & ~3ull);
+    const int shift = 8 * ((int)address & 3);
+    const unsigned word_0 = __ldg(word), word_1 = __ldg(PIXEL_BYTES == 1 ? last : word + 1);
+    low = __funnelshift_r(word_0, word_1, shift);
+    high = PIXEL_BYTES == 1 ? 0 : __funnelshift_r(word_1, __ldg(last), shift);
 }
 
+// Channel c of the pair's first (k = 0) or second pixel.
+template <int k, int c>
+__device__ __forceinline__ int pair_byte(unsigned low, unsigned high) {
+    constexpr int index = k * PIXEL_BYTES + c;
+    return (int)((index < 4 ? low >> 8 * index : high >> 8 * (index - 4)) & 255);
+}
+
+template <int c>
+__device__ __forceinline__ void blend_channel(unsigned above_low, unsigned above_high, unsigned below_low,
+                                              unsigned below_high, const Weight *weights_x, const Weight *weights_y,
+                                              float &value) {
+    const int taps[4] = {pair_byte<0, c>(above_low, above_high), pair_byte<1, c>(above_low, above_high),
+                         pair_byte<0, c>(below_low, below_high), pair_byte<1, c>(below_low, below_high)};
+    value = nbv_blend(taps, weights_x, weights_y);
+}
+
+// `gain`, `bias` and `fill` are in the order of the source's channels; `swap` says that the output's is the reverse.
 extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
     preprocess(const unsigned char *pixels, const long long *__restrict__ sources, const int *__restrict__ regions,
                const long long *__restrict__ steps, const float *__restrict__ scales, Stored *__restrict__ out,
-               int height, int width, int pixel_bytes, int gray, int swap, float gain_0, float gain_1, float gain_2,
+               int height, int width, int swap, float gain_0, float gain_1, float gain_2,
                float bias_0, float bias_1, float bias_2, float fill_0, float fill_1, float fill_2) {
     const int x_first = PIXELS * (blockIdx.x * blockDim.x + threadIdx.x);
     if (x_first >= width) return;
@@ -93,7 +111,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
     const int left = row.fields[REGION_LEFT], out_width = row.fields[REGION_OUT_WIDTH];
     const int region_width = row.fields[REGION_WIDTH], region_height = row.fields[REGION_HEIGHT];
     const unsigned char *origin = pixels + source.address + row.fields[REGION_Y] * source.pitch +
-                                  (long long)(row.fields[REGION_X] * pixel_bytes);
+                                  (long long)(row.fields[REGION_X] * PIXEL_BYTES);
     const bool some_inside = x_first < left + out_width && x_first + PIXELS > left;
 
     // What depends on the column alone serves all lines. Taps are clamped to the region, so those of columns outside it
@@ -121,35 +139,44 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
             nbv_along_y(line, step.step_y, step.start_y, scale[REGION_UNIT_Y], region_height, lines, weights_y);
             const unsigned char *above = origin + lines[0] * source.pitch, *below = origin + lines[1] * source.pitch;
 #if PAIRS
-            const int pair_bytes = pixel_bytes * min(2, region_width);
-            unsigned above_low[PIXELS], above_high[PIXELS], below_low[PIXELS], below_high[PIXELS];
+            if (region_width == 1) {  // there is no pair
 #pragma unroll
-            for (int i = 0; i < PIXELS; ++i) {
-                const int at = pixel_bytes * max(min(columns[i][0], region_width - 2), 0);
-                load_bytes(above + at, pair_bytes, above_low[i], above_high[i]);
-                load_bytes(below + at, pair_bytes, below_low[i], below_high[i]);
-            }
+                for (int c = 0; c < CHANNELS; ++c) {
+                    const int taps[4] = {above[c], above[c], below[c], below[c]};
 #pragma unroll
-            for (int i = 0; i < PIXELS; ++i) {
-                // The pair is the region's last two columns where both taps are the last, or its only column.
-                const bool second_alone = columns[i][0] > max(region_width - 2, 0);
-                const unsigned above_right = __funnelshift_rc(above_low[i], above_high[i], 8 * pixel_bytes);
-                const unsigned below_right = __funnelshift_rc(below_low[i], below_high[i], 8 * pixel_bytes);
-                const unsigned above_left = second_alone ? above_right : above_low[i];
-                const unsigned below_left = second_alone ? below_right : below_low[i];
+                    for (int i = 0; i < PIXELS; ++i) values[c][i] = nbv_blend(taps, weights_x[i], weights_y);
+                }
+            } else {
+                unsigned above_low[PIXELS], above_high[PIXELS], below_low[PIXELS], below_high[PIXELS];
 #pragma unroll
-                for (int c = 0; c < 3; ++c) {
-                    const int taps[4] = {(int)(above_left >> 8 * c & 255), (int)(above_right >> 8 * c & 255),
-                                         (int)(below_left >> 8 * c & 255), (int)(below_right >> 8 * c & 255)};
-                    values[c][i] = nbv_blend(taps, weights_x[i], weights_y);
+                for (int i = 0; i < PIXELS; ++i) {
+                    const int at = PIXEL_BYTES * min(columns[i][0], region_width - 2);
+                    load_pair(above + at, above_low[i], above_high[i]);
+                    load_pair(below + at, below_low[i], below_high[i]);
+                }
+#pragma unroll
+                for (int i = 0; i < PIXELS; ++i) {
+                    // The last column has no right neighbour: it was loaded as a pair's second, whose weight is 0.
+                    if (columns[i][0] > region_width - 2) {
+                        above_low[i] = __funnelshift_rc(above_low[i], above_high[i], 8 * PIXEL_BYTES);
+                        below_low[i] = __funnelshift_rc(below_low[i], below_high[i], 8 * PIXEL_BYTES);
+                    }
+                    blend_channel<0>(above_low[i], above_high[i], below_low[i], below_high[i], weights_x[i], weights_y,
+                                     values[0][i]);
+#if CHANNELS == 3
+                    blend_channel<1>(above_low[i], above_high[i], below_low[i], below_high[i], weights_x[i], weights_y,
+                                     values[1][i]);
+                    blend_channel<2>(above_low[i], above_high[i], below_low[i], below_high[i], weights_x[i], weights_y,
+                                     values[2][i]);
+#endif
                 }
             }
 #else
 #pragma unroll
             for (int i = 0; i < PIXELS; ++i)
 #pragma unroll
-                for (int c = 0; c < 3; ++c) {
-                    const int pixel = above[pixel_bytes * columns[i][0] + (gray ? 0 : c)];
+                for (int c = 0; c < CHANNELS; ++c) {
+                    const int pixel = above[PIXEL_BYTES * columns[i][0] + c];
                     const int taps[4] = {pixel, pixel, pixel, pixel};
                     values[c][i] = nbv_blend(taps, weights_x[i], weights_y);
                 }
@@ -158,11 +185,11 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
             for (int i = 0; i < PIXELS; ++i) {
                 const int column = x_first + i - left;
                 const bool inside = column >= 0 && column < out_width;
-                const float second = gray ? values[0][i] : values[1][i], third = gray ? values[0][i] : values[2][i];
-                const float first = values[0][i];
-                values[0][i] = inside ? (swap ? third : first) : fill_0;
+                const float first = values[0][i], second = values[CHANNELS == 3 ? 1 : 0][i];
+                const float third = values[CHANNELS == 3 ? 2 : 0][i];
+                values[0][i] = inside ? first : fill_0;
                 values[1][i] = inside ? second : fill_1;
-                values[2][i] = inside ? (swap ? first : third) : fill_2;
+                values[2][i] = inside ? third : fill_2;
             }
         } else {
 #pragma unroll
@@ -181,20 +208,25 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
 
         const long long pixel = (long long)y * width + x_first;
 #if LAYOUT == 0
+        Stored *const planes[3] = {canvas + (swap ? 2 * plane : 0), canvas + plane, canvas + (swap ? 0 : 2 * plane)};
         if (wide) {
 #pragma unroll
-            for (int c = 0; c < 3; ++c) store(canvas + c * plane + pixel, values[c]);
+            for (int c = 0; c < 3; ++c) store(planes[c] + pixel, values[c]);
         } else {
 #pragma unroll
             for (int c = 0; c < 3; ++c)
 #pragma unroll
                 for (int i = 0; i < PIXELS; ++i)
-                    if (x_first + i < width) canvas[c * plane + pixel + i] = to_stored(values[c][i]);
+                    if (x_first + i < width) planes[c][pixel + i] = to_stored(values[c][i]);
         }
 #else
         float line_values[3 * PIXELS];
 #pragma unroll
-        for (int i = 0; i < 3 * PIXELS; ++i) line_values[i] = values[i % 3][i / 3];
+        for (int i = 0; i < PIXELS; ++i) {
+            line_values[3 * i] = swap ? values[2][i] : values[0][i];
+            line_values[3 * i + 1] = values[1][i];
+            line_values[3 * i + 2] = swap ? values[0][i] : values[2][i];
+        }
         if (wide) {
 #pragma unroll
             for (int k = 0; k < 3; ++k) store(canvas + 3 * pixel + PIXELS * k, line_values + PIXELS * k);

@@ -117,8 +117,7 @@ class Preprocess:
         )
         self._fill = tuple(np.float32(value) for value in three_numbers("fill", fill))
         self._int_size = (np.int32(self.size[0]), np.int32(self.size[1]))
-        self._kernels: dict[int, Any] = {}
-        self._frame_lines = 1
+        self._frames: dict[tuple[int, int, bool], tuple[Any, tuple[int, int], tuple[Any, ...]]] = {}
         self._known_regions: OrderedDict[tuple[bytes, int], Geometry] = OrderedDict()
 
     def __call__(
@@ -223,16 +222,7 @@ class Preprocess:
         return tensor, geometry
 
     def _launch(self, batch: ImageBatch, geometry: Geometry, flat: Any, count: int) -> None:
-        height, width = self.size
-        device_id = flat.device.id
-        kernel = self._kernels.get(device_id)
-        if kernel is None:
-            spec = self._kernel_spec()
-            self._frame_lines = spec.defines["LINES"]
-            kernel = self._kernels[device_id] = load_kernel(spec, device_id)
-        columns = -(-width // (_FRAME_BLOCK[0] * _FRAME_PIXELS))
-        lines = -(-height // (_FRAME_BLOCK[1] * self._frame_lines))
-        numbers = (*self._int_size, *self._channels(batch), *self._gain, *self._bias, *self._fill)
+        kernel, (columns, lines), numbers = self._frame(flat.device.id, batch)
         tables = (*_tables(geometry), flat)
         if count <= _MAX_GRID_Z:
             kernel((columns, lines, count), _FRAME_BLOCK, (0, batch.table, *tables, *numbers))
@@ -241,10 +231,22 @@ class Preprocess:
             part = [table[first : first + _MAX_GRID_Z] for table in tables]
             kernel((columns, lines, len(part[0])), _FRAME_BLOCK, (0, batch.table, *part, *numbers))
 
-    def _kernel_spec(self) -> Any:
-        from nbvision_kernels.catalog import preprocess_kernel
+    def _frame(self, device_id: int, batch: ImageBatch) -> tuple[Any, tuple[int, int], tuple[Any, ...]]:
+        """The kernel for images like these, the blocks of a canvas, and the launch's numbers; kept."""
+        pixel_bytes, _, swap = self._channels(batch)
+        key = (device_id, int(pixel_bytes), bool(swap))
+        if key not in self._frames:
+            from nbvision_kernels.catalog import preprocess_kernel
 
-        return preprocess_kernel(self._sampler, self._layout, self._store("cuda"))
+            spec = preprocess_kernel(self._sampler, self._layout, self._store("cuda"), pixel_bytes=int(pixel_bytes))
+            height, width = self.size
+            columns = -(-width // (_FRAME_BLOCK[0] * _FRAME_PIXELS))
+            lines = -(-height // (_FRAME_BLOCK[1] * spec.defines["LINES"]))
+            in_source_order = slice(None, None, -1 if swap else 1)
+            numbers = [number for group in (self._gain, self._bias, self._fill) for number in group[in_source_order]]
+            launch_numbers = (*self._int_size, swap, *numbers)
+            self._frames[key] = load_kernel(spec, device_id), (columns, lines), launch_numbers
+        return self._frames[key]
 
     # -- regions -----------------------------------------------------------------------------------------------
 
