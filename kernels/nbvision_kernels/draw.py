@@ -136,10 +136,9 @@ def write_record(
         records[to + COLOR] = np.int32(label % colors)
         name = np.int32(-1)
         text_width = np.int32(0)
-        if label >= 0 and label < names:
-            if strips[label * 2 + 1] > 0:
-                name = np.int32(label)
-                text_width = np.int32(strips[name * 2 + 1])
+        if label >= 0 and label < names and strips[label * 2 + 1] > 0:
+            name = np.int32(label)
+            text_width = np.int32(strips[name * 2 + 1])
         score = np.int32(-1)
         if with_scores:
             score = np.int32(names + score_strip(scores[row]))

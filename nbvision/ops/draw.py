@@ -51,6 +51,7 @@ def draw(
     color: Any = None,
     thickness: int = 2,
     opacity: float = 0.45,
+    font: str | None = None,
     font_size: int = 14,
     out: ImageBatch | None = None,
 ) -> ImageBatch:
@@ -90,8 +91,10 @@ def draw(
         Pixels of the outline, which lies inside the box; 0 draws none.
     opacity : float
         Of masks, 0..1.
+    font : str, optional
+        Path of a TrueType or OpenType font. Default: the one that Pillow brings, which knows ASCII only.
     font_size : int
-        Pixels, 1..256, of Pillow's default font.
+        Pixels, 1..256.
     out : ImageBatch, optional
         Where to draw, of the images' sizes, colour order and device; ``images`` itself for drawing in place.
 
@@ -119,7 +122,7 @@ def draw(
     planes, regions = _checked_masks(masks, mask_regions, listed, device)
     numbers = _Numbers(
         thickness=np.int32(_in_range("thickness", thickness, 0, 1 << 16, whole=True)),
-        threshold=np.float32(mask_threshold),
+        threshold=np.float32(_in_range("mask_threshold", mask_threshold, -np.inf, np.inf)),
         opacity=np.int32(round(_in_range("opacity", opacity, 0, 1) * 255)),
     )
     colors = PALETTE if color is None else _checked_colors(color)
@@ -130,7 +133,8 @@ def draw(
     if device == "cuda":
         stream = batch.use_on_current_stream()
         target.use_on_current_stream()
-    tables = _tables(captions, font_size, colors, batch.color, None if stream is None else _place(stream))
+    place = None if stream is None else (target.table.device.id, stream.ptr)
+    tables = _tables(captions, font, font_size, colors, batch.color, place)
     if len(batch):
         (_draw_cpu if device == "cpu" else _draw_cuda)(batch, target, listed, planes, regions, numbers, tables)
     return target
@@ -293,10 +297,7 @@ def _listed(boxes: Any, labels: Any, scores: Any, box_images: Any, batch: ImageB
     if boxes.ndim != 2 or boxes.shape[1] != 4:
         raise InputError(f"boxes have shape {boxes.shape}; expected (M, 4): x1, y1, x2, y2")
     count = len(boxes)
-    if labels is None:
-        labels = xp.zeros(count, np.int32)
-    else:
-        labels = _one_per_box("labels", labels, count, device, np.int32)
+    labels = xp.zeros(count, np.int32) if labels is None else _one_per_box("labels", labels, count, device, np.int32)
     order = xp.arange(count)
     if scores is not None:
         scores = _one_per_box("scores", scores, count, device, np.float32)
@@ -439,20 +440,17 @@ def _checked_colors(color: Any) -> tuple[tuple[int, int, int], ...]:
 # --- tables -----------------------------------------------------------------------------------------------------------
 
 
-def _place(stream: Any) -> tuple[int, int]:
-    return require_cupy("a CUDA stream").cuda.runtime.getDevice(), stream.ptr
-
-
 @functools.lru_cache(maxsize=32)
 def _tables(
     names: tuple[str, ...],
+    font: str | None,
     font_size: int,
     colors: tuple[tuple[int, int, int], ...],
     order: Color,
     place: tuple[int, int] | None,
 ) -> _Tables:
     """The tables on the host, or, for a device and a stream, uploaded on it: no stream reads another's upload."""
-    atlas, strips, text_height = _text(names, font_size)
+    atlas, strips, text_height = _text(names, font, font_size)
     palette = _palette(colors, order)
     if place is not None:
         cupy = require_cupy("a CUDA array")
@@ -462,21 +460,25 @@ def _tables(
 
 
 @functools.lru_cache(maxsize=16)
-def _text(names: tuple[str, ...], font_size: int) -> tuple[npt.NDArray[np.uint8], npt.NDArray[np.int32], int]:
+def _text(
+    names: tuple[str, ...], font: str | None, font_size: int
+) -> tuple[npt.NDArray[np.uint8], npt.NDArray[np.int32], int]:
     """Every text there can be, as Pillow draws it: the names, the scores in hundredths, and what is no such score."""
     from PIL import Image, ImageDraw, ImageFont
 
-    font = ImageFont.load_default(font_size)
-    ascent, descent = font.getmetrics() if isinstance(font, ImageFont.FreeTypeFont) else (font_size, 0)
-    text_height = ascent + descent
+    try:
+        face = ImageFont.load_default(font_size) if font is None else ImageFont.truetype(font, font_size)
+    except OSError as error:
+        raise InputError(f"font {font!r} cannot be read ({error}); expected the path of a font file") from None
+    text_height = sum(face.getmetrics()) if isinstance(face, ImageFont.FreeTypeFont) else font_size
     pieces, strips, start = [], [], 0
     for text in (*names, *(f"{value / 100:.2f}" for value in range(101)), "<0", ">1", "nan"):
-        width = max(round(font.getbbox(text)[2]), 0) if text else 0
-        strip = Image.new("L", (width, text_height))
-        if width:
-            ImageDraw.Draw(strip).text((0, 0), text, fill=255, font=font)
+        left, _, right, _ = face.getbbox(text)
+        indent = max(-int(left), 0)  # of a letter that reaches back over its origin
+        strip = Image.new("L", (int(right) + indent, text_height))
+        ImageDraw.Draw(strip).text((indent, 0), text, fill=255, font=face)
         pieces.append(np.asarray(strip, np.uint8).reshape(-1))
-        strips.append((start, width))
+        strips.append((start, strip.width))
         start += len(pieces[-1])
     return np.concatenate(pieces), np.array(strips, np.int32), text_height
 
