@@ -81,7 +81,8 @@ def draw(
         that pixels covered by half or more are tinted.
     mask_regions : array of the boxes' shape, optional
         Where each mask lies in its image; default: its box. For crops with a margin, or letterboxed ones, what
-        :meth:`Geometry.to_source <nbvision.Geometry.to_source>` gives of the whole canvas.
+        :meth:`Geometry.to_source <nbvision.Geometry.to_source>` gives of the whole canvas; for masks of the image's
+        size, the whole image.
     mask_threshold : float
         More is inside: 0 for logits and for 0 and 1, 0.5 for probabilities.
     color : (3,) or (P, 3) sequence of int, optional
@@ -133,7 +134,7 @@ def draw(
     if device == "cuda":
         stream = batch.use_on_current_stream()
         target.use_on_current_stream()
-    place = None if stream is None else (target.table.device.id, stream.ptr)
+    place = None if stream is None else (listed.rows.device.id, stream.ptr)
     tables = _tables(captions, font, font_size, colors, batch.color, place)
     if len(batch):
         (_draw_cpu if device == "cpu" else _draw_cuda)(batch, target, listed, planes, regions, numbers, tables)
@@ -201,7 +202,7 @@ def _draw_cuda(
     from nbvision_kernels.catalog import lay_out_kernel, paint_kernel
     from nbvision_kernels.draw_cuda import TILE_HEIGHT, TILE_WIDTH
 
-    device_id = batch.table.device.id
+    device_id = listed.rows.device.id
     records = _records(listed, "cuda")
     count = len(listed.rows)
     if count:
@@ -318,7 +319,7 @@ def _listed_by_image(found: Detections, batch: ImageBatch) -> _Listed:
     boxes = _numbers_on(device, "boxes", found.boxes, np.float32).reshape(images * most, 4)
     labels = _numbers_on(device, "labels", found.labels, np.int32).reshape(-1)
     scores = _numbers_on(device, "scores", found.scores, np.float32).reshape(-1)
-    counts = xp.clip(_numbers_on(device, "counts", found.counts, np.int32), 0, most)
+    counts = xp.clip(_numbers_on(device, "counts", found.counts, np.int32), 0, most).astype(np.int32, copy=False)
     rows = xp.arange(images * most, dtype=np.int32)
     starts = xp.arange(images, dtype=np.int32) * np.int32(most)
     return _Listed(boxes, labels, scores, rows // np.int32(max(most, 1)), rows, starts, counts, (images, most))
@@ -397,7 +398,7 @@ def _target(batch: ImageBatch, out: ImageBatch | None) -> ImageBatch:
             f"out is {out!r} with sizes {out.sizes.tolist()}; expected {batch.color} images on {batch.device} of sizes "
             f"{batch.sizes.tolist()}"
         )
-    if out.device == "cpu" and not all(out[index].flags.writeable for index in np.flatnonzero(out.ok)):
+    if out.device == "cpu" and not all(out[int(index)].flags.writeable for index in np.flatnonzero(out.ok)):
         raise InputError("out has read-only images; expected arrays that can be written")
     return out
 
