@@ -368,7 +368,17 @@ def paint_cpu(
                     if touches(records, side, np.int32(0), y, width, np.int32(y + 1)):
                         left = min(left, records[side])
                         right = max(right, records[side + 2])
-                for x in range(max(left, 0), min(right, width)):
+                # Between the sides of a box there is nothing to do on a line without mask or text.
+                hole = records[at + BOX] + thickness
+                beyond = records[at + BOX + 2] - thickness
+                on_side = y < records[at + BOX + 1] + thickness or y >= records[at + BOX + 3] - thickness
+                if on_side or mask_height > 0 or touches(records, at + BAR, np.int32(0), y, width, np.int32(y + 1)):
+                    beyond = hole
+                x = max(left, 0)
+                while x < min(right, width):
+                    if hole <= x < beyond:
+                        x = beyond
+                        continue
                     cover = coverage(
                         records,
                         row,
@@ -388,3 +398,4 @@ def paint_cpu(
                     if cover > 0:
                         at_pixel = target + np.int64(x) * channels
                         paint_pixel(pixels, at_pixel, channels, palette, records[at + COLOR], cover)
+                    x += 1
