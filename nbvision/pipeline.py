@@ -227,9 +227,7 @@ class Recognizer:
             boxes=to_device(found.boxes, "cpu"),
             mask_boxes=to_device(extents, "cpu"),
             masks=to_device(logits[:, 0] > 0, "cpu"),
-            crop_geometry=Geometry(
-                to_device(crop_geometry.regions, "cpu"), to_device(crop_geometry.scales, "cpu"), "cpu"
-            ),
+            crop_geometry=crop_geometry.to_host(),
             scores=to_device(found.scores, "cpu"),
             labels=to_device(found.labels, "cpu"),
             vectors=to_device(vectors, "cpu"),

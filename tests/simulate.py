@@ -36,11 +36,17 @@ def pixels_and_sources(rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray
     return rng.integers(0, 256, start, dtype=np.uint8), np.array(sources, np.int64).reshape(-1)
 
 
-def image_regions(sources: np.ndarray, height: int, width: int, linear: bool) -> tuple[np.ndarray, np.ndarray]:
-    count = len(SIZES)
-    table, scales = np.zeros(count * regions.FIELDS, np.int64), np.zeros(count * regions.SCALES, np.float32)
-    regions.fill_regions_cpu(sources, table, scales, height, width, regions.FIT_LETTERBOX, True, True, linear)
-    return table, scales
+def empty_tables(count: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    table, steps = np.zeros(count * regions.FIELDS, np.int32), np.zeros(count * regions.STEPS, np.int64)
+    return table, steps, np.zeros(count * regions.SCALES, np.float32)
+
+
+def image_regions(
+    sources: np.ndarray, height: int, width: int, linear: bool
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    tables = empty_tables(len(SIZES))
+    regions.fill_regions_cpu(sources, *tables, height, width, regions.FIT_LETTERBOX, True, True, linear)
+    return tables
 
 
 def run_preprocess(rng: np.random.Generator) -> None:
@@ -48,11 +54,11 @@ def run_preprocess(rng: np.random.Generator) -> None:
     height, width = 6, 9
     for sampler in (preprocess.NEAREST, preprocess.LINEAR_EXACT, preprocess.LINEAR_FAST):
         for layout in (preprocess.NCHW, preprocess.NHWC):
-            table, scales = image_regions(sources, height, width, sampler != preprocess.NEAREST)
+            tables = image_regions(sources, height, width, sampler != preprocess.NEAREST)
             out = np.full(len(SIZES) * 3 * height * width, np.nan, np.float32)
             kernel = preprocess_cuda.make_kernel(sampler, layout, preprocess.STORE_F32)
             numbers = [np.float32(value) for value in (1, 1, 1, 0, 0, 0, 114, 114, 114)]
-            arguments = (pixels, sources, table, scales, out, height, width, 3, 0, 0, *numbers)
+            arguments = (pixels, sources, *tables, out, height, width, 3, 0, 0, *numbers)
             launch(kernel, (2, 1, len(SIZES)), (8, 8), *arguments)
             assert np.isfinite(out).all()
             assert out.min() >= 0
@@ -65,24 +71,23 @@ def run_box_regions(rng: np.random.Generator) -> None:
     images = np.array([0, 1, 2, 0, 2], np.int64)
     results = []
     for fill in ("host", "device"):
-        table, scales = np.zeros(5 * regions.FIELDS, np.int64), np.zeros(5 * regions.SCALES, np.float32)
+        tables = empty_tables(5)
         fit = (8, 8, regions.FIT_STRETCH, True, True, True)
         if fill == "host":
-            tables = (given.reshape(-1), np.float32(0.1), table, scales)
-            regions.fill_box_regions_cpu(sources, images, *tables, *fit)
+            regions.fill_box_regions_cpu(sources, images, given.reshape(-1), np.float32(0.1), *tables, *fit)
         else:
-            tables = (given.reshape(-1), 5, np.float32(0.1), table, scales)
-            launch(regions_cuda.fill_box_regions, 1, 8, sources, images, *tables, *fit)
-        results.append((table, scales))
-    np.testing.assert_array_equal(results[0][0], results[1][0])
-    np.testing.assert_array_equal(results[0][1], results[1][1])
+            numbers = (given.reshape(-1), 5, np.float32(0.1))
+            launch(regions_cuda.fill_box_regions, 1, 8, sources, images, *numbers, *tables, *fit)
+        results.append(tables)
+    for host, device in zip(*results, strict=True):
+        np.testing.assert_array_equal(host, device)
     empty = results[0][0].reshape(5, -1)[:, regions.WIDTH] == 0
     assert empty.tolist() == [False, False, True, True, False]
 
 
 def run_nms(rng: np.random.Generator) -> None:
     _, sources = pixels_and_sources(rng)
-    table, scales = image_regions(sources, 16, 16, True)
+    table, _, scales = image_regions(sources, 16, 16, True)
     images, classes, anchors, most, kept = 3, 2, 21, 9, 4
     head = rng.uniform(0, 16, (images, 4 + classes, anchors)).astype(np.float32)
     head[:, 4:] = np.round(rng.uniform(0, 1, (images, classes, anchors)), 1)

@@ -16,7 +16,7 @@ from nbvision.ops.preprocess import Preprocess
 
 def canvas_geometry(device: str, sizes: list[tuple[int, int]], canvas: tuple[int, int] = (320, 320)) -> Geometry:
     geometry = Preprocess(canvas)._image_regions_on_host(np.array(sizes, np.int32).reshape(-1, 2))
-    return Geometry(on(device, geometry.regions), on(device, geometry.scales), device)
+    return Geometry(*(on(device, table) for table in (geometry.regions, geometry.steps, geometry.scales)), device)
 
 
 def random_head(rng: np.random.Generator, images: int, classes: int, anchors: int) -> np.ndarray:

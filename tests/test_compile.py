@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import json
-import re
 from pathlib import Path
 
 import pytest
-from nbvision_kernels.catalog import CudaFrame, all_kernels
+from nbvision_kernels.catalog import all_kernels
 
-from nbvision.runtime.compile import compile_kernel
+from nbvision.runtime.compile import compile_kernel, linked_ptx
 
 ARCHITECTURES = [(7, 5), (8, 0), (8, 6), (8, 9), (9, 0), (10, 0), (12, 0)]
 RESOURCES = Path(__file__).parent.parent / "kernels" / "resources.json"
@@ -31,20 +30,5 @@ def test_kernel_compiles_everywhere(kernel):
         architecture = f"sm_{cc[0]}{cc[1]}"
         assert compiled.spill_bytes == 0, architecture
         assert compiled.registers <= accepted[kernel.name][architecture], architecture
-        if not kernel.float64:
-            assert ".f64" not in compiled.intermediate, architecture
-
-
-@pytest.mark.parametrize(
-    "kernel", [k for k in KERNELS if isinstance(k, CudaFrame)][:9:3], ids=lambda kernel: kernel.name
-)
-def test_functions_linked_into_frames_use_no_float64(kernel):
-    from nbvision_kernels import read_source
-    from numba import cuda
-
-    for function, result, arguments in kernel.functions.values():
-        ptx, _ = cuda.compile(
-            getattr(function, "py_func", function), result(*arguments), cc=(9, 0), output="ptx", device=True, abi="c"
-        )
-        assert ".f64" not in (ptx.decode() if isinstance(ptx, bytes) else ptx)
-    assert not re.search(r"\bdouble\b", read_source(kernel.source))
+    if not kernel.float64:
+        assert ".f64" not in linked_ptx(kernel, (9, 0))

@@ -11,7 +11,7 @@ from typing import Any
 from numba import types
 
 from nbvision_kernels import preprocess as plan
-from nbvision_kernels import regions
+from nbvision_kernels import read_source, regions
 
 __all__ = [
     "CudaFrame",
@@ -30,6 +30,11 @@ __all__ = [
 u8, i32, i64, f32 = types.uint8, types.int32, types.int64, types.float32
 u8_pointer, i32_pointer = types.CPointer(u8), types.CPointer(i32)
 i64_pointer, f32_pointer = types.CPointer(i64), types.CPointer(f32)
+_C_TYPES = {i32: "int", i64: "long long", f32: "float"}
+
+
+# name -> (function, result, arguments)
+DeviceFunctions = dict[str, tuple[Callable[..., Any], Any, tuple[Any, ...]]]
 
 
 @dataclass(frozen=True)
@@ -42,17 +47,41 @@ class NumbaKernel:
     arguments: tuple[Any, ...]
     float64: bool = False  # allowed only where one thread does the work of a whole output
 
+    @property
+    def defines(self) -> dict[str, int]:
+        return {}
+
+    def device_functions(self) -> DeviceFunctions:
+        """The body as a device function: what links with :meth:`source_text`."""
+        return {f"nbv_{self.entry}": (self.make(), types.void, self.arguments)}
+
+    def source_text(self) -> str:
+        """CUDA C that gives the body a plain entry point; Numba's own would have a mangled name."""
+        c_types = [_C_TYPES.get(argument, "void *") for argument in self.arguments]
+        names = [f"a{index}" for index in range(len(c_types))]
+        parameters = ", ".join(f"{c_type} {name}" for c_type, name in zip(c_types, names, strict=True))
+        return (
+            f'extern "C" __device__ void nbv_{self.entry}({parameters});\n'
+            f'extern "C" __global__ void {self.entry}({parameters}) {{ nbv_{self.entry}({", ".join(names)}); }}\n'
+        )
+
 
 @dataclass(frozen=True)
 class CudaFrame:
-    """A CUDA C frame and the Python device functions linked into it: name -> (function, result, arguments)."""
+    """A CUDA C frame and the Python device functions linked into it."""
 
     name: str
     entry: str
     source: str
     defines: dict[str, int] = field(hash=False)
-    functions: dict[str, tuple[Callable[..., Any], Any, tuple[Any, ...]]] = field(hash=False, compare=False)
+    functions: DeviceFunctions = field(hash=False, compare=False)
     float64: bool = False
+
+    def device_functions(self) -> DeviceFunctions:
+        return self.functions
+
+    def source_text(self) -> str:
+        return read_source(self.source)
 
 
 Kernel = NumbaKernel | CudaFrame
@@ -60,19 +89,22 @@ Kernel = NumbaKernel | CudaFrame
 _SAMPLERS = {plan.NEAREST: "nearest", plan.LINEAR_EXACT: "linear_exact", plan.LINEAR_FAST: "linear_fast"}
 _LAYOUTS = {plan.NCHW: "nchw", plan.NHWC: "nhwc"}
 _STORES = {plan.STORE_U8: ("u8", u8), plan.STORE_F16: ("f16", types.float16), plan.STORE_F32: ("f32", f32)}
-_REGION_FIELDS = ("IMAGE", "X", "Y", "WIDTH", "HEIGHT", "LEFT", "TOP", "OUT_WIDTH", "OUT_HEIGHT")
-_REGION_FIELDS += (
-    "STEP_X",
-    "STEP_Y",
-    "START_X",
-    "START_Y",
-    "SCALE_X",
-    "SCALE_Y",
-    "UNIT_X",
-    "UNIT_Y",
+_REGION_FIELDS: tuple[str, ...] = (
+    "IMAGE",
+    "X",
+    "Y",
+    "WIDTH",
+    "HEIGHT",
+    "LEFT",
+    "TOP",
+    "OUT_WIDTH",
+    "OUT_HEIGHT",
     "FIELDS",
-    "SCALES",
 )
+_REGION_FIELDS += ("UNIT_X", "UNIT_Y", "SCALES")
+# sampler -> lines a thread of the frame, and blocks of 128 threads that shall fit on a multiprocessor: what was fastest
+# on sm_90 without spills. docs/preprocess.md has the alternatives.
+_FRAME_SHAPES = {plan.NEAREST: (4, 8), plan.LINEAR_EXACT: (4, 8), plan.LINEAR_FAST: (2, 8)}
 
 
 def preprocess_kernel(sampler: int, layout: int, store: int, *, frame: bool = True) -> Kernel:
@@ -80,18 +112,24 @@ def preprocess_kernel(sampler: int, layout: int, store: int, *, frame: bool = Tr
     store_name, stored = _STORES[store]
     name = f"preprocess-{_SAMPLERS[sampler]}-{_LAYOUTS[layout]}-{store_name}"
     if frame:
+        along_x, along_y, blend = plan.SAMPLERS[sampler]
+        weight = f32 if sampler == plan.LINEAR_FAST else i32
+        taps = (i32, i64, i64, f32, i32, i32_pointer, types.CPointer(weight))
+        lines, min_blocks = _FRAME_SHAPES[sampler]
+        types_of_plan = {"STORE_TYPE": store, "LAYOUT": layout, "PAIRS": int(sampler != plan.NEAREST)}
+        shape = {"WEIGHT": int(weight is f32), "LINES": lines, "MIN_BLOCKS": min_blocks}
         return CudaFrame(
             name=f"{name}-frame",
             entry="preprocess",
             source="preprocess.cu",
-            defines={"STORE_TYPE": store, "LAYOUT": layout}
-            | {f"REGION_{name}": getattr(regions, name) for name in _REGION_FIELDS},
+            defines=types_of_plan | shape | {f"REGION_{name}": getattr(regions, name) for name in _REGION_FIELDS},
             functions={
-                "nbv_position": (plan.make_position(sampler), f32, (i32, i64, i64, f32, f32)),
-                "nbv_sample": (
-                    plan.make_sampler(sampler),
+                "nbv_along_x": (plan.make_taps_export(along_x), types.void, taps),
+                "nbv_along_y": (plan.make_taps_export(along_y), types.void, taps),
+                "nbv_blend": (
+                    plan.make_blend_export(blend),
                     f32,
-                    (u8_pointer, i64, i64, i32, i32, i32, i32, f32, f32),
+                    (i32_pointer, types.CPointer(weight), types.CPointer(weight)),
                 ),
             },
         )
@@ -102,20 +140,20 @@ def preprocess_kernel(sampler: int, layout: int, store: int, *, frame: bool = Tr
         function: Callable[..., None] = make_kernel(sampler, layout, store)
         return function
 
-    tables = (u8_pointer, i64_pointer, i64_pointer, f32_pointer, types.CPointer(stored))
+    tables = (u8_pointer, i64_pointer, i32_pointer, i64_pointer, f32_pointer, types.CPointer(stored))
     return NumbaKernel(f"{name}-numba", "preprocess", make, (*tables, *(i32,) * 5, *(f32,) * 9))
 
 
 def box_regions_kernel() -> NumbaKernel:
     """Regions of boxes that live on the device."""
-    tables = (i64_pointer, i64_pointer, f32_pointer, i32, f32, i64_pointer, f32_pointer)
+    tables = (i64_pointer, i64_pointer, f32_pointer, i32, f32, i32_pointer, i64_pointer, f32_pointer)
     make = _imported("regions_cuda", "fill_box_regions")
     return NumbaKernel("box-regions", "fill_box_regions", make, (*tables, *(i32,) * 6), float64=True)
 
 
 def nms_kernel() -> NumbaKernel:
     """Head output to kept boxes."""
-    head = (f32_pointer, i32, i32, i64_pointer, f32_pointer, f32, f32, i32, i32, i32)
+    head = (f32_pointer, i32, i32, i32_pointer, f32_pointer, f32, f32, i32, i32, i32)
     scratch = (f32_pointer, i32_pointer, f32_pointer, f32_pointer, i32_pointer, u8_pointer)
     kept = (f32_pointer, f32_pointer, i32_pointer, i32_pointer)
     return NumbaKernel("nms", "nms", _imported("boxes_cuda", "nms"), (*head, *scratch, *kept))

@@ -1,12 +1,21 @@
-// The fused plan's frame: four output pixels a thread, wide stores. It only moves data; positions and samplers are the
-// Python pixel functions of sampling.py, linked in through LTO.
+// The fused plan's frame: wide loads, wide stores, four pixels side by side in each of several lines a thread. It only
+// moves data; taps and values are the Python pixel functions of sampling.py, linked in through LTO.
 //
-// Compiled with -D: STORE_TYPE (0 u8, 1 f16, 2 f32), LAYOUT (0 NCHW, 1 NHWC) and the fields of regions.py.
+// Compiled with -D: STORE_TYPE (0 u8, 1 f16, 2 f32), LAYOUT (0 NCHW, 1 NHWC), PAIRS (whether a sampler reads two
+// neighbouring columns), WEIGHT (0 int, 1 float), LINES and MIN_BLOCKS, and the fields of regions.py.
 // No header is included, so NVRTC needs no include directory.
 
-extern "C" __device__ float nbv_position(int index, long long step, long long start, float unit, float scale);
-extern "C" __device__ float nbv_sample(const unsigned char *pixels, long long origin, long long pitch, int pixel_bytes,
-                                       int channel, int width, int height, float x, float y);
+#if WEIGHT == 0
+typedef int Weight;
+#else
+typedef float Weight;
+#endif
+
+extern "C" __device__ void nbv_along_x(int index, long long step, long long start, float unit, int length, int *taps,
+                                       Weight *weights);
+extern "C" __device__ void nbv_along_y(int index, long long step, long long start, float unit, int length, int *taps,
+                                       Weight *weights);
+extern "C" __device__ float nbv_blend(const int *pixels, const Weight *weights_x, const Weight *weights_y);
 
 #if STORE_TYPE == 0
 typedef unsigned char Stored;
@@ -25,16 +34,25 @@ typedef float Stored;
 __device__ __forceinline__ Stored to_stored(float value) { return value; }
 #endif
 
-// Where a multiprocessor holds 2,048 threads, more of them hide more latency than more registers save: 119 us against
-// 141 us on sm_90. The others hold 1,536 at most and would spill.
 constexpr int THREADS = 128;
+// A multiprocessor that holds 2,048 threads takes MIN_BLOCKS; with as many the others would spill.
 #if __CUDA_ARCH__ == 800 || __CUDA_ARCH__ == 900 || __CUDA_ARCH__ == 1000
-constexpr int MIN_BLOCKS = 12;
+constexpr int BLOCKS = MIN_BLOCKS;
 #else
-constexpr int MIN_BLOCKS = 8;
+constexpr int BLOCKS = MIN_BLOCKS - 1;
 #endif
-constexpr int PIXELS = 4;  // a thread: 8-byte stores in half precision; docs/preprocess.md has the alternatives
+constexpr int PIXELS = 4;  // side by side: 8-byte stores in half precision; docs/preprocess.md has the alternatives
 
+struct alignas(16) Source {
+    unsigned long long address;
+    long long pitch;
+};
+struct alignas(16) Row {
+    int fields[REGION_FIELDS];
+};
+struct alignas(16) Steps {
+    long long step_x, start_x, step_y, start_y;
+};
 struct alignas(PIXELS * sizeof(Stored)) Packed {
     Stored values[PIXELS];
 };
@@ -46,100 +64,145 @@ __device__ __forceinline__ void store(Stored *to, const float *values) {
     *reinterpret_cast<Packed *>(to) = packed;
 }
 
-extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS)
-    preprocess(const unsigned char *pixels, const long long *__restrict__ sources, const long long *__restrict__ regions,
-               const float *__restrict__ scales, Stored *__restrict__ out, int height, int width, int pixel_bytes,
-               int gray, int swap, float gain_0, float gain_1, float gain_2, float bias_0, float bias_1, float bias_2,
-               float fill_0, float fill_1, float fill_2) {
+// Up to eight bytes from `at`, `count` of them needed, by aligned words: three loads where bytes would be six. No word
+// without a needed byte is touched, so nothing outside the allocation is.
+__device__ __forceinline__ void load_bytes(const unsigned char *at, int count, unsigned &low, unsigned &high) {
+    const unsigned long long address = reinterpret_cast<unsigned long long>(at);
+    const char *aligned = reinterpret_cast<const char *>(address & ~3ull);
+    const int shift = (int)(address & 3), last = (shift + count - 1) & ~3;
+    const unsigned word_0 = __ldg(reinterpret_cast<const unsigned *>(aligned));
+    const unsigned word_1 = __ldg(reinterpret_cast<const unsigned *>(aligned + min(4, last)));
+    const unsigned word_2 = __ldg(reinterpret_cast<const unsigned *>(aligned + last));
+    low = __funnelshift_r(word_0, word_1, 8 * shift);
+    high = __funnelshift_r(word_1, word_2, 8 * shift);
+}
+
+extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
+    preprocess(const unsigned char *pixels, const long long *__restrict__ sources, const int *__restrict__ regions,
+               const long long *__restrict__ steps, const float *__restrict__ scales, Stored *__restrict__ out,
+               int height, int width, int pixel_bytes, int gray, int swap, float gain_0, float gain_1, float gain_2,
+               float bias_0, float bias_1, float bias_2, float fill_0, float fill_1, float fill_2) {
     const int x_first = PIXELS * (blockIdx.x * blockDim.x + threadIdx.x);
-    const int y = blockIdx.y * blockDim.y + threadIdx.y;
-    if (x_first >= width || y >= height) return;
+    if (x_first >= width) return;
 
-    const long long *region = regions + (long long)blockIdx.z * REGION_FIELDS;
+    const Row row = reinterpret_cast<const Row *>(regions)[blockIdx.z];
+    const Steps step = reinterpret_cast<const Steps *>(steps)[blockIdx.z];
     const float *scale = scales + (long long)blockIdx.z * REGION_SCALES;
-    const long long *source = sources + 4 * region[REGION_IMAGE];
-    const long long pitch = source[1];
-    const long long origin = source[0] + region[REGION_Y] * pitch + region[REGION_X] * pixel_bytes;
-    const int region_width = (int)region[REGION_WIDTH], region_height = (int)region[REGION_HEIGHT];
-    const int left = (int)region[REGION_LEFT], out_width = (int)region[REGION_OUT_WIDTH];
-    const int line = y - (int)region[REGION_TOP];
-    const bool line_inside = line >= 0 && line < (int)region[REGION_OUT_HEIGHT];
-    const float source_y =
-        nbv_position(line, region[REGION_STEP_Y], region[REGION_START_Y], scale[REGION_UNIT_Y], scale[REGION_SCALE_Y]);
+    // A row of the source table is address, pitch, height, width.
+    const Source source = reinterpret_cast<const Source *>(sources)[2 * row.fields[REGION_IMAGE]];
+    const int left = row.fields[REGION_LEFT], out_width = row.fields[REGION_OUT_WIDTH];
+    const int region_width = row.fields[REGION_WIDTH], region_height = row.fields[REGION_HEIGHT];
+    const unsigned char *origin = pixels + source.address + row.fields[REGION_Y] * source.pitch +
+                                  (long long)(row.fields[REGION_X] * pixel_bytes);
+    const bool some_inside = x_first < left + out_width && x_first + PIXELS > left;
 
-    // Straight-line code over all pixels, fill chosen afterwards: the loads of four pixels are in flight together, and
-    // what depends on the line alone is computed once. Samplers clamp, so a position outside the region is harmless.
-    float values[3][PIXELS];
-    if (line_inside && x_first < left + out_width && x_first + PIXELS > left) {
-        float source_x[PIXELS];
+    // What depends on the column alone serves all lines. Taps are clamped to the region, so those of columns outside it
+    // are harmless, and the loads of four pixels are in flight together.
+    int columns[PIXELS][2];
+    Weight weights_x[PIXELS][2];
 #pragma unroll
-        for (int i = 0; i < PIXELS; ++i)
-            source_x[i] = nbv_position(x_first + i - left, region[REGION_STEP_X], region[REGION_START_X],
-                                       scale[REGION_UNIT_X], scale[REGION_SCALE_X]);
-        if (gray) {
-#pragma unroll
-            for (int i = 0; i < PIXELS; ++i)
-                values[0][i] = values[1][i] = values[2][i] = nbv_sample(
-                    pixels, origin, pitch, pixel_bytes, 0, region_width, region_height, source_x[i], source_y);
-        } else {
-#pragma unroll
-            for (int i = 0; i < PIXELS; ++i)
-#pragma unroll
-                for (int c = 0; c < 3; ++c)  // a constant, so that the loads of a pixel share one address
-                    values[c][i] = nbv_sample(pixels, origin, pitch, pixel_bytes, c, region_width, region_height,
-                                              source_x[i], source_y);
-        }
-#pragma unroll
-        for (int i = 0; i < PIXELS; ++i) {
-            const int column = x_first + i - left;
-            const bool inside = column >= 0 && column < out_width;
-            const float first = swap ? values[2][i] : values[0][i], third = swap ? values[0][i] : values[2][i];
-            values[0][i] = inside ? first : fill_0;
-            values[1][i] = inside ? values[1][i] : fill_1;
-            values[2][i] = inside ? third : fill_2;
-        }
-    } else {
-#pragma unroll
-        for (int i = 0; i < PIXELS; ++i) {
-            values[0][i] = fill_0;
-            values[1][i] = fill_1;
-            values[2][i] = fill_2;
-        }
-    }
-#pragma unroll
-    for (int i = 0; i < PIXELS; ++i) {
-        values[0][i] = values[0][i] * gain_0 + bias_0;
-        values[1][i] = values[1][i] * gain_1 + bias_1;
-        values[2][i] = values[2][i] * gain_2 + bias_2;
-    }
+    for (int i = 0; i < PIXELS; ++i)
+        nbv_along_x(x_first + i - left, step.step_x, step.start_x, scale[REGION_UNIT_X], region_width, columns[i],
+                    weights_x[i]);
 
     const long long plane = (long long)height * width;
     Stored *canvas = out + (long long)blockIdx.z * 3 * plane;
-    const long long pixel = (long long)y * width + x_first;
     // Every line starts on a wide boundary when the width is a multiple of PIXELS and `out` itself is aligned.
     const bool wide = width % PIXELS == 0 && (unsigned long long)out % sizeof(Packed) == 0;
-#if LAYOUT == 0
-    if (wide) {
+    int y = blockIdx.y * (LINES * blockDim.y) + threadIdx.y;
 #pragma unroll
-        for (int c = 0; c < 3; ++c) store(canvas + c * plane + pixel, values[c]);
-    } else {
+    for (int l = 0; l < LINES; ++l, y += blockDim.y) {
+        if (y >= height) return;
+        const int line = y - row.fields[REGION_TOP];
+        float values[3][PIXELS];
+        if (some_inside && line >= 0 && line < row.fields[REGION_OUT_HEIGHT]) {
+            int lines[2];
+            Weight weights_y[2];
+            nbv_along_y(line, step.step_y, step.start_y, scale[REGION_UNIT_Y], region_height, lines, weights_y);
+            const unsigned char *above = origin + lines[0] * source.pitch, *below = origin + lines[1] * source.pitch;
+#if PAIRS
+            const int pair_bytes = pixel_bytes * min(2, region_width);
+            unsigned above_low[PIXELS], above_high[PIXELS], below_low[PIXELS], below_high[PIXELS];
 #pragma unroll
-        for (int c = 0; c < 3; ++c)
+            for (int i = 0; i < PIXELS; ++i) {
+                const int at = pixel_bytes * max(min(columns[i][0], region_width - 2), 0);
+                load_bytes(above + at, pair_bytes, above_low[i], above_high[i]);
+                load_bytes(below + at, pair_bytes, below_low[i], below_high[i]);
+            }
+#pragma unroll
+            for (int i = 0; i < PIXELS; ++i) {
+                // The pair is the region's last two columns where both taps are the last, or its only column.
+                const bool second_alone = columns[i][0] > max(region_width - 2, 0);
+                const unsigned above_right = __funnelshift_rc(above_low[i], above_high[i], 8 * pixel_bytes);
+                const unsigned below_right = __funnelshift_rc(below_low[i], below_high[i], 8 * pixel_bytes);
+                const unsigned above_left = second_alone ? above_right : above_low[i];
+                const unsigned below_left = second_alone ? below_right : below_low[i];
+#pragma unroll
+                for (int c = 0; c < 3; ++c) {
+                    const int taps[4] = {(int)(above_left >> 8 * c & 255), (int)(above_right >> 8 * c & 255),
+                                         (int)(below_left >> 8 * c & 255), (int)(below_right >> 8 * c & 255)};
+                    values[c][i] = nbv_blend(taps, weights_x[i], weights_y);
+                }
+            }
+#else
 #pragma unroll
             for (int i = 0; i < PIXELS; ++i)
-                if (x_first + i < width) canvas[c * plane + pixel + i] = to_stored(values[c][i]);
-    }
-#else
-    float line_values[3 * PIXELS];
 #pragma unroll
-    for (int i = 0; i < 3 * PIXELS; ++i) line_values[i] = values[i % 3][i / 3];
-    if (wide) {
-#pragma unroll
-        for (int k = 0; k < 3; ++k) store(canvas + 3 * pixel + PIXELS * k, line_values + PIXELS * k);
-    } else {
-#pragma unroll
-        for (int i = 0; i < 3 * PIXELS; ++i)
-            if (x_first + i / 3 < width) canvas[3 * pixel + i] = to_stored(line_values[i]);
-    }
+                for (int c = 0; c < 3; ++c) {
+                    const int pixel = above[pixel_bytes * columns[i][0] + (gray ? 0 : c)];
+                    const int taps[4] = {pixel, pixel, pixel, pixel};
+                    values[c][i] = nbv_blend(taps, weights_x[i], weights_y);
+                }
 #endif
+#pragma unroll
+            for (int i = 0; i < PIXELS; ++i) {
+                const int column = x_first + i - left;
+                const bool inside = column >= 0 && column < out_width;
+                const float second = gray ? values[0][i] : values[1][i], third = gray ? values[0][i] : values[2][i];
+                const float first = values[0][i];
+                values[0][i] = inside ? (swap ? third : first) : fill_0;
+                values[1][i] = inside ? second : fill_1;
+                values[2][i] = inside ? (swap ? first : third) : fill_2;
+            }
+        } else {
+#pragma unroll
+            for (int i = 0; i < PIXELS; ++i) {
+                values[0][i] = fill_0;
+                values[1][i] = fill_1;
+                values[2][i] = fill_2;
+            }
+        }
+#pragma unroll
+        for (int i = 0; i < PIXELS; ++i) {
+            values[0][i] = values[0][i] * gain_0 + bias_0;
+            values[1][i] = values[1][i] * gain_1 + bias_1;
+            values[2][i] = values[2][i] * gain_2 + bias_2;
+        }
+
+        const long long pixel = (long long)y * width + x_first;
+#if LAYOUT == 0
+        if (wide) {
+#pragma unroll
+            for (int c = 0; c < 3; ++c) store(canvas + c * plane + pixel, values[c]);
+        } else {
+#pragma unroll
+            for (int c = 0; c < 3; ++c)
+#pragma unroll
+                for (int i = 0; i < PIXELS; ++i)
+                    if (x_first + i < width) canvas[c * plane + pixel + i] = to_stored(values[c][i]);
+        }
+#else
+        float line_values[3 * PIXELS];
+#pragma unroll
+        for (int i = 0; i < 3 * PIXELS; ++i) line_values[i] = values[i % 3][i / 3];
+        if (wide) {
+#pragma unroll
+            for (int k = 0; k < 3; ++k) store(canvas + 3 * pixel + PIXELS * k, line_values + PIXELS * k);
+        } else {
+#pragma unroll
+            for (int i = 0; i < 3 * PIXELS; ++i)
+                if (x_first + i / 3 < width) canvas[3 * pixel + i] = to_stored(line_values[i]);
+        }
+#endif
+    }
 }

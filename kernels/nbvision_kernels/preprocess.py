@@ -13,12 +13,13 @@ from numba import prange
 from nbvision_kernels import regions as region
 from nbvision_kernels.pixel import half_bits, pixel_function, pointer_from_address, round_to_u8
 from nbvision_kernels.sampling import (
-    exact_position,
-    fast_position,
-    linear_exact,
-    linear_fast,
-    nearest,
-    nearest_index,
+    exact_along_x,
+    exact_along_y,
+    exact_blend,
+    fast_along,
+    fast_blend,
+    nearest_along,
+    nearest_blend,
 )
 
 __all__ = [
@@ -27,14 +28,15 @@ __all__ = [
     "NCHW",
     "NEAREST",
     "NHWC",
+    "SAMPLERS",
     "STORE_F16",
     "STORE_F32",
     "STORE_HALF_BITS",
     "STORE_U8",
+    "make_blend_export",
     "make_cpu_loop",
-    "make_position",
-    "make_sampler",
     "make_span_writer",
+    "make_taps_export",
 ]
 
 NEAREST, LINEAR_EXACT, LINEAR_FAST = 0, 1, 2
@@ -42,27 +44,45 @@ NCHW, NHWC = 0, 1
 STORE_U8, STORE_F16, STORE_F32, STORE_HALF_BITS = 0, 1, 2, 3
 
 
-def make_position(sampler):
-    """``position(index, step, start, unit, scale)`` -> float32 source position, for one kind of sampler."""
+# sampler -> (along_x, along_y, blend), see sampling.py
+SAMPLERS = {
+    NEAREST: (nearest_along, nearest_along, nearest_blend),
+    LINEAR_EXACT: (exact_along_x, exact_along_y, exact_blend),
+    LINEAR_FAST: (fast_along, fast_along, fast_blend),
+}
+
+
+def make_taps_export(along):
+    """``along`` for C, which knows no tuples: the pixels go to ``taps[0:2]``, their weights to ``weights[0:2]``."""
 
     @pixel_function
-    def position(index, step, start, unit, scale):
-        if sampler == NEAREST:
-            result = np.float32(nearest_index(index, step, start))
-        elif sampler == LINEAR_EXACT:
-            result = exact_position(index, step, start, unit)
-        else:
-            result = fast_position(index, scale)
-        return result
+    def taps_export(index, step, start, unit, length, taps, weights):
+        first, second, first_weight, second_weight = along(index, step, start, unit, length)
+        taps[0] = first
+        taps[1] = second
+        weights[0] = first_weight
+        weights[1] = second_weight
 
-    return position
+    return taps_export
 
 
-def make_sampler(sampler):
-    """``sample(pixels, origin, pitch, pixel_bytes, channel, width, height, x, y)`` -> float32 value in 0..255."""
-    if sampler == NEAREST:
-        return nearest
-    return linear_exact if sampler == LINEAR_EXACT else linear_fast
+def make_blend_export(blend):
+    """``blend`` for C: ``pixels`` are top left, top right, bottom left, bottom right."""
+
+    @pixel_function
+    def blend_export(pixels, weights_x, weights_y):
+        return blend(
+            pixels[0],
+            pixels[1],
+            pixels[2],
+            pixels[3],
+            weights_x[0],
+            weights_x[1],
+            weights_y[0],
+            weights_y[1],
+        )
+
+    return blend_export
 
 
 def make_store(store):
@@ -84,8 +104,7 @@ def make_store(store):
 
 def make_span_writer(sampler, layout, store):
     """The body of the plan: write output pixels ``x_first <= x < x_stop`` of line ``y`` of canvas ``item``."""
-    position = make_position(sampler)
-    sample = make_sampler(sampler)
+    along_x, along_y, blend = SAMPLERS[sampler]
     save = make_store(store)
 
     @pixel_function
@@ -93,6 +112,7 @@ def make_span_writer(sampler, layout, store):
         pixels,
         sources,
         regions,
+        steps,
         scales,
         out,
         item,
@@ -109,28 +129,31 @@ def make_span_writer(sampler, layout, store):
         fill,
     ):
         row = np.int64(item) * region.FIELDS
+        step_row = np.int64(item) * region.STEPS
         scale_row = np.int64(item) * region.SCALES
-        left = np.int32(regions[row + region.LEFT])
-        right = np.int32(left + np.int32(regions[row + region.OUT_WIDTH]))
-        region_width = np.int32(regions[row + region.WIDTH])
-        region_height = np.int32(regions[row + region.HEIGHT])
-        step_x = regions[row + region.STEP_X]
-        start_x = regions[row + region.START_X]
+        left = regions[row + region.LEFT]
+        right = np.int32(left + regions[row + region.OUT_WIDTH])
+        region_width = regions[row + region.WIDTH]
+        step_x = steps[step_row + region.STEP_X]
+        start_x = steps[step_row + region.START_X]
         unit_x = scales[scale_row + region.UNIT_X]
-        scale_x = scales[scale_row + region.SCALE_X]
-        source = regions[row + region.IMAGE] * np.int64(4)
+        source = np.int64(regions[row + region.IMAGE]) * 4
         pitch = sources[source + 1]
-        origin = sources[source] + regions[row + region.Y] * pitch + regions[row + region.X] * np.int64(pixel_bytes)
+        # A row is under 2**31 bytes, so columns are 32-bit; an image may be larger, so lines are 64-bit.
+        column_0 = np.int64(np.int32(regions[row + region.X] * pixel_bytes))
+        origin = sources[source] + np.int64(regions[row + region.Y]) * pitch + column_0
 
         line = np.int32(y - regions[row + region.TOP])
         line_inside = line >= 0 and line < regions[row + region.OUT_HEIGHT]
-        source_y = position(
+        top, bottom, top_weight, bottom_weight = along_y(
             line,
-            regions[row + region.STEP_Y],
-            regions[row + region.START_Y],
+            steps[step_row + region.STEP_Y],
+            steps[step_row + region.START_Y],
             scales[scale_row + region.UNIT_Y],
-            scales[scale_row + region.SCALE_Y],
+            regions[row + region.HEIGHT],
         )
+        above = origin + np.int64(top) * pitch
+        below = origin + np.int64(bottom) * pitch
         plane = np.int64(height) * np.int64(width)
         canvas = np.int64(item) * 3 * plane
         line_start = np.int64(y) * np.int64(width)
@@ -142,18 +165,43 @@ def make_span_writer(sampler, layout, store):
             value_1 = fill[1]
             value_2 = fill[2]
             if line_inside and x >= left and x < right:
-                source_x = position(np.int32(x - left), step_x, start_x, unit_x, scale_x)
-                value_0 = sample(
-                    pixels, origin, pitch, pixel_bytes, np.int32(0), region_width, region_height, source_x, source_y
+                first, second, left_weight, right_weight = along_x(
+                    np.int32(x - left), step_x, start_x, unit_x, region_width
+                )
+                to_first = np.int64(np.int32(first * pixel_bytes))
+                to_second = np.int64(np.int32(second * pixel_bytes))
+                value_0 = blend(
+                    pixels[above + to_first],
+                    pixels[above + to_second],
+                    pixels[below + to_first],
+                    pixels[below + to_second],
+                    left_weight,
+                    right_weight,
+                    top_weight,
+                    bottom_weight,
                 )
                 value_1 = value_0
                 value_2 = value_0
                 if not gray:
-                    value_1 = sample(
-                        pixels, origin, pitch, pixel_bytes, np.int32(1), region_width, region_height, source_x, source_y
+                    value_1 = blend(
+                        pixels[above + to_first + 1],
+                        pixels[above + to_second + 1],
+                        pixels[below + to_first + 1],
+                        pixels[below + to_second + 1],
+                        left_weight,
+                        right_weight,
+                        top_weight,
+                        bottom_weight,
                     )
-                    value_2 = sample(
-                        pixels, origin, pitch, pixel_bytes, np.int32(2), region_width, region_height, source_x, source_y
+                    value_2 = blend(
+                        pixels[above + to_first + 2],
+                        pixels[above + to_second + 2],
+                        pixels[below + to_first + 2],
+                        pixels[below + to_second + 2],
+                        left_weight,
+                        right_weight,
+                        top_weight,
+                        bottom_weight,
                     )
                 if swap:
                     value_0, value_2 = value_2, value_0
@@ -166,12 +214,18 @@ def make_span_writer(sampler, layout, store):
 
 
 def make_cpu_loop(sampler, layout, store):
-    """The plan as a parallel CPU loop over output lines."""
+    """The plan as a parallel CPU loop over output lines.
+
+    ``base`` is what the table's addresses count from: 0, but as an argument, because the compiler takes a constant null
+    pointer for one that is never read.
+    """
     write_span = make_span_writer(sampler, layout, store)
 
     def loop(
+        base,
         sources,
         regions,
+        steps,
         scales,
         out,
         items,
@@ -185,12 +239,13 @@ def make_cpu_loop(sampler, layout, store):
         fill,
     ):
         for line in prange(items * height):
-            pixels = pointer_from_address(np.int64(0))
+            pixels = pointer_from_address(base)
             item = line // height
             write_span(
                 pixels,
                 sources,
                 regions,
+                steps,
                 scales,
                 out,
                 item,

@@ -1,8 +1,9 @@
 """Regions: which part of which source goes where in an output canvas.
 
-One row per output of two flat tables that every kernel reads: :data:`FIELDS` int64 numbers in ``regions`` and
-:data:`SCALES` float32 numbers in ``scales``.  The functions that fill a row run once per output, on the host or in a
-kernel of one thread per box; they use float64, because OpenCV and Ultralytics do and a rounding there moves a border.
+One row per output of three flat tables that every kernel reads: :data:`FIELDS` int32 numbers in ``regions``,
+:data:`STEPS` int64 numbers in ``steps`` and :data:`SCALES` float32 numbers in ``scales``.  The functions that fill a
+row run once per output, on the host or in a kernel of one thread per box; they use float64, because OpenCV and
+Ultralytics do and a rounding there moves a border.
 """
 
 from __future__ import annotations
@@ -13,15 +14,19 @@ import numpy as np
 
 from nbvision_kernels.pixel import clamp, pixel_function, rint64
 
-__all__ = ["FIELDS", "FIT_LETTERBOX", "FIT_STRETCH", "SCALES", "fill_box_regions_cpu", "fill_regions_cpu"]
+__all__ = ["FIELDS", "FIT_LETTERBOX", "FIT_STRETCH", "SCALES", "STEPS", "fill_box_regions_cpu", "fill_regions_cpu"]
 
 # Fields of a row of `regions`. The source region is (X, Y, WIDTH, HEIGHT); it is resized to (OUT_WIDTH, OUT_HEIGHT) and
-# placed at (LEFT, TOP) of the canvas. STEP and START are positions in fixed point, see sampling.py.
-IMAGE, X, Y, WIDTH, HEIGHT, LEFT, TOP, OUT_WIDTH, OUT_HEIGHT, STEP_X, STEP_Y, START_X, START_Y = range(13)
-FIELDS = 13
+# placed at (LEFT, TOP) of the canvas. A row is three loads of 16 bytes; the last three numbers are unused.
+IMAGE, X, Y, WIDTH, HEIGHT, LEFT, TOP, OUT_WIDTH, OUT_HEIGHT = range(9)
+FIELDS = 12
 
-# Fields of a row of `scales`: canvas -> source is x * SCALE_X + OFFSET_X; UNIT is the worth of a step's last bit.
-SCALE_X, SCALE_Y, OFFSET_X, OFFSET_Y, UNIT_X, UNIT_Y = range(6)
+# Fields of a row of `steps`: positions in fixed point, see sampling.py.
+STEP_X, START_X, STEP_Y, START_Y = range(4)
+STEPS = 4
+
+# Fields of a row of `scales`: UNIT is the worth of a step's last bit; canvas -> source is x * SCALE_X + OFFSET_X.
+UNIT_X, UNIT_Y, SCALE_X, SCALE_Y, OFFSET_X, OFFSET_Y = range(6)
 SCALES = 6
 
 FIT_STRETCH, FIT_LETTERBOX = 0, 1
@@ -50,7 +55,7 @@ def linear_bits(source_length):
 
 
 @pixel_function
-def write_axis(regions, scales, row, scale_row, step_field, start_field, unit_field, source_length, length, linear):
+def write_axis(steps, scales, step_at, start_at, unit_at, source_length, length, linear):
     """The fixed-point positions of one axis, from OpenCV's float64 scale ``1 / (length / source_length)``.
 
     Linear: output ``d`` falls at ``(d * STEP + START) * UNIT``. Nearest: STEP has the 53 bits of the scale, START says
@@ -60,20 +65,20 @@ def write_axis(regions, scales, row, scale_row, step_field, start_field, unit_fi
     if linear:
         bits = linear_bits(source_length)
         half_step = np.int64(rint64(scale * power_of_two(bits - 1)))
-        regions[row + step_field] = 2 * half_step
-        regions[row + start_field] = half_step - (np.int64(1) << (bits - 1))
-        scales[scale_row + unit_field] = np.float32(np.float64(1.0) / power_of_two(bits))
+        steps[step_at] = 2 * half_step
+        steps[start_at] = half_step - (np.int64(1) << (bits - 1))
+        scales[unit_at] = np.float32(np.float64(1.0) / power_of_two(bits))
     else:
         mantissa, exponent = math.frexp(scale)
         bits = min(np.int64(53) - np.int64(exponent), np.int64(62))  # 62: only when enlarging more than 512 times
-        regions[row + step_field] = np.int64(mantissa * power_of_two(bits + np.int64(exponent)))
-        regions[row + start_field] = bits
-        scales[scale_row + unit_field] = np.float32(0)
+        steps[step_at] = np.int64(mantissa * power_of_two(bits + np.int64(exponent)))
+        steps[start_at] = bits
+        scales[unit_at] = np.float32(0)
 
 
 @pixel_function
 def write_region(
-    regions, scales, index, image, x, y, width, height, out_height, out_width, fit, scaleup, center, linear
+    regions, steps, scales, index, image, x, y, width, height, out_height, out_width, fit, scaleup, center, linear
 ):
     """Row ``index``: the region (x, y, width, height) of ``image`` fitted into an (out_height, out_width) canvas.
 
@@ -81,6 +86,7 @@ def write_region(
     the right.  A region of no area gets an empty row: its canvas is all fill and maps to no place.
     """
     row = np.int64(index) * FIELDS
+    step_row = np.int64(index) * STEPS
     scale_row = np.int64(index) * SCALES
     left = np.int64(0)
     top = np.int64(0)
@@ -96,23 +102,27 @@ def write_region(
         if center:
             left = np.int64(rint64(np.float64(out_width - new_width) / 2 - np.float64(0.1)))
             top = np.int64(rint64(np.float64(out_height - new_height) / 2 - np.float64(0.1)))
-    regions[row + IMAGE] = np.int64(image)
-    regions[row + X] = np.int64(x)
-    regions[row + Y] = np.int64(y)
-    regions[row + WIDTH] = np.int64(width)
-    regions[row + HEIGHT] = np.int64(height)
-    regions[row + LEFT] = left
-    regions[row + TOP] = top
+    regions[row + IMAGE] = np.int32(image)
+    regions[row + X] = np.int32(x)
+    regions[row + Y] = np.int32(y)
+    regions[row + WIDTH] = np.int32(width)
+    regions[row + HEIGHT] = np.int32(height)
+    regions[row + LEFT] = np.int32(left)
+    regions[row + TOP] = np.int32(top)
     if width <= 0 or height <= 0:
-        for field in range(OUT_WIDTH, FIELDS):
-            regions[row + field] = np.int64(0)
+        regions[row + OUT_WIDTH] = np.int32(0)
+        regions[row + OUT_HEIGHT] = np.int32(0)
+        for field in range(STEPS):
+            steps[step_row + field] = np.int64(0)
         for field in range(SCALES):
             scales[scale_row + field] = np.float32(0)
     else:
-        regions[row + OUT_WIDTH] = new_width
-        regions[row + OUT_HEIGHT] = new_height
-        write_axis(regions, scales, row, scale_row, STEP_X, START_X, UNIT_X, width, new_width, linear)
-        write_axis(regions, scales, row, scale_row, STEP_Y, START_Y, UNIT_Y, height, new_height, linear)
+        regions[row + OUT_WIDTH] = np.int32(new_width)
+        regions[row + OUT_HEIGHT] = np.int32(new_height)
+        unit_at = scale_row + UNIT_X
+        write_axis(steps, scales, step_row + STEP_X, step_row + START_X, unit_at, width, new_width, linear)
+        unit_at = scale_row + UNIT_Y
+        write_axis(steps, scales, step_row + STEP_Y, step_row + START_Y, unit_at, height, new_height, linear)
         scale_x = np.float64(width) / np.float64(new_width)
         scale_y = np.float64(height) / np.float64(new_height)
         scales[scale_row + SCALE_X] = np.float32(scale_x)
@@ -124,6 +134,7 @@ def write_region(
 @pixel_function
 def write_box_region(
     regions,
+    steps,
     scales,
     index,
     sources,
@@ -161,6 +172,7 @@ def write_box_region(
         height = np.int64(math.ceil(min(y2 + margin_y, image_height))) - y
     write_region(
         regions,
+        steps,
         scales,
         index,
         image,
@@ -177,13 +189,14 @@ def write_box_region(
     )
 
 
-def fill_regions_cpu(sources, regions, scales, out_height, out_width, fit, scaleup, center, linear):
+def fill_regions_cpu(sources, regions, steps, scales, out_height, out_width, fit, scaleup, center, linear):
     """One whole-image region per source; host, sequential (tens of nanoseconds a row)."""
     for index in range(sources.size // 4):
         height = sources[index * 4 + 2]
         width = sources[index * 4 + 3]
         write_region(
             regions,
+            steps,
             scales,
             index,
             index,
@@ -201,12 +214,13 @@ def fill_regions_cpu(sources, regions, scales, out_height, out_width, fit, scale
 
 
 def fill_box_regions_cpu(
-    sources, images, boxes, margin, regions, scales, out_height, out_width, fit, scaleup, center, linear
+    sources, images, boxes, margin, regions, steps, scales, out_height, out_width, fit, scaleup, center, linear
 ):
     """One region per box, on the host."""
     for index in range(images.size):
         write_box_region(
             regions,
+            steps,
             scales,
             index,
             sources,

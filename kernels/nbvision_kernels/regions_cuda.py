@@ -16,6 +16,7 @@ def fill_box_regions(
     count,
     margin,
     regions,
+    steps,
     scales,
     out_height,
     out_width,
@@ -29,6 +30,7 @@ def fill_box_regions(
     if index < count:
         write_box_region(
             regions,
+            steps,
             scales,
             index,
             sources,

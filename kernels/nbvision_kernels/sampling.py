@@ -1,9 +1,13 @@
 """Where an output pixel falls in the source, and the value found there.  Pixel functions only.
 
 Positions follow pixel centres: output ``d`` falls at ``(d + 0.5) * scale - 0.5``.  OpenCV computes that in float64 and
-rounds it once to float32.  :func:`exact_position` gets the same float32 from integers, because float64 is slow on
-most GPUs: a 64-bit fixed-point product, rounded once by its conversion to float32.  Checked against OpenCV for all
-sources up to 4096 pixels a side; beyond, outputs that are multiples of 2048 can differ by one weight in 2048.
+rounds it once to float32.  :func:`position` gets the same float32 from integers, because float64 is slow on most GPUs:
+a 64-bit fixed-point product, rounded once by its conversion to float32.  Checked against OpenCV for all sources up to
+4096 pixels a side; beyond, outputs that are multiples of 2048 can differ by one weight in 2048.
+
+A sampler is three functions.  ``along_x`` and ``along_y`` turn an output column or line, counted from the region's
+first, into its *taps*: the two source columns or lines that are read, each with its weight.  ``blend`` makes one value
+of the four pixels where they cross.  A loop that walks along a line computes the line's taps once.
 """
 
 from __future__ import annotations
@@ -14,19 +18,25 @@ import numpy as np
 
 from nbvision_kernels.pixel import clamp, pixel_function, rint32
 
-__all__ = ["exact_position", "fast_position", "linear_exact", "linear_fast", "nearest", "nearest_index"]
+__all__ = [
+    "exact_along_x",
+    "exact_along_y",
+    "exact_blend",
+    "fast_along",
+    "fast_blend",
+    "nearest_along",
+    "nearest_blend",
+    "nearest_index",
+    "position",
+]
+
+WEIGHT_BITS = 11  # of OpenCV's integer weights
 
 
 @pixel_function
-def exact_position(index, step, start, unit):
+def position(index, step, start, unit):
     """Source position of output ``index`` as OpenCV rounds it: fixed point, whose last bit is worth ``unit``."""
     return np.float32(np.int64(index) * step + start) * unit
-
-
-@pixel_function
-def fast_position(index, scale):
-    """Source position of output ``index`` in plain float32."""
-    return (np.float32(index) + np.float32(0.5)) * scale - np.float32(0.5)
 
 
 @pixel_function
@@ -54,53 +64,58 @@ def nearest_index(index, step, bits):
 
 
 @pixel_function
-def nearest(pixels, origin, pitch, pixel_bytes, channel, width, height, x, y):
-    """The source value at integer position (x, y), clamped to the region."""
-    column = clamp(np.int32(x), np.int32(0), np.int32(width - 1))
-    row = np.int64(clamp(np.int32(y), np.int32(0), np.int32(height - 1)))
-    return np.float32(pixels[origin + row * pitch + np.int64(np.int32(column * pixel_bytes)) + np.int64(channel)])
+def nearest_along(index, step, start, unit, length):
+    """Taps of OpenCV's ``INTER_NEAREST``: one pixel, twice."""
+    here = clamp(nearest_index(index, step, start), np.int32(0), np.int32(length - 1))
+    return here, here, np.int32(0), np.int32(0)
 
 
 @pixel_function
-def linear_exact(pixels, origin, pitch, pixel_bytes, channel, width, height, x, y):
-    """Bilinear value at (x, y) as ``cv2.resize`` computes it for uint8: 11-bit weights, truncating second pass.
+def nearest_blend(top_left, top_right, bottom_left, bottom_right, left_weight, right_weight, top_weight, bottom_weight):
+    """The pixel itself."""
+    return np.float32(top_left)
 
-    Positions left of the first or right of the last column take that column; above the first or below the last row
-    both rows are the same, but their weights stay, as in OpenCV.
-    """
-    last = np.int32(width - 1)
+
+@pixel_function
+def exact_weights(fraction):
+    """``cv2.resize``'s integer weights, in 1/2048, of the taps on both sides of a position."""
+    one = np.float32(1)
+    scale = np.float32(1 << WEIGHT_BITS)
+    return np.int32(rint32((one - fraction) * scale)), np.int32(rint32(fraction * scale))
+
+
+@pixel_function
+def exact_along_x(index, step, start, unit, length):
+    """Taps of ``cv2.resize``'s uint8 linear along a line: left of the first and right of the last column that column
+    counts alone."""
+    x = position(index, step, start, unit)
+    last = np.int32(length - 1)
     left = np.int32(math.floor(x))
-    weight_x = x - np.float32(left)
+    fraction = x - np.float32(left)
     if left < 0 or left >= last:
         left = clamp(left, np.int32(0), last)
-        weight_x = np.float32(0)
-    right = min(np.int32(left + 1), last)
+        fraction = np.float32(0)
+    left_weight, right_weight = exact_weights(fraction)
+    return left, min(np.int32(left + 1), last), left_weight, right_weight
+
+
+@pixel_function
+def exact_along_y(index, step, start, unit, length):
+    """Taps across lines: above the first and below the last line both are the same, but their weights stay."""
+    y = position(index, step, start, unit)
+    last = np.int32(length - 1)
     top = np.int32(math.floor(y))
-    weight_y = y - np.float32(top)
-    bottom = clamp(np.int32(top + 1), np.int32(0), np.int32(height - 1))
-    top = clamp(top, np.int32(0), np.int32(height - 1))
+    top_weight, bottom_weight = exact_weights(y - np.float32(top))
+    bottom = clamp(np.int32(top + 1), np.int32(0), last)
+    return clamp(top, np.int32(0), last), bottom, top_weight, bottom_weight
 
-    scale = np.float32(2048)
-    right_weight = np.int32(rint32(weight_x * scale))
-    left_weight = np.int32(rint32((np.float32(1) - weight_x) * scale))
-    bottom_weight = np.int32(rint32(weight_y * scale))
-    top_weight = np.int32(rint32((np.float32(1) - weight_y) * scale))
 
-    # A row is under 2**31 bytes, so columns are 32-bit; an image may be larger, so rows are 64-bit.
-    to_left = np.int64(np.int32(left * pixel_bytes))
-    to_right = np.int64(np.int32(right * pixel_bytes))
-    to_top = origin + np.int64(top) * pitch
-    to_bottom = origin + np.int64(bottom) * pitch
-    c = np.int64(channel)
+@pixel_function
+def exact_blend(top_left, top_right, bottom_left, bottom_right, left_weight, right_weight, top_weight, bottom_weight):
+    """Bilinear value as ``cv2.resize`` computes it for uint8: exact along the lines, truncating across them."""
     # Numba widens int32 products to int64; every one is cast back, or the kernel is a quarter slower.
-    above = np.int32(
-        np.int32(np.int32(pixels[to_top + to_left + c]) * left_weight)
-        + np.int32(np.int32(pixels[to_top + to_right + c]) * right_weight)
-    )
-    below = np.int32(
-        np.int32(np.int32(pixels[to_bottom + to_left + c]) * left_weight)
-        + np.int32(np.int32(pixels[to_bottom + to_right + c]) * right_weight)
-    )
+    above = np.int32(np.int32(np.int32(top_left) * left_weight) + np.int32(np.int32(top_right) * right_weight))
+    below = np.int32(np.int32(np.int32(bottom_left) * left_weight) + np.int32(np.int32(bottom_right) * right_weight))
     # All terms are positive and sum to at most 255.5 * 4, so there is nothing to saturate.
     above = np.int32(np.int32(np.int32(above >> 4) * top_weight) >> 16)
     below = np.int32(np.int32(np.int32(below >> 4) * bottom_weight) >> 16)
@@ -108,23 +123,20 @@ def linear_exact(pixels, origin, pitch, pixel_bytes, channel, width, height, x, 
 
 
 @pixel_function
-def linear_fast(pixels, origin, pitch, pixel_bytes, channel, width, height, x, y):
-    """Bilinear value at (x, y) in float32, not rounded; the region's border pixels continue outwards."""
-    x = clamp(x, np.float32(0), np.float32(np.int32(width - 1)))
-    y = clamp(y, np.float32(0), np.float32(np.int32(height - 1)))
-    left = np.int32(x)
-    top = np.int32(y)
-    right = min(np.int32(left + 1), np.int32(width - 1))
-    bottom = min(np.int32(top + 1), np.int32(height - 1))
-    weight_x = x - np.float32(left)
-    weight_y = y - np.float32(top)
-    to_left = np.int64(np.int32(left * pixel_bytes))
-    to_right = np.int64(np.int32(right * pixel_bytes))
-    to_top = origin + np.int64(top) * pitch
-    to_bottom = origin + np.int64(bottom) * pitch
-    c = np.int64(channel)
-    top_left = np.float32(pixels[to_top + to_left + c])
-    bottom_left = np.float32(pixels[to_bottom + to_left + c])
-    above = top_left + (np.float32(pixels[to_top + to_right + c]) - top_left) * weight_x
-    below = bottom_left + (np.float32(pixels[to_bottom + to_right + c]) - bottom_left) * weight_x
-    return above + (below - above) * weight_y
+def fast_along(index, step, start, unit, length):
+    """Taps in float32, for either axis; the region's border pixels continue outwards."""
+    last = np.int32(length - 1)
+    here = clamp(position(index, step, start, unit), np.float32(0), np.float32(last))
+    first = np.int32(here)
+    fraction = here - np.float32(first)
+    return first, min(np.int32(first + 1), last), np.float32(1) - fraction, fraction
+
+
+@pixel_function
+def fast_blend(top_left, top_right, bottom_left, bottom_right, left_weight, right_weight, top_weight, bottom_weight):
+    """Bilinear value in float32, not rounded. Exact where the four are equal, as weights that sum to 1 are not."""
+    left = np.float32(top_left)
+    above = left + (np.float32(top_right) - left) * right_weight
+    left = np.float32(bottom_left)
+    below = left + (np.float32(bottom_right) - left) * right_weight
+    return above + (below - above) * bottom_weight

@@ -16,16 +16,19 @@ class Geometry:
 
     Attributes
     ----------
-    regions : (N, 13) int64 array on ``device``
-        Source image, source region and placement of each canvas; the columns are those of
-        ``nbvision_kernels.regions``.
+    regions : (N, 12) int32 array on ``device``
+        Source image, source region and placement of each canvas; the columns of this table and the next two are
+        those of ``nbvision_kernels.regions``.
+    steps : (N, 4) int64 array on ``device``
+        Source positions in fixed point.
     scales : (N, 6) float32 array on ``device``
-        ``x_source = x_canvas * scales[:, 0] + scales[:, 2]``, likewise y with columns 1 and 3.
+        ``x_source = x_canvas * scales[:, 2] + scales[:, 4]``, likewise y with columns 3 and 5.
     device : {"cpu", "cuda"}
     """
 
-    def __init__(self, regions: Any, scales: Any, device: Device) -> None:
+    def __init__(self, regions: Any, steps: Any, scales: Any, device: Device) -> None:
         self.regions = regions
+        self.steps = steps
         self.scales = scales
         self.device: Device = device
 
@@ -34,13 +37,20 @@ class Geometry:
 
     @property
     def images(self) -> Any:
-        """(N,) int64: the source image of each canvas."""
+        """(N,) int32: the source image of each canvas."""
         return self.regions[:, 0]
 
     @property
     def valid(self) -> Any:
         """(N,) bool: False where the source was missing or the box had no area; such a canvas is all fill."""
         return (self.regions[:, 3] > 0) & (self.regions[:, 4] > 0)
+
+    def to_host(self) -> Geometry:
+        """The same on the CPU; waits for the device."""
+        if self.device == "cpu":
+            return self
+        regions, steps, scales = (to_device(table, "cpu") for table in (self.regions, self.steps, self.scales))
+        return Geometry(regions, steps, scales, "cpu")
 
     def to_source(self, boxes: Any) -> Any:
         """Map boxes from canvas to source pixels.
@@ -64,6 +74,6 @@ class Geometry:
         if boxes.ndim < 2 or boxes.shape[0] != len(self) or boxes.shape[-1] != 4:
             raise InputError(f"boxes have shape {boxes.shape}; expected ({len(self)}, ..., 4), one row per canvas")
         lead = (len(self),) + (1,) * (boxes.ndim - 2)
-        scale = self.scales[:, [0, 1, 0, 1]].reshape(*lead, 4)
-        offset = self.scales[:, [2, 3, 2, 3]].reshape(*lead, 4)
+        scale = self.scales[:, [2, 3, 2, 3]].reshape(*lead, 4)
+        offset = self.scales[:, [4, 5, 4, 5]].reshape(*lead, 4)
         return boxes * scale + offset

@@ -29,6 +29,8 @@ Parity = Literal["cv2", "fast"]
 
 _KNOWN_SIZES = 64  # sets of image sizes whose regions are kept; video has one, a shop's batches many
 _MAX_GRID_Z = 65535
+_FRAME_BLOCK = (32, 4, 1)
+_FRAME_PIXELS = 4  # side by side a thread
 
 
 class Preprocess:
@@ -116,6 +118,7 @@ class Preprocess:
         self._fill = tuple(np.float32(value) for value in three_numbers("fill", fill))
         self._int_size = (np.int32(self.size[0]), np.int32(self.size[1]))
         self._kernels: dict[int, Any] = {}
+        self._frame_lines = 1
         self._known_regions: OrderedDict[tuple[bytes, int], Geometry] = OrderedDict()
 
     def __call__(
@@ -189,9 +192,9 @@ class Preprocess:
         tensor, flat = self._output(len(geometry), out, "cpu")
         if len(geometry):
             _plan_loop(self._sampler, self._layout, self._store("cpu"))(
+                np.int64(0),
                 batch.table.reshape(-1),
-                geometry.regions.reshape(-1),
-                geometry.scales.reshape(-1),
+                *_flat(geometry),
                 flat,
                 len(geometry),
                 *self._int_size,
@@ -224,19 +227,19 @@ class Preprocess:
         device_id = flat.device.id
         kernel = self._kernels.get(device_id)
         if kernel is None:
-            kernel = self._kernels[device_id] = load_kernel(self._kernel_spec(), device_id)
-        pixels_a_thread, block = 4, (32, 4, 1)
-        columns = -(-width // (pixels_a_thread * block[0]))
-        lines = -(-height // block[1])
+            spec = self._kernel_spec()
+            self._frame_lines = spec.defines["LINES"]
+            kernel = self._kernels[device_id] = load_kernel(spec, device_id)
+        columns = -(-width // (_FRAME_BLOCK[0] * _FRAME_PIXELS))
+        lines = -(-height // (_FRAME_BLOCK[1] * self._frame_lines))
         numbers = (*self._int_size, *self._channels(batch), *self._gain, *self._bias, *self._fill)
+        tables = (*_tables(geometry), flat)
         if count <= _MAX_GRID_Z:
-            tables = (batch.table, geometry.regions, geometry.scales, flat)
-            kernel((columns, lines, count), block, (0, *tables, *numbers))
+            kernel((columns, lines, count), _FRAME_BLOCK, (0, batch.table, *tables, *numbers))
             return
         for first in range(0, count, _MAX_GRID_Z):
-            part = slice(first, first + _MAX_GRID_Z)
-            tables = (batch.table, geometry.regions[part], geometry.scales[part], flat[part])
-            kernel((columns, lines, len(tables[1])), block, (0, *tables, *numbers))
+            part = [table[first : first + _MAX_GRID_Z] for table in tables]
+            kernel((columns, lines, len(part[0])), _FRAME_BLOCK, (0, batch.table, *part, *numbers))
 
     def _kernel_spec(self) -> Any:
         from nbvision_kernels.catalog import preprocess_kernel
@@ -289,7 +292,7 @@ class Preprocess:
             kernel = load_kernel(box_regions_kernel(), boxes.device.id)
             numbers = [np.int32(number) for number in self._fit_numbers()]
             arguments = (batch.table, box_images, boxes, np.int32(len(boxes)), self.box_margin)
-            kernel((-(-len(boxes) // 64),), (64,), (*arguments, geometry.regions, geometry.scales, *numbers))
+            kernel((-(-len(boxes) // 64),), (64,), (*arguments, *_tables(geometry), *numbers))
         return geometry
 
     def _fit_numbers(self) -> tuple[int, int, int, bool, bool, bool]:
@@ -364,19 +367,25 @@ _region_loops: dict[str, Any] = {}
 
 
 def _empty_geometry(count: int, device: Device) -> Geometry:
-    from nbvision_kernels.regions import FIELDS, SCALES
+    from nbvision_kernels.regions import FIELDS, SCALES, STEPS
 
     xp = array_module(device)
-    return Geometry(xp.empty((count, FIELDS), np.int64), xp.empty((count, SCALES), np.float32), device)
+    regions, steps = xp.empty((count, FIELDS), np.int32), xp.empty((count, STEPS), np.int64)
+    return Geometry(regions, steps, xp.empty((count, SCALES), np.float32), device)
 
 
-def _flat(geometry: Geometry) -> tuple[Any, Any]:
-    return geometry.regions.reshape(-1), geometry.scales.reshape(-1)
+def _tables(geometry: Geometry) -> tuple[Any, Any, Any]:
+    return geometry.regions, geometry.steps, geometry.scales
+
+
+def _flat(geometry: Geometry) -> tuple[Any, ...]:
+    return tuple(table.reshape(-1) for table in _tables(geometry))
 
 
 def _on_device(geometry: Geometry) -> Geometry:
     cupy = require_cupy("a CUDA array")
-    return Geometry(cupy.asarray(geometry.regions), cupy.asarray(geometry.scales), "cuda")
+    regions, steps, scales = (cupy.asarray(table) for table in _tables(geometry))
+    return Geometry(regions, steps, scales, "cuda")
 
 
 def _checked_host_boxes(

@@ -1,7 +1,7 @@
 """Compile, cache, load: three separate steps.
 
-Compiling needs no GPU and no driver: Numba makes PTX or LTO-IR, NVRTC compiles frames to LTO-IR, nvJitLink makes the
-machine code.  Loading and launching go through CuPy, whose launch costs a tenth of Numba's.
+Compiling needs no GPU and no driver: Numba makes LTO-IR of Python functions, NVRTC of the CUDA C around them, nvJitLink
+links both to machine code.  Loading and launching go through CuPy, whose launch costs a tenth of Numba's.
 """
 
 from __future__ import annotations
@@ -13,16 +13,16 @@ import threading
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from nbvision.errors import CompileError, MissingExtraError
 from nbvision.runtime.cache import kernel_cache_dir, write_atomically
 from nbvision.runtime.device import CUDA_EXTRA, compute_capability, require_cupy
 
 if TYPE_CHECKING:
-    from nbvision_kernels.catalog import CudaFrame, Kernel, NumbaKernel
+    from nbvision_kernels.catalog import Kernel
 
-__all__ = ["CompiledKernel", "compile_kernel", "cpu_loop", "load_kernel"]
+__all__ = ["CompiledKernel", "compile_kernel", "cpu_loop", "linked_ptx", "load_kernel"]
 
 ComputeCapability = tuple[int, int]
 
@@ -40,7 +40,6 @@ class CompiledKernel:
     cubin: bytes
     registers: int
     spill_bytes: int
-    intermediate: str  # PTX of a Numba kernel; empty for a frame, which is linked from LTO-IR
 
 
 def compile_kernel(kernel: Kernel, cc: ComputeCapability) -> CompiledKernel:
@@ -53,63 +52,48 @@ def compile_kernel(kernel: Kernel, cc: ComputeCapability) -> CompiledKernel:
     MissingExtraError
         If the CUDA compilers are not installed.
     """
-    from nbvision_kernels.catalog import CudaFrame
+    cubin, log = _linked(kernel, cc, "cubin")
+    registers, spill_bytes = _resources(log)
+    return CompiledKernel(kernel.name, kernel.entry, cubin, registers, spill_bytes)
 
+
+def linked_ptx(kernel: Kernel, cc: ComputeCapability) -> str:
+    """The PTX of a whole kernel after linking, for people to read and tests to search; raises like `compile_kernel`."""
+    return _linked(kernel, cc, "ptx")[0].decode()
+
+
+def _linked(kernel: Kernel, cc: ComputeCapability, form: Literal["cubin", "ptx"]) -> tuple[bytes, str]:
     try:
-        import cuda.core
         import numba.cuda
     except ImportError as error:
         raise MissingExtraError(str(error.name), extra=CUDA_EXTRA, needed_for="compiling a CUDA kernel") from error
     try:
-        if isinstance(kernel, CudaFrame):
-            linkable, intermediate = [_frame_ltoir(kernel, cc), *_function_ltoirs(kernel)], ""
-        else:
-            intermediate = _numba_ptx(kernel)
-            linkable = [cuda.core.ObjectCode.from_ptx(intermediate.encode())]
-        cubin, log = _link(linkable, cc)
+        return _link([_frame_ltoir(kernel, cc), *_function_ltoirs(kernel)], cc, form)
     except (RuntimeError, ValueError, TypeError, numba.core.errors.NumbaError) as error:
         raise CompileError(f"kernel {kernel.name!r} does not compile for sm_{cc[0]}{cc[1]}:\n{error}") from error
-    registers, spill_bytes = _resources(log)
-    return CompiledKernel(kernel.name, kernel.entry, cubin, registers, spill_bytes, intermediate)
 
 
-@functools.lru_cache(maxsize=4)
-def _numba_ptx(kernel: NumbaKernel) -> str:
-    """PTX of a Python kernel, its mangled name replaced by the plain one."""
-    from numba import cuda, types
-
-    signature = types.void(*kernel.arguments)
-    ptx, _ = cuda.compile(kernel.make(), signature, cc=OLDEST, output="ptx", device=False, abi="numba")
-    text = ptx.decode() if isinstance(ptx, bytes) else str(ptx)
-    mangled = re.search(r"\.entry\s+([\w$]+)", text)
-    if mangled is None:
-        raise RuntimeError("Numba's PTX has no entry point")
-    return text.replace(mangled[1], kernel.entry)
-
-
-def _frame_ltoir(kernel: CudaFrame, cc: ComputeCapability) -> Any:
-    """The frame as LTO-IR; NVRTC is quick, so for the very architecture, whose limits the frame may ask about."""
+def _frame_ltoir(kernel: Kernel, cc: ComputeCapability) -> bytes:
+    """The CUDA C of a kernel as LTO-IR; NVRTC is quick, so for the very architecture, whose limits it may ask about."""
     from cuda.core import Program, ProgramOptions
-    from nbvision_kernels import read_source
 
     options = ProgramOptions(
         arch=f"sm_{cc[0]}{cc[1]}",
         std="c++17",
         link_time_optimization=True,
         relocatable_device_code=True,
-        define_macro=[(name, str(value)) for name, value in kernel.defines.items()],
+        define_macro=[(name, str(value)) for name, value in kernel.defines.items()] or None,
     )
-    return Program(read_source(kernel.source), "c++", options).compile("ltoir")
+    return bytes(Program(kernel.source_text(), "c++", options).compile("ltoir").code)
 
 
 @functools.lru_cache(maxsize=4)
-def _function_ltoirs(kernel: CudaFrame) -> list[Any]:
-    """The Python device functions of a frame as LTO-IR."""
-    from cuda.core import ObjectCode
+def _function_ltoirs(kernel: Kernel) -> list[bytes]:
+    """The Python device functions of a kernel as LTO-IR."""
     from numba import cuda
 
-    objects = []
-    for name, (function, result, arguments) in kernel.functions.items():
+    codes = []
+    for name, (function, result, arguments) in kernel.device_functions().items():
         python_function = getattr(function, "py_func", function)
         ltoir, _ = cuda.compile(
             python_function,
@@ -120,24 +104,44 @@ def _function_ltoirs(kernel: CudaFrame) -> list[Any]:
             abi="c",
             abi_info={"abi_name": name},
         )
-        objects.append(ObjectCode.from_ltoir(ltoir))
-    return objects
+        codes.append(ltoir)
+    return codes
 
 
-def _link(objects: list[Any], cc: ComputeCapability) -> tuple[bytes, str]:
-    from cuda.core import Linker, LinkerOptions
+def _link(objects: list[bytes], cc: ComputeCapability, form: Literal["cubin", "ptx"]) -> tuple[bytes, str]:
+    """What nvJitLink makes of LTO-IR, and its log."""
+    from cuda.bindings import nvjitlink
 
-    is_ltoir = objects[0].code_type == "ltoir"
-    options = LinkerOptions(
-        arch=f"sm_{cc[0]}{cc[1]}",
-        verbose=True,
-        link_time_optimization=is_ltoir or None,
-        ptxas_options=["-v"],
-        no_cache=True,  # a second link from the linker's own cache would have an empty log
-    )
-    linker = Linker(*objects, options=options)
-    cubin = linker.link("cubin").code
-    return bytes(cubin), linker.get_info_log() + linker.get_error_log()
+    # Multiply-adds are not fused: the CPU's are not, and so every pixel function gives the same bits on both devices.
+    # The kernels wait for memory, not for arithmetic.
+    # no-cache: a second link from the linker's own cache would have an empty log.
+    options = [f"-arch=sm_{cc[0]}{cc[1]}", "-lto", "-fma=0", "-no-cache", "-verbose", "-Xptxas=-v"]
+    options += ["-ptx"] if form == "ptx" else []
+    linker = nvjitlink.create(len(options), options)
+    try:
+        for index, code in enumerate(objects):
+            nvjitlink.add_data(linker, nvjitlink.InputType.LTOIR, code, len(code), f"part {index}")
+        nvjitlink.complete(linker)
+        if form == "ptx":
+            result = bytearray(nvjitlink.get_linked_ptx_size(linker))
+            nvjitlink.get_linked_ptx(linker, result)
+        else:
+            result = bytearray(nvjitlink.get_linked_cubin_size(linker))
+            nvjitlink.get_linked_cubin(linker, result)
+        return bytes(result), _link_log(linker, "info")
+    except nvjitlink.nvJitLinkError as error:
+        raise RuntimeError(f"{error}\n{_link_log(linker, 'error')}") from None
+    finally:
+        nvjitlink.destroy(linker)
+
+
+def _link_log(linker: int, kind: str) -> str:
+    from cuda.bindings import nvjitlink
+
+    log = bytearray(getattr(nvjitlink, f"get_{kind}_log_size")(linker))
+    if log:
+        getattr(nvjitlink, f"get_{kind}_log")(linker, log)
+    return log.rstrip(b"\0").decode(errors="replace")
 
 
 def _resources(log: str) -> tuple[int, int]:
