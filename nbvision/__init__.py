@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from nbvision.engines import Engine
     from nbvision.image import ImageBatch, as_batch
     from nbvision.ops.boxes import Detections, box_iou, nms
+    from nbvision.ops.draw import draw
     from nbvision.ops.geometry import Geometry
     from nbvision.ops.masks import cut_out, mask_boxes
     from nbvision.ops.preprocess import Preprocess
@@ -56,6 +57,7 @@ __all__ = [
     "box_iou",
     "cut_out",
     "decode",
+    "draw",
     "errors",
     "mask_boxes",
     "memory",
@@ -74,6 +76,7 @@ _ROOM_OF = {
     "box_iou": "nbvision.ops.boxes",
     "cut_out": "nbvision.ops.masks",
     "decode": "nbvision.codecs",
+    "draw": "nbvision.ops.draw",
     "mask_boxes": "nbvision.ops.masks",
     "memory": "nbvision.runtime",
     "nms": "nbvision.ops.boxes",

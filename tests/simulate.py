@@ -6,7 +6,18 @@ import sys
 from collections.abc import Callable
 
 import numpy as np
-from nbvision_kernels import boxes, boxes_cuda, masks, masks_cuda, preprocess, preprocess_cuda, regions, regions_cuda
+from nbvision_kernels import (
+    boxes,
+    boxes_cuda,
+    draw,
+    draw_cuda,
+    masks,
+    masks_cuda,
+    preprocess,
+    preprocess_cuda,
+    regions,
+    regions_cuda,
+)
 from numba import cuda
 
 SIZES = [(5, 7), (1, 1), (9, 4)]
@@ -124,8 +135,59 @@ def run_masks(rng: np.random.Generator) -> None:
     assert results[0][1].tolist()[1] == 0
 
 
+def run_draw(rng: np.random.Generator) -> None:
+    """Masks, boxes and texts on images that are copied, more of them than a block looks at in one go."""
+    pixels, sources = pixels_and_sources(rng)
+    size, count, mask_height, mask_width = len(pixels), 270, 2, 3
+    targets = sources.copy()
+    targets[::4] += size
+    given = rng.uniform(-4, 12, (count, 2)).astype(np.float32)
+    given = np.concatenate([given, given + rng.uniform(0, 5, (count, 2)).astype(np.float32)], axis=1)
+    given[::50] = np.nan
+    images = rng.integers(-1, len(SIZES) + 1, count).astype(np.int32)
+    images[:260] = 0
+    rows = np.argsort(images, kind="stable").astype(np.int32)
+    edges = np.searchsorted(images[rows], np.arange(len(SIZES) + 1)).astype(np.int32)
+    starts, counts = edges[:-1], np.diff(edges)
+    labels, scores = rng.integers(-2, 4, count).astype(np.int32), rng.uniform(-0.1, 1.1, count).astype(np.float32)
+    scores[3] = np.nan
+    names, text_height, padding, colors, channels = 2, 3, 1, 3, 3
+    widths = rng.integers(0, 4, names + draw.SCORE_STRIPS)
+    strips = np.stack([np.cumsum(widths * text_height) - widths * text_height, widths], axis=1).astype(np.int32)
+    atlas = rng.integers(0, 256, int(widths.sum()) * text_height, dtype=np.uint8)
+    palette = rng.integers(0, 256, colors * draw.PALETTE_BYTES, dtype=np.uint8)
+    masks_given = rng.normal(0, 1, count * mask_height * mask_width).astype(np.float32)
+    results = []
+    for target in ("host", "device"):
+        records = np.full(count * draw.FIELDS, -9, np.int32)
+        both = np.concatenate([pixels, np.zeros(size, np.uint8)])
+        found = (given.reshape(-1), given.reshape(-1), labels, scores, 1, names, strips.reshape(-1))
+        lay_out = (count, sources, images, len(SIZES), *found, text_height, padding, colors, records)
+        lists = (channels, rows, starts, counts, records, palette, 1, masks_given, mask_height, mask_width)
+        last = (np.float32(0), 100, atlas, strips.reshape(-1), text_height, padding)
+        if target == "host":
+            draw.pointer_from_address = lambda address, memory=both: memory
+            draw.lay_out_cpu(*lay_out)
+            draw.paint_cpu(sources, targets, len(SIZES), 9, *lists, *last)
+        else:
+            launch(draw_cuda.lay_out, 9, 32, *lay_out)
+            block = (draw_cuda.TILE_WIDTH, draw_cuda.TILE_HEIGHT)
+            launch(draw_cuda.paint, (1, 2, len(SIZES)), block, both, sources, targets, *lists, *last)
+        results.append((records, both))
+    for host, device in zip(*results, strict=True):
+        np.testing.assert_array_equal(host, device)
+    np.testing.assert_array_equal(results[0][1][:size], pixels)
+    assert (results[0][1][size:] != pixels).any()
+
+
 if __name__ == "__main__":
     case = sys.argv[1]
-    cases = {"preprocess": run_preprocess, "box_regions": run_box_regions, "nms": run_nms, "masks": run_masks}
+    cases = {
+        "preprocess": run_preprocess,
+        "box_regions": run_box_regions,
+        "nms": run_nms,
+        "masks": run_masks,
+        "draw": run_draw,
+    }
     cases[case](np.random.default_rng(5))
     print(f"{case}: ok")

@@ -20,8 +20,10 @@ __all__ = [
     "all_kernels",
     "box_regions_kernel",
     "cut_out_kernel",
+    "lay_out_kernel",
     "mask_boxes_kernel",
     "nms_kernel",
+    "paint_kernel",
     "preprocess_kernel",
 ]
 
@@ -173,6 +175,22 @@ def cut_out_kernel() -> NumbaKernel:
     return NumbaKernel("cut-out", "cut_out", _imported("masks_cuda", "cut_out"), arguments)
 
 
+def lay_out_kernel() -> NumbaKernel:
+    """Detections to what is drawn of each, and where."""
+    tables = (i32, i64_pointer, i32_pointer, i32, f32_pointer, f32_pointer, i32_pointer, f32_pointer)
+    arguments = (*tables, i32, i32, i32_pointer, *(i32,) * 3, i32_pointer)
+    return NumbaKernel("draw-lay-out", "lay_out", _imported("draw_cuda", "lay_out"), arguments)
+
+
+def paint_kernel() -> NumbaKernel:
+    """Images with their detections drawn on them."""
+    tables = (u8_pointer, i64_pointer, i64_pointer, i32, *(i32_pointer,) * 4, u8_pointer, i32)
+    masks = (f32_pointer, i32, i32, f32, i32)
+    return NumbaKernel(
+        "draw-paint", "paint", _imported("draw_cuda", "paint"), (*tables, *masks, u8_pointer, i32_pointer, i32, i32)
+    )
+
+
 def all_kernels() -> Iterator[Kernel]:
     """Every kernel of every type."""
     for sampler, layout, store in itertools.product(_SAMPLERS, _LAYOUTS, _STORES):
@@ -183,6 +201,8 @@ def all_kernels() -> Iterator[Kernel]:
     yield nms_kernel()
     yield mask_boxes_kernel()
     yield cut_out_kernel()
+    yield lay_out_kernel()
+    yield paint_kernel()
 
 
 def _imported(module: str, name: str) -> Callable[[], Callable[..., None]]:
