@@ -89,19 +89,8 @@ Kernel = NumbaKernel | CudaFrame
 _SAMPLERS = {plan.NEAREST: "nearest", plan.LINEAR_EXACT: "linear_exact", plan.LINEAR_FAST: "linear_fast"}
 _LAYOUTS = {plan.NCHW: "nchw", plan.NHWC: "nhwc"}
 _STORES = {plan.STORE_U8: ("u8", u8), plan.STORE_F16: ("f16", types.float16), plan.STORE_F32: ("f32", f32)}
-_REGION_FIELDS: tuple[str, ...] = (
-    "IMAGE",
-    "X",
-    "Y",
-    "WIDTH",
-    "HEIGHT",
-    "LEFT",
-    "TOP",
-    "OUT_WIDTH",
-    "OUT_HEIGHT",
-    "FIELDS",
-)
-_REGION_FIELDS += ("UNIT_X", "UNIT_Y", "SCALES")
+_REGION_FIELDS = ["IMAGE", "X", "Y", "WIDTH", "HEIGHT", "LEFT", "TOP", "OUT_WIDTH", "OUT_HEIGHT", "FIELDS"]
+_REGION_FIELDS += ["UNIT_X", "UNIT_Y", "SCALES"]
 # sampler -> lines a thread of the frame, and blocks of 128 threads that shall fit on a multiprocessor: what was fastest
 # on sm_90 without spills. docs/preprocess.md has the alternatives.
 _FRAME_SHAPES = {plan.NEAREST: (4, 8), plan.LINEAR_EXACT: (4, 8), plan.LINEAR_FAST: (2, 8)}
