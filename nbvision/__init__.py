@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from nbvision.codecs import decode
     from nbvision.engines import Engine
     from nbvision.image import ImageBatch, as_batch
-    from nbvision.ops.boxes import Detections, box_iou, nms
+    from nbvision.ops.boxes import Detections, box_iou, nms, nms_boxes
     from nbvision.ops.geometry import Geometry
     from nbvision.ops.masks import cut_out, mask_boxes
     from nbvision.ops.preprocess import Preprocess
@@ -60,6 +60,7 @@ __all__ = [
     "mask_boxes",
     "memory",
     "nms",
+    "nms_boxes",
 ]
 
 _ROOM_OF = {
@@ -77,6 +78,7 @@ _ROOM_OF = {
     "mask_boxes": "nbvision.ops.masks",
     "memory": "nbvision.runtime",
     "nms": "nbvision.ops.boxes",
+    "nms_boxes": "nbvision.ops.boxes",
 }
 
 

@@ -18,16 +18,21 @@ __all__ = [
     "Kernel",
     "NumbaKernel",
     "all_kernels",
+    "box_candidates_kernel",
+    "box_iou_kernel",
     "box_regions_kernel",
     "cut_out_kernel",
+    "head_candidates_kernel",
     "mask_boxes_kernel",
-    "nms_kernel",
     "preprocess_kernel",
+    "rank_candidates_kernel",
+    "suppress_kernel",
 ]
 
 u8, i32, i64, f32 = types.uint8, types.int32, types.int64, types.float32
 u8_pointer, i32_pointer = types.CPointer(u8), types.CPointer(i32)
 i64_pointer, f32_pointer = types.CPointer(i64), types.CPointer(f32)
+u32_pointer, u64_pointer = types.CPointer(types.uint32), types.CPointer(types.uint64)
 
 
 @dataclass(frozen=True)
@@ -111,12 +116,47 @@ def box_regions_kernel() -> NumbaKernel:
     return NumbaKernel("box-regions", "fill_box_regions", make, (*tables, *(i32,) * 6), float64=True)
 
 
-def nms_kernel() -> NumbaKernel:
-    """Head output to kept boxes."""
-    head = (f32_pointer, i32, i32, i64_pointer, f32_pointer, f32, f32, i32, i32, i32)
-    scratch = (f32_pointer, i32_pointer, f32_pointer, f32_pointer, i32_pointer, u8_pointer)
-    kept = (f32_pointer, f32_pointer, i32_pointer, i32_pointer)
-    return NumbaKernel("nms", "nms", _imported("boxes_cuda", "nms"), (*head, *scratch, *kept))
+def head_candidates_kernel() -> NumbaKernel:
+    """Anchors of a head over the threshold."""
+    head = (f32_pointer, u32_pointer, i32, i32, i32, i64_pointer, f32_pointer, f32)
+    arguments = (*head, u64_pointer, f32_pointer, f32_pointer, i32_pointer)
+    return NumbaKernel("head-candidates", "head_candidates", _imported("boxes_cuda", "head_candidates"), arguments)
+
+
+def box_candidates_kernel() -> NumbaKernel:
+    """Plain boxes over the threshold."""
+    arguments = (f32_pointer, u32_pointer, i32_pointer, i32, f32, u64_pointer)
+    return NumbaKernel("box-candidates", "box_candidates", _imported("boxes_cuda", "box_candidates"), arguments)
+
+
+_CANDIDATES = (
+    f32_pointer,
+    f32_pointer,
+    i32_pointer,
+    i32_pointer,
+    i32_pointer,
+)  # boxes, scores, labels, indices, counts
+
+
+def rank_candidates_kernel() -> NumbaKernel:
+    """The best candidates of each image in order."""
+    given = (f32_pointer, f32_pointer, i32_pointer)
+    arguments = (u64_pointer, i32, i32, i32, *given, u64_pointer, *_CANDIDATES)
+    return NumbaKernel("rank-candidates", "rank_candidates", _imported("boxes_cuda", "rank_candidates"), arguments)
+
+
+def suppress_kernel(*, soft: bool) -> NumbaKernel:
+    """Ranked candidates to kept boxes."""
+    numbers = (i32, f32, f32, i32, i32) if soft else (i32, f32, i32, i32)
+    entry = "soft_suppress" if soft else "suppress"
+    arguments = (*_CANDIDATES, *numbers, *_CANDIDATES)
+    return NumbaKernel(entry.replace("_", "-"), entry, _imported("boxes_cuda", entry), arguments)
+
+
+def box_iou_kernel() -> NumbaKernel:
+    """Overlap of every pair of boxes."""
+    arguments = (f32_pointer, f32_pointer, i32, i32, f32_pointer)
+    return NumbaKernel("box-iou", "box_iou", _imported("boxes_cuda", "box_iou"), arguments)
 
 
 def mask_boxes_kernel() -> NumbaKernel:
@@ -136,7 +176,12 @@ def all_kernels() -> Iterator[Kernel]:
     for sampler, layout, store, frame in itertools.product(_SAMPLERS, _LAYOUTS, _STORES, (True, False)):
         yield preprocess_kernel(sampler, layout, store, frame=frame)
     yield box_regions_kernel()
-    yield nms_kernel()
+    yield head_candidates_kernel()
+    yield box_candidates_kernel()
+    yield rank_candidates_kernel()
+    yield suppress_kernel(soft=False)
+    yield suppress_kernel(soft=True)
+    yield box_iou_kernel()
     yield mask_boxes_kernel()
     yield cut_out_kernel()
 
