@@ -27,7 +27,8 @@ if TYPE_CHECKING:
     from nbvision.image import ImageBatch, as_batch
     from nbvision.ops.boxes import Detections, box_iou, nms, nms_boxes
     from nbvision.ops.geometry import Geometry
-    from nbvision.ops.masks import cut_out, mask_boxes
+    from nbvision.ops.instances import Masks, instance_masks
+    from nbvision.ops.masks import argmax_map, cut_out, mask_boxes
     from nbvision.ops.preprocess import Preprocess
     from nbvision.pipeline import Recognizer
     from nbvision.runtime import memory
@@ -46,17 +47,20 @@ __all__ = [
     "ImageBatch",
     "Index",
     "InputError",
+    "Masks",
     "MemoryLimitError",
     "MissingExtraError",
     "NbvisionError",
     "Preprocess",
     "Recognizer",
     "SearchError",
+    "argmax_map",
     "as_batch",
     "box_iou",
     "cut_out",
     "decode",
     "errors",
+    "instance_masks",
     "mask_boxes",
     "memory",
     "nms",
@@ -69,12 +73,15 @@ _ROOM_OF = {
     "Geometry": "nbvision.ops.geometry",
     "ImageBatch": "nbvision.image",
     "Index": "nbvision.search",
+    "Masks": "nbvision.ops.instances",
     "Preprocess": "nbvision.ops.preprocess",
     "Recognizer": "nbvision.pipeline",
+    "argmax_map": "nbvision.ops.masks",
     "as_batch": "nbvision.image",
     "box_iou": "nbvision.ops.boxes",
     "cut_out": "nbvision.ops.masks",
     "decode": "nbvision.codecs",
+    "instance_masks": "nbvision.ops.instances",
     "mask_boxes": "nbvision.ops.masks",
     "memory": "nbvision.runtime",
     "nms": "nbvision.ops.boxes",

@@ -6,7 +6,18 @@ import sys
 from collections.abc import Callable
 
 import numpy as np
-from nbvision_kernels import boxes, boxes_cuda, masks, masks_cuda, preprocess, preprocess_cuda, regions, regions_cuda
+from nbvision_kernels import (
+    boxes,
+    boxes_cuda,
+    instances,
+    instances_cuda,
+    masks,
+    masks_cuda,
+    preprocess,
+    preprocess_cuda,
+    regions,
+    regions_cuda,
+)
 from numba import cuda
 
 SIZES = [(5, 7), (1, 1), (9, 4)]
@@ -150,10 +161,52 @@ def run_masks(rng: np.random.Generator) -> None:
     for host, device in zip(*results, strict=True):
         np.testing.assert_array_equal(host, device)
     assert results[0][1].tolist()[1] == 0
+    host, device = np.zeros(2 * 35, np.int32), np.full(2 * 35, -1, np.int32)
+    several = np.round(rng.normal(0, 1, 2 * 4 * 35), 1).astype(np.float32)
+    masks.argmax_map_cpu(several, 2, 4, 35, host)
+    launch(masks_cuda.argmax_map, (3, 2), 16, several, 4, 35, device)
+    np.testing.assert_array_equal(host, device)
+
+
+def run_instances(rng: np.random.Generator) -> None:
+    masks, images, channels, rows, columns, height, width, capacity = 5, 2, 3, 18, 20, 21, 40, 1500
+    coefficients = rng.normal(0, 1, masks * channels).astype(np.float32)
+    prototypes = rng.normal(0, 1, images * channels * rows * columns).astype(np.float32)
+    given = np.array([[0, 0, 40, 21], [-3, 2.5, 9, 30], [4, 4, 4, 9], [1, 1, 38, 19], [39, 20, 40, 21]], np.float32)
+    which = np.array([0, 1, 1, 0, 1], np.int64)
+    scales = np.zeros(images * regions.SCALES, np.float32)
+    results = []
+    for target in ("host", "device"):
+        table, needed = np.zeros(masks * instances.ROW, np.int64), np.zeros(1, np.int64)
+        pixels, dense = np.zeros(capacity, np.uint8), np.zeros(masks * height * width, np.uint8)
+        extents = (given.reshape(-1), which, images, scales, 0, masks, height, width, capacity, table, needed)
+        numbers = (masks, channels, rows, columns, height, width, np.float32(0))
+        if target == "host":
+            instances.mask_table_cpu(*extents)
+            instances.instance_masks_cpu(coefficients, prototypes, which, table, *numbers, pixels)
+            instances.dense_masks_cpu(pixels, table, masks, height, width, dense)
+        else:
+            instances_cuda.TABLE_THREADS = 4
+            launch(instances_cuda.mask_table, 1, 4, *extents)
+            tiles = (13 * height // rows, 13 * width // columns)
+            arguments = (coefficients, prototypes, which, table, *numbers, *tiles, pixels)
+            launch(instances_cuda.instance_masks, (2, 3), 16, *arguments)
+            launch(instances_cuda.dense_masks, (53, 2), 16, pixels, table, masks, height, width, dense)
+        results.append((table, needed, pixels, dense))
+    for host, device in zip(*results, strict=True):
+        np.testing.assert_array_equal(host, device)
+    assert results[0][1][0] > capacity
+    assert results[0][3].max() == 1
 
 
 if __name__ == "__main__":
     case = sys.argv[1]
-    cases = {"preprocess": run_preprocess, "box_regions": run_box_regions, "nms": run_nms, "masks": run_masks}
+    cases = {
+        "preprocess": run_preprocess,
+        "box_regions": run_box_regions,
+        "nms": run_nms,
+        "masks": run_masks,
+        "instances": run_instances,
+    }
     cases[case](np.random.default_rng(5))
     print(f"{case}: ok")

@@ -18,12 +18,16 @@ __all__ = [
     "Kernel",
     "NumbaKernel",
     "all_kernels",
+    "argmax_map_kernel",
     "box_candidates_kernel",
     "box_iou_kernel",
     "box_regions_kernel",
     "cut_out_kernel",
+    "dense_masks_kernel",
     "head_candidates_kernel",
+    "instance_masks_kernel",
     "mask_boxes_kernel",
+    "mask_table_kernel",
     "preprocess_kernel",
     "rank_candidates_kernel",
     "suppress_kernel",
@@ -171,6 +175,30 @@ def cut_out_kernel() -> NumbaKernel:
     return NumbaKernel("cut-out", "cut_out", _imported("masks_cuda", "cut_out"), arguments)
 
 
+def argmax_map_kernel() -> NumbaKernel:
+    """The best class of each pixel."""
+    arguments = (f32_pointer, i32, i32, i32_pointer)
+    return NumbaKernel("argmax-map", "argmax_map", _imported("masks_cuda", "argmax_map"), arguments)
+
+
+def mask_table_kernel() -> NumbaKernel:
+    """Where the pixels of each instance mask go."""
+    arguments = (f32_pointer, i64_pointer, i32, f32_pointer, i32, i32, i32, i32, i64, i64_pointer, i64_pointer)
+    return NumbaKernel("mask-table", "mask_table", _imported("instances_cuda", "mask_table"), arguments)
+
+
+def instance_masks_kernel() -> NumbaKernel:
+    """Prototypes to the pixels of instance masks."""
+    arguments = (f32_pointer, f32_pointer, i64_pointer, i64_pointer, *(i32,) * 6, f32, i32, i32, u8_pointer)
+    return NumbaKernel("instance-masks", "instance_masks", _imported("instances_cuda", "instance_masks"), arguments)
+
+
+def dense_masks_kernel() -> NumbaKernel:
+    """Instance masks on whole canvases."""
+    arguments = (u8_pointer, i64_pointer, i32, i32, i32, u8_pointer)
+    return NumbaKernel("dense-masks", "dense_masks", _imported("instances_cuda", "dense_masks"), arguments)
+
+
 def all_kernels() -> Iterator[Kernel]:
     """Every kernel of every type."""
     for sampler, layout, store, frame in itertools.product(_SAMPLERS, _LAYOUTS, _STORES, (True, False)):
@@ -184,6 +212,10 @@ def all_kernels() -> Iterator[Kernel]:
     yield box_iou_kernel()
     yield mask_boxes_kernel()
     yield cut_out_kernel()
+    yield argmax_map_kernel()
+    yield mask_table_kernel()
+    yield instance_masks_kernel()
+    yield dense_masks_kernel()
 
 
 def _imported(module: str, name: str) -> Callable[[], Callable[..., None]]:
