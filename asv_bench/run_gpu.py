@@ -26,7 +26,7 @@ from pathlib import Path
 from typing import Any
 
 HERE = Path(__file__).resolve().parent
-MODULES = ("preprocess", "decode", "pipeline")
+MODULES = ("preprocess", "decode", "boxes", "pipeline")
 TRACK = "track_"
 
 
