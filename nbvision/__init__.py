@@ -25,10 +25,11 @@ if TYPE_CHECKING:
     from nbvision.codecs import decode
     from nbvision.engines import Engine
     from nbvision.image import ImageBatch, as_batch
-    from nbvision.ops.boxes import Detections, box_iou, nms
+    from nbvision.ops.boxes import Detections, box_iou, nms, nms_boxes
     from nbvision.ops.draw import draw
     from nbvision.ops.geometry import Geometry
-    from nbvision.ops.masks import cut_out, mask_boxes
+    from nbvision.ops.instances import Masks, instance_masks
+    from nbvision.ops.masks import argmax_map, cut_out, mask_boxes
     from nbvision.ops.preprocess import Preprocess
     from nbvision.pipeline import Recognizer
     from nbvision.runtime import memory
@@ -47,21 +48,25 @@ __all__ = [
     "ImageBatch",
     "Index",
     "InputError",
+    "Masks",
     "MemoryLimitError",
     "MissingExtraError",
     "NbvisionError",
     "Preprocess",
     "Recognizer",
     "SearchError",
+    "argmax_map",
     "as_batch",
     "box_iou",
     "cut_out",
     "decode",
     "draw",
     "errors",
+    "instance_masks",
     "mask_boxes",
     "memory",
     "nms",
+    "nms_boxes",
 ]
 
 _ROOM_OF = {
@@ -70,16 +75,20 @@ _ROOM_OF = {
     "Geometry": "nbvision.ops.geometry",
     "ImageBatch": "nbvision.image",
     "Index": "nbvision.search",
+    "Masks": "nbvision.ops.instances",
     "Preprocess": "nbvision.ops.preprocess",
     "Recognizer": "nbvision.pipeline",
+    "argmax_map": "nbvision.ops.masks",
     "as_batch": "nbvision.image",
     "box_iou": "nbvision.ops.boxes",
     "cut_out": "nbvision.ops.masks",
     "decode": "nbvision.codecs",
     "draw": "nbvision.ops.draw",
+    "instance_masks": "nbvision.ops.instances",
     "mask_boxes": "nbvision.ops.masks",
     "memory": "nbvision.runtime",
     "nms": "nbvision.ops.boxes",
+    "nms_boxes": "nbvision.ops.boxes",
 }
 
 

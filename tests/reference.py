@@ -7,6 +7,8 @@ from typing import Any
 import cv2
 import numpy as np
 
+from nbvision.ops.geometry import Geometry
+
 INTERPOLATIONS = {"linear": cv2.INTER_LINEAR, "nearest": cv2.INTER_NEAREST}
 
 # Largest accepted difference in output units, by dtype, for values of 0..255 that were scaled to 0..1: float16 keeps
@@ -26,6 +28,12 @@ def on(device: str, array: Any) -> Any:
     import cupy
 
     return cupy.asarray(array)
+
+
+def geometry_on(device: str, geometry: Geometry) -> Geometry:
+    """A geometry of the host on a device."""
+    regions, steps, scales = (on(device, table) for table in (geometry.regions, geometry.steps, geometry.scales))
+    return Geometry(regions, steps, scales, device)
 
 
 def letterbox_placement(

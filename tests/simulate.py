@@ -11,6 +11,8 @@ from nbvision_kernels import (
     boxes_cuda,
     draw,
     draw_cuda,
+    instances,
+    instances_cuda,
     masks,
     masks_cuda,
     preprocess,
@@ -88,26 +90,59 @@ def run_box_regions(rng: np.random.Generator) -> None:
 def run_nms(rng: np.random.Generator) -> None:
     _, sources = pixels_and_sources(rng)
     table, _, scales = image_regions(sources, 16, 16, True)
-    images, classes, anchors, most, kept = 3, 2, 21, 9, 4
-    head = rng.uniform(0, 16, (images, 4 + classes, anchors)).astype(np.float32)
-    head[:, 4:] = np.round(rng.uniform(0, 1, (images, classes, anchors)), 1)
-    results = []
-    for target in ("host", "device"):
-        outputs = [np.zeros(images * kept * n, t) for n, t in [(4, np.float32), (1, np.float32), (1, np.int32)]]
-        counts = np.zeros(images, np.int32)
-        numbers = (np.float32(0.3), np.float32(0.4), 1, most, kept)
-        if target == "host":
-            boxes.nms_cpu(head.reshape(-1), images, classes, anchors, table, scales, *numbers, *outputs, counts)
+    images, rows, classes, anchors, kept = 3, 7, 2, 21, 4
+    head = rng.uniform(0, 16, (images, rows, anchors)).astype(np.float32)
+    head[:, 4:] = np.round(rng.uniform(0, 1, (images, rows - 4, anchors)), 1)
+    flat = head.reshape(-1)
+    bits = flat.view(np.uint32)
+    plain_boxes = np.sort(rng.uniform(0, 16, (images, anchors, 2, 2)), axis=2).astype(np.float32).reshape(-1)
+    plain_scores = head[:, 4].reshape(-1).copy()
+    plain_bits, plain_counts = plain_scores.view(np.uint32), np.array([anchors, 0, 7], np.int32)
+    plain_labels = rng.integers(0, 2, images * anchors, dtype=np.int32)
+    score, overlap = np.float32(0.3), np.float32(0.4)
+    for plain, most, sigma in [(False, 9, 0), (False, anchors, 0), (False, 9, 0.3), (True, 9, 0), (True, anchors, 0.3)]:
+        limits = (score, overlap, np.float32(sigma), 1, most, kept)
+        host, device = _detections(images, kept), _detections(images, kept)
+        keys = np.zeros(images * anchors, np.uint64)
+        grid, block = (2, images), 16
+        if plain:
+            given = (plain_boxes, plain_scores, plain_bits, plain_labels, plain_counts)
+            boxes.nms_boxes_cpu(*given, images, anchors, *limits, *host)
+            found = (plain_boxes, plain_scores, plain_labels)
+            launch(boxes_cuda.box_candidates, grid, block, plain_scores, plain_bits, plain_counts, anchors, score, keys)
         else:
-            scratch = [np.zeros(images * anchors, np.float32), np.zeros(images * anchors, np.int32)]
-            scratch += [np.zeros(images * most, np.float32), np.zeros(images * most * 4, np.float32)]
-            scratch += [np.zeros(images * most, np.int32), np.zeros(images * most, np.uint8)]
-            arguments = (head.reshape(-1), classes, anchors, table, scales, *numbers, *scratch, *outputs, counts)
-            launch(boxes_cuda.nms, images, 32, *arguments)
-        results.append([*outputs, counts])
-    for host, device in zip(*results, strict=True):
-        np.testing.assert_array_equal(host, device)
-    assert results[0][3].min() > 0
+            boxes.nms_cpu(flat, bits, images, rows, classes, anchors, table, scales, *limits, *host)
+            found = _detections(images, anchors)[:3]
+            given = (flat, bits, rows, classes, anchors, table, scales, score)
+            launch(boxes_cuda.head_candidates, grid, block, *given, keys, *found)
+        padded = 1 << (most - 1).bit_length()
+        candidates = _detections(images, most)
+        scratch = np.zeros(images * padded, np.uint64)
+        launch(boxes_cuda.rank_candidates, images, 32, keys, anchors, most, padded, *found, scratch, *candidates)
+        if sigma:
+            boxes_cuda.SOFT_THREADS = 8
+            numbers = (most, score, np.float32(sigma), 1, kept)
+            launch(boxes_cuda.soft_suppress, images, 8, *candidates, *numbers, *device)
+        else:
+            launch(boxes_cuda.suppress, images, 32, *candidates, most, overlap, 1, kept, *device)
+        for expected, got in zip(host, device, strict=True):
+            np.testing.assert_allclose(got, expected, rtol=1e-6)
+        assert host[4].max() > 0
+    run_box_iou(rng)
+
+
+def _detections(images: int, most: int) -> list[np.ndarray]:
+    kinds = [(4, np.float32), (1, np.float32), (1, np.int32), (1, np.int32)]
+    return [np.zeros(images * most * n, dtype) for n, dtype in kinds] + [np.zeros(images, np.int32)]
+
+
+def run_box_iou(rng: np.random.Generator) -> None:
+    first, second = (np.sort(rng.uniform(0, 9, (n, 2, 2)), axis=1).astype(np.float32).reshape(-1) for n in (5, 7))
+    host, device = np.zeros(35, np.float32), np.zeros(35, np.float32)
+    boxes.box_iou_cpu(first, second, 5, 7, host)
+    launch(boxes_cuda.box_iou, (2, 3), 4, first, second, 5, 7, device)
+    np.testing.assert_array_equal(host, device)
+    assert host.max() > 0
 
 
 def run_masks(rng: np.random.Generator) -> None:
@@ -133,6 +168,42 @@ def run_masks(rng: np.random.Generator) -> None:
     for host, device in zip(*results, strict=True):
         np.testing.assert_array_equal(host, device)
     assert results[0][1].tolist()[1] == 0
+    host, device = np.zeros(2 * 35, np.int32), np.full(2 * 35, -1, np.int32)
+    several = np.round(rng.normal(0, 1, 2 * 4 * 35), 1).astype(np.float32)
+    masks.argmax_map_cpu(several, 2, 4, 35, host)
+    launch(masks_cuda.argmax_map, (3, 2), 16, several, 4, 35, device)
+    np.testing.assert_array_equal(host, device)
+
+
+def run_instances(rng: np.random.Generator) -> None:
+    masks, images, channels, rows, columns, height, width, capacity = 5, 2, 3, 18, 20, 21, 40, 1500
+    coefficients = rng.normal(0, 1, masks * channels).astype(np.float32)
+    prototypes = rng.normal(0, 1, images * channels * rows * columns).astype(np.float32)
+    given = np.array([[0, 0, 40, 21], [-3, 2.5, 9, 30], [4, 4, 4, 9], [1, 1, 38, 19], [39, 20, 40, 21]], np.float32)
+    which = np.array([0, 1, 1, 0, 1], np.int64)
+    scales = np.zeros(images * regions.SCALES, np.float32)
+    results = []
+    for target in ("host", "device"):
+        table, needed = np.zeros(masks * instances.ROW, np.int64), np.zeros(1, np.int64)
+        pixels, dense = np.zeros(capacity, np.uint8), np.zeros(masks * height * width, np.uint8)
+        extents = (given.reshape(-1), which, images, scales, 0, masks, height, width, capacity, table, needed)
+        numbers = (masks, channels, rows, columns, height, width, np.float32(0))
+        if target == "host":
+            instances.mask_table_cpu(*extents)
+            instances.instance_masks_cpu(coefficients, prototypes, which, table, *numbers, pixels)
+            instances.dense_masks_cpu(pixels, table, masks, height, width, dense)
+        else:
+            instances_cuda.TABLE_THREADS = 4
+            launch(instances_cuda.mask_table, 1, 4, *extents)
+            tiles = (13 * height // rows, 13 * width // columns)
+            arguments = (coefficients, prototypes, which, table, *numbers, *tiles, pixels)
+            launch(instances_cuda.instance_masks, (2, 3), 16, *arguments)
+            launch(instances_cuda.dense_masks, (53, 2), 16, pixels, table, masks, height, width, dense)
+        results.append((table, needed, pixels, dense))
+    for host, device in zip(*results, strict=True):
+        np.testing.assert_array_equal(host, device)
+    assert results[0][1][0] > capacity
+    assert results[0][3].max() == 1
 
 
 def run_draw(rng: np.random.Generator) -> None:
@@ -188,6 +259,7 @@ if __name__ == "__main__":
         "nms": run_nms,
         "masks": run_masks,
         "draw": run_draw,
+        "instances": run_instances,
     }
     cases[case](np.random.default_rng(5))
     print(f"{case}: ok")

@@ -6,17 +6,17 @@ import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from reference import greedy_nms, iou, on, to_host
+from reference import geometry_on, greedy_nms, iou, on, to_host
 
 from nbvision.errors import InputError
-from nbvision.ops.boxes import Detections, box_iou, nms
+from nbvision.ops.boxes import Detections, box_iou, nms, nms_boxes
 from nbvision.ops.geometry import Geometry
 from nbvision.ops.preprocess import Preprocess
 
 
 def canvas_geometry(device: str, sizes: list[tuple[int, int]], canvas: tuple[int, int] = (320, 320)) -> Geometry:
     geometry = Preprocess(canvas)._image_regions_on_host(np.array(sizes, np.int32).reshape(-1, 2))
-    return Geometry(*(on(device, table) for table in (geometry.regions, geometry.steps, geometry.scales)), device)
+    return geometry_on(device, geometry)
 
 
 def random_head(rng: np.random.Generator, images: int, classes: int, anchors: int) -> np.ndarray:
@@ -136,3 +136,103 @@ def test_box_iou_refuses_what_are_no_boxes():
     with pytest.raises(InputError, match=r"second has shape \(2, 3\); expected \(N, 4\)"):
         box_iou(np.zeros((2, 4)), np.zeros((2, 3)))
     assert box_iou([[0, 0, 2, 2]], [[0, 0, 2, 1]]).tolist() == [[0.5]]
+
+
+def soft_nms(boxes: np.ndarray, scores: np.ndarray, labels: np.ndarray, *, sigma: float, score: float, most: int):
+    """Places kept and their lowered scores, by a plain loop in float64."""
+    left, scores, kept = list(np.flatnonzero(scores > score)), scores.astype(np.float64), []
+    while left and len(kept) < most:
+        best = max(left, key=lambda index: (scores[index], -index))
+        kept.append(best)
+        left.remove(best)
+        for other in left:
+            if labels[other] == labels[best]:
+                scores[other] *= np.exp(-(iou(boxes[best], boxes[other]) ** 2) / sigma)
+        left = [index for index in left if scores[index] > score]
+    return kept, scores[kept]
+
+
+def random_boxes(rng: np.random.Generator, count: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    corner = rng.uniform(0, 100, (count, 2))
+    boxes = np.concatenate([corner, corner + rng.uniform(5, 60, (count, 2))], axis=1).astype(np.float32)
+    return boxes, rng.permutation(count).astype(np.float32) / max(count, 1), rng.integers(0, 3, count)
+
+
+@pytest.mark.parametrize("count", [1, 2, 33, 257, 3000])
+@pytest.mark.parametrize("labelled", [True, False])
+def test_nms_of_plain_boxes_is_greedy(device, rng, count, labelled):
+    boxes, scores, labels = random_boxes(rng, count)
+    scores = np.round(scores - 0.2, 2)  # ties, and scores below 0
+    given = on(device, labels) if labelled else None
+    kept, found = nms_boxes(on(device, boxes), on(device, scores), given, iou_threshold=0.4, max_detections=60)
+    wanted = greedy_nms(boxes, scores, labels, iou_threshold=0.4, class_aware=labelled)[:60]
+    assert to_host(kept)[: int(found)].tolist() == wanted
+    assert (to_host(kept)[int(found) :] == -1).all()
+
+
+def test_nms_of_a_batch_is_that_of_each_image(device, rng):
+    """Counts say how much of each row is filled; candidates are limited to the best."""
+    boxes, scores, labels = (np.stack(part) for part in zip(*[random_boxes(rng, 90) for _ in range(3)], strict=True))
+    counts = np.array([90, 0, 17])
+    arrays = [on(device, array) for array in (boxes, scores, labels)]
+    kept, found = nms_boxes(*arrays, counts=on(device, counts), iou_threshold=0.3, max_candidates=40)
+    assert kept.shape == (3, 90)
+    for index, count in enumerate(counts):
+        best = np.argsort(-scores[index, :count])[:40]
+        wanted = greedy_nms(
+            boxes[index, best], scores[index, best], labels[index, best], iou_threshold=0.3, class_aware=True
+        )
+        assert to_host(kept)[index, : int(found[index])].tolist() == best[wanted].tolist()
+
+
+@pytest.mark.parametrize("count", [1, 40, 700])
+def test_soft_nms_lowers_scores(device, rng, count):
+    boxes, scores, labels = random_boxes(rng, count)
+    arrays = [on(device, array) for array in (boxes, scores, labels)]
+    kept, found = nms_boxes(*arrays, soft_sigma=0.5, score_threshold=0.05, max_detections=50)
+    wanted, _ = soft_nms(boxes, scores, labels, sigma=0.5, score=0.05, most=50)
+    assert to_host(kept)[: int(found)].tolist() == wanted
+
+
+def test_soft_nms_of_a_head(device, rng):
+    head = random_head(rng, 1, 2, 300)
+    head[:, 4:] = rng.permutation(600).reshape(1, 2, 300) / 600
+    options = {"score_threshold": 0.3, "soft_sigma": 0.4, "max_candidates": 300}
+    found = nms(on(device, head), canvas_geometry(device, [(320, 320)]), **options).to_host()
+    center, half = head[0, :2].T, head[0, 2:4].T / 2
+    boxes = np.clip(np.concatenate([center - half, center + half], axis=1), 0, 320)
+    scores, labels = head[0, 4:].max(0), head[0, 4:].argmax(0)
+    kept, lowered = soft_nms(boxes, scores, labels, sigma=0.4, score=0.3, most=100)
+    count = int(found.counts[0])
+    assert found.anchors[0, :count].tolist() == kept
+    np.testing.assert_allclose(found.scores[0, :count], lowered, rtol=1e-5)
+
+
+def test_rows_after_the_classes_are_left_alone(device, rng):
+    """A head with mask coefficients: ``anchors`` says which columns to take them from."""
+    head = random_head(rng, 2, 3, 80)
+    longer = np.concatenate([head, rng.uniform(5, 9, (2, 32, 80)).astype(np.float32)], axis=1)
+    geometry = canvas_geometry(device, [(320, 320)] * 2)
+    plain = nms(on(device, head), geometry).to_host()
+    found = nms(on(device, longer), geometry, classes=3).to_host()
+    np.testing.assert_array_equal(found.boxes, plain.boxes)
+    np.testing.assert_array_equal(found.anchors, plain.anchors)
+    flat = found.flat()
+    np.testing.assert_array_equal(head[flat.images, 4 + flat.labels, flat.anchors], flat.scores)
+
+
+def test_bad_options_of_nms_are_refused(device):
+    boxes, scores = on(device, np.zeros((3, 4), np.float32)), on(device, np.zeros(3, np.float32))
+    with pytest.raises(InputError, match=r"scores \(2,\); expected \(K, 4\) and \(K,\)"):
+        nms_boxes(boxes, scores[:2])
+    with pytest.raises(InputError, match="expected floats"):
+        nms_boxes(boxes, on(device, np.zeros(3, np.int32)))
+    with pytest.raises(InputError, match="expected integers of shape"):
+        nms_boxes(boxes, scores, scores)
+    with pytest.raises(InputError, match="soft_sigma is -1; expected more than 0"):
+        nms_boxes(boxes, scores, soft_sigma=-1)
+    with pytest.raises(InputError, match="classes is 4; expected 1 to 3"):
+        nms(on(device, np.zeros((1, 7, 5), np.float32)), canvas_geometry(device, [(9, 9)]), classes=4)
+    kept, count = nms_boxes(boxes[:0], scores[:0])
+    assert to_host(kept).tolist() == [-1]
+    assert int(count) == 0

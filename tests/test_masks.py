@@ -8,7 +8,7 @@ from reference import on, random_image, to_host
 
 from nbvision.errors import InputError
 from nbvision.image import ImageBatch
-from nbvision.ops.masks import cut_out, mask_boxes
+from nbvision.ops.masks import argmax_map, cut_out, mask_boxes
 from nbvision.ops.preprocess import Preprocess
 
 
@@ -66,3 +66,22 @@ def test_shapes_that_do_not_fit_are_refused(device, rng):
     _, geometry = Preprocess((8, 8))(batch)
     with pytest.raises(InputError, match="expected 1, one per canvas"):
         mask_boxes(on(device, np.zeros((2, 8, 8), np.float32)), geometry)
+
+
+@pytest.mark.parametrize("shape", [(1, 1, 1, 1), (2, 21, 33, 47), (3, 2, 1, 257), (0, 4, 5, 5), (2, 3, 0, 4)])
+@pytest.mark.parametrize("dtype", ["float32", "float16"])
+def test_argmax_map_is_the_first_of_the_best(device, rng, shape, dtype):
+    logits = np.round(rng.normal(0, 1, shape), 1).astype(dtype)  # with ties
+    got = to_host(argmax_map(on(device, logits)))
+    assert got.dtype == np.int32
+    np.testing.assert_array_equal(got, logits.argmax(axis=1))
+    seen_from_the_side = on(device, logits).transpose(0, 1, 3, 2)
+    np.testing.assert_array_equal(to_host(argmax_map(seen_from_the_side)), logits.argmax(axis=1).transpose(0, 2, 1))
+
+
+def test_argmax_map_goes_round_nan_and_refuses_other_shapes(device):
+    logits = np.array([np.nan, -1, np.nan, -2], np.float32).reshape(1, 4, 1, 1)
+    assert to_host(argmax_map(on(device, logits))).tolist() == [[[1]]]
+    for bad in (np.zeros((3, 4, 5), np.float32), np.zeros((1, 0, 4, 5), np.float32), np.zeros((1, 2, 4, 5), np.int32)):
+        with pytest.raises(InputError, match=r"expected floats \(N, C, H, W\)"):
+            argmax_map(on(device, bad))

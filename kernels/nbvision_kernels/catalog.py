@@ -18,18 +18,27 @@ __all__ = [
     "Kernel",
     "NumbaKernel",
     "all_kernels",
+    "argmax_map_kernel",
+    "box_candidates_kernel",
+    "box_iou_kernel",
     "box_regions_kernel",
     "cut_out_kernel",
+    "dense_masks_kernel",
+    "head_candidates_kernel",
+    "instance_masks_kernel",
     "lay_out_kernel",
     "mask_boxes_kernel",
-    "nms_kernel",
+    "mask_table_kernel",
     "paint_kernel",
     "preprocess_kernel",
+    "rank_candidates_kernel",
+    "suppress_kernel",
 ]
 
 u8, i32, i64, f32 = types.uint8, types.int32, types.int64, types.float32
 u8_pointer, i32_pointer = types.CPointer(u8), types.CPointer(i32)
 i64_pointer, f32_pointer = types.CPointer(i64), types.CPointer(f32)
+u32_pointer, u64_pointer = types.CPointer(types.uint32), types.CPointer(types.uint64)
 _C_TYPES = {i32: "int", i64: "long long", f32: "float"}
 
 
@@ -144,12 +153,47 @@ def box_regions_kernel() -> NumbaKernel:
     return NumbaKernel("box-regions", "fill_box_regions", make, (*tables, *(i32,) * 6), float64=True)
 
 
-def nms_kernel() -> NumbaKernel:
-    """Head output to kept boxes."""
-    head = (f32_pointer, i32, i32, i32_pointer, f32_pointer, f32, f32, i32, i32, i32)
-    scratch = (f32_pointer, i32_pointer, f32_pointer, f32_pointer, i32_pointer, u8_pointer)
-    kept = (f32_pointer, f32_pointer, i32_pointer, i32_pointer)
-    return NumbaKernel("nms", "nms", _imported("boxes_cuda", "nms"), (*head, *scratch, *kept))
+def head_candidates_kernel() -> NumbaKernel:
+    """Anchors of a head over the threshold."""
+    head = (f32_pointer, u32_pointer, i32, i32, i32, i32_pointer, f32_pointer, f32)
+    arguments = (*head, u64_pointer, f32_pointer, f32_pointer, i32_pointer)
+    return NumbaKernel("head-candidates", "head_candidates", _imported("boxes_cuda", "head_candidates"), arguments)
+
+
+def box_candidates_kernel() -> NumbaKernel:
+    """Plain boxes over the threshold."""
+    arguments = (f32_pointer, u32_pointer, i32_pointer, i32, f32, u64_pointer)
+    return NumbaKernel("box-candidates", "box_candidates", _imported("boxes_cuda", "box_candidates"), arguments)
+
+
+_CANDIDATES = (
+    f32_pointer,
+    f32_pointer,
+    i32_pointer,
+    i32_pointer,
+    i32_pointer,
+)  # boxes, scores, labels, indices, counts
+
+
+def rank_candidates_kernel() -> NumbaKernel:
+    """The best candidates of each image in order."""
+    given = (f32_pointer, f32_pointer, i32_pointer)
+    arguments = (u64_pointer, i32, i32, i32, *given, u64_pointer, *_CANDIDATES)
+    return NumbaKernel("rank-candidates", "rank_candidates", _imported("boxes_cuda", "rank_candidates"), arguments)
+
+
+def suppress_kernel(*, soft: bool) -> NumbaKernel:
+    """Ranked candidates to kept boxes."""
+    numbers = (i32, f32, f32, i32, i32) if soft else (i32, f32, i32, i32)
+    entry = "soft_suppress" if soft else "suppress"
+    arguments = (*_CANDIDATES, *numbers, *_CANDIDATES)
+    return NumbaKernel(entry.replace("_", "-"), entry, _imported("boxes_cuda", entry), arguments)
+
+
+def box_iou_kernel() -> NumbaKernel:
+    """Overlap of every pair of boxes."""
+    arguments = (f32_pointer, f32_pointer, i32, i32, f32_pointer)
+    return NumbaKernel("box-iou", "box_iou", _imported("boxes_cuda", "box_iou"), arguments)
 
 
 def mask_boxes_kernel() -> NumbaKernel:
@@ -180,6 +224,30 @@ def paint_kernel() -> NumbaKernel:
     )
 
 
+def argmax_map_kernel() -> NumbaKernel:
+    """The best class of each pixel."""
+    arguments = (f32_pointer, i32, i32, i32_pointer)
+    return NumbaKernel("argmax-map", "argmax_map", _imported("masks_cuda", "argmax_map"), arguments)
+
+
+def mask_table_kernel() -> NumbaKernel:
+    """Where the pixels of each instance mask go."""
+    arguments = (f32_pointer, i64_pointer, i32, f32_pointer, i32, i32, i32, i32, i64, i64_pointer, i64_pointer)
+    return NumbaKernel("mask-table", "mask_table", _imported("instances_cuda", "mask_table"), arguments)
+
+
+def instance_masks_kernel() -> NumbaKernel:
+    """Prototypes to the pixels of instance masks."""
+    arguments = (f32_pointer, f32_pointer, i64_pointer, i64_pointer, *(i32,) * 6, f32, i32, i32, u8_pointer)
+    return NumbaKernel("instance-masks", "instance_masks", _imported("instances_cuda", "instance_masks"), arguments)
+
+
+def dense_masks_kernel() -> NumbaKernel:
+    """Instance masks on whole canvases."""
+    arguments = (u8_pointer, i64_pointer, i32, i32, i32, u8_pointer)
+    return NumbaKernel("dense-masks", "dense_masks", _imported("instances_cuda", "dense_masks"), arguments)
+
+
 def all_kernels() -> Iterator[Kernel]:
     """Every kernel of every type."""
     for sampler, layout, store in itertools.product(_SAMPLERS, _LAYOUTS, _STORES):
@@ -187,11 +255,20 @@ def all_kernels() -> Iterator[Kernel]:
             yield preprocess_kernel(sampler, layout, store, pixel_bytes=pixel_bytes)
         yield preprocess_kernel(sampler, layout, store, frame=False)
     yield box_regions_kernel()
-    yield nms_kernel()
+    yield head_candidates_kernel()
+    yield box_candidates_kernel()
+    yield rank_candidates_kernel()
+    yield suppress_kernel(soft=False)
+    yield suppress_kernel(soft=True)
+    yield box_iou_kernel()
     yield mask_boxes_kernel()
     yield cut_out_kernel()
     yield lay_out_kernel()
     yield paint_kernel()
+    yield argmax_map_kernel()
+    yield mask_table_kernel()
+    yield instance_masks_kernel()
+    yield dense_masks_kernel()
 
 
 def _imported(module: str, name: str) -> Callable[[], Callable[..., None]]:

@@ -11,7 +11,7 @@ from numba import prange
 from nbvision_kernels.pixel import pixel_function
 from nbvision_kernels.regions import OFFSET_X, OFFSET_Y, SCALE_X, SCALE_Y, SCALES
 
-__all__ = ["cut_out_cpu", "cut_out_value", "mask_boxes_cpu", "write_mask_box"]
+__all__ = ["argmax_map_cpu", "best_plane", "cut_out_cpu", "cut_out_value", "mask_boxes_cpu", "write_mask_box"]
 
 
 @pixel_function
@@ -74,3 +74,23 @@ def cut_out_cpu(crops, logits, crops_count, plane, threshold, fill, gain, bias, 
                     gain[c],
                     bias[c],
                 )
+
+
+@pixel_function
+def best_plane(logits, start, planes, plane):
+    """Which of ``planes`` values, ``plane`` apart, is the largest; the first of equals. A NaN is never larger."""
+    best = np.int32(0)
+    best_value = logits[start]
+    for index in range(1, planes):
+        value = logits[start + np.int64(index) * plane]
+        if value > best_value or (best_value != best_value and value == value):
+            best_value = value
+            best = np.int32(index)
+    return best
+
+
+def argmax_map_cpu(logits, images, planes, plane, out):
+    """The best class of each pixel, images' pixels in parallel."""
+    for pixel in prange(images * plane):
+        image = pixel // plane
+        out[pixel] = best_plane(logits, np.int64(image) * planes * plane + pixel % plane, planes, plane)

@@ -5,9 +5,9 @@ from __future__ import annotations
 import numpy as np
 from numba import cuda, types
 
-from nbvision_kernels.masks import cut_out_value, write_mask_box
+from nbvision_kernels.masks import best_plane, cut_out_value, write_mask_box
 
-__all__ = ["cut_out", "mask_boxes"]
+__all__ = ["argmax_map", "cut_out", "mask_boxes"]
 
 
 def mask_boxes(logits, height, width, threshold, scales, boxes, areas):
@@ -52,3 +52,12 @@ def cut_out(crops, logits, plane, threshold, fill, gain_0, gain_1, gain_2, bias_
         out[at] = cut_out_value(crops[at], logit, threshold, fill, gain_1, bias_1)
         at += np.int64(plane)
         out[at] = cut_out_value(crops[at], logit, threshold, fill, gain_2, bias_2)
+
+
+def argmax_map(logits, planes, plane, out):
+    """The best class of pixel ``blockIdx.x * blockDim.x + threadIdx.x`` of image ``blockIdx.y``."""
+    pixel = np.int64(cuda.blockIdx.x) * np.int64(cuda.blockDim.x) + np.int64(cuda.threadIdx.x)
+    if pixel < plane:
+        image = np.int64(cuda.blockIdx.y)
+        start = image * np.int64(planes) * np.int64(plane) + pixel
+        out[image * np.int64(plane) + pixel] = best_plane(logits, start, planes, np.int64(plane))

@@ -16,10 +16,49 @@ from nbvision.runtime import memory
 from nbvision.runtime.compile import cpu_loop, load_kernel
 from nbvision.runtime.device import array_module, device_of
 
-__all__ = ["cut_out", "mask_boxes"]
+__all__ = ["argmax_map", "cut_out", "mask_boxes"]
 
 _THREADS = 256
 _MAX_GRID_Y = 65535
+
+
+def argmax_map(logits: Any) -> Any:
+    """The best class of each pixel of a semantic segmentation.
+
+    Parameters
+    ----------
+    logits : (N, C, H, W) float array
+        C is 1 or more; the device is where the work is done.
+
+    Returns
+    -------
+    (N, H, W) int32 array
+        The first of equal classes. NaN never wins over a number.
+
+    Raises
+    ------
+    InputError
+        If ``logits`` have another shape or are no floats.
+    """
+    device = device_of(logits)
+    logits = to_device(logits, device)
+    if logits.ndim != 4 or logits.shape[1] < 1 or logits.dtype.kind != "f":
+        raise InputError(f"logits have shape {logits.shape} and dtype {logits.dtype}; expected floats (N, C, H, W)")
+    logits = array_module(device).ascontiguousarray(logits, dtype=np.float32)
+    images, planes, height, width = logits.shape
+    plane = height * width
+    out = memory.acquire(images * plane * 4, device=device).view((images, height, width), dtype=np.int32)
+    if out.size and device == "cpu":
+        _loop("argmax_map_cpu")(logits.reshape(-1), images, planes, plane, out.reshape(-1))
+    elif out.size:
+        from nbvision_kernels.catalog import argmax_map_kernel
+
+        kernel = load_kernel(argmax_map_kernel(), logits.device.id)
+        for first in range(0, images, _MAX_GRID_Y):
+            part = slice(first, first + _MAX_GRID_Y)
+            grid = (-(-plane // _THREADS), len(logits[part]))
+            kernel(grid, (_THREADS,), (logits[part], np.int32(planes), np.int32(plane), out[part]))
+    return out
 
 
 def mask_boxes(logits: Any, geometry: Geometry, *, threshold: float = 0.0) -> tuple[Any, Any]:
