@@ -36,14 +36,12 @@ class SuppressionOnGPU:
         need_cuda()
         import cupy
 
-        from nbvision import Preprocess, nms
-        from nbvision.ops.geometry import Geometry
+        from nbvision import ImageBatch, Preprocess, nms
 
         head = cupy.asarray(yolo_head())
         if how == "nbvision":
-            sizes = np.full((IMAGES, 2), CANVAS, np.int32)
-            host = Preprocess((CANVAS, CANVAS))._image_regions_on_host(sizes)
-            geometry = Geometry(cupy.asarray(host.regions), cupy.asarray(host.scales), "cuda")
+            batch = ImageBatch.allocate([(CANVAS, CANVAS)] * IMAGES, device="cuda")
+            _, geometry = Preprocess((CANVAS, CANVAS))(batch)
             limits: Any = {"max_detections": KEPT, "max_candidates": CANDIDATES}
             self.call: Callable[[], Any] = lambda: nms(
                 head, geometry, score_threshold=SCORE, iou_threshold=OVERLAP, **limits

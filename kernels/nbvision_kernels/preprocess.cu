@@ -37,7 +37,7 @@ __device__ __forceinline__ Stored to_stored(float value) { return value; }
 
 #define CHANNELS (PIXEL_BYTES == 1 ? 1 : 3)  // alpha is dropped
 constexpr int THREADS = 128;
-// A multiprocessor that holds 2,048 threads takes MIN_BLOCKS; with as many the others would spill.
+// A multiprocessor that holds 2,048 threads takes MIN_BLOCKS; with as many the others would spill registers.
 #if __CUDA_ARCH__ == 800 || __CUDA_ARCH__ == 900 || __CUDA_ARCH__ == 1000
 constexpr int BLOCKS = MIN_BLOCKS;
 #else
