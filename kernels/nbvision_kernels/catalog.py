@@ -101,7 +101,7 @@ _STORES = {plan.STORE_U8: ("u8", u8), plan.STORE_F16: ("f16", types.float16), pl
 _REGION_FIELDS = ["IMAGE", "X", "Y", "WIDTH", "HEIGHT", "LEFT", "TOP", "OUT_WIDTH", "OUT_HEIGHT", "FIELDS"]
 _REGION_FIELDS += ["UNIT_X", "UNIT_Y", "SCALES"]
 # sampler -> lines a thread of the frame, and blocks of 128 threads that shall fit on a multiprocessor: what was fastest
-# on sm_90 for three bytes a pixel; the others get one block less, or some spill. docs/preprocess.md has the alternatives.
+# on sm_90 for three bytes a pixel; the others get two blocks less, or some spill. docs/preprocess.md has more.
 _FRAME_SHAPES = {plan.NEAREST: (4, 8), plan.LINEAR_EXACT: (3, 8), plan.LINEAR_FAST: (3, 8)}
 
 
@@ -116,7 +116,7 @@ def preprocess_kernel(
         weight = f32 if sampler == plan.LINEAR_FAST else i32
         taps = (i32, i64, i64, f32, i32, i32_pointer, types.CPointer(weight))
         lines, min_blocks = _FRAME_SHAPES[sampler]
-        min_blocks -= pixel_bytes != 3
+        min_blocks -= 2 * (pixel_bytes != 3)
         types_of_plan = {"PIXEL_BYTES": pixel_bytes, "STORE_TYPE": store, "LAYOUT": layout}
         types_of_plan |= {"PAIRS": int(sampler != plan.NEAREST), "WEIGHT": int(weight is f32)}
         return CudaFrame(
