@@ -140,7 +140,7 @@ def machine() -> dict[str, str]:
         gpu = cupy.cuda.runtime.getDeviceProperties(0)["name"].decode()
     system = platform.uname()
     return {
-        "os": f"{system.system} {system.release}",
+        "os": system.system,
         "arch": system.machine,
         "cpu": gpu,  # asv has no field for a GPU, and shows this one
         "num_cpu": str(len(os.sched_getaffinity(0))),

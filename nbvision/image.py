@@ -6,6 +6,7 @@ Images are height x width x channels ("HWC"), 8 bits a channel, channels interle
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, Literal, get_args
 
@@ -64,9 +65,20 @@ class ImageBatch:
 
     @classmethod
     def allocate(cls, sizes: Iterable[tuple[int, int]], *, color: Color = "rgb", device: Device) -> ImageBatch:
-        """A batch of uninitialised images in one buffer of the memory manager; (0, 0) makes a missing image."""
-        sizes = [(int(height), int(width)) for height, width in sizes]
-        channels = CHANNELS[color]
+        """A batch of uninitialised images in one buffer of the memory manager; (0, 0) makes a missing image.
+
+        Raises
+        ------
+        InputError
+            For sizes that are none, or an unknown ``color``.
+        """
+        try:
+            sizes = [(operator.index(height), operator.index(width)) for height, width in sizes]
+        except (TypeError, ValueError):
+            raise InputError(f"sizes are {sizes!r}; expected (height, width) of each image, in integers") from None
+        if any(length < 0 for size in sizes for length in size):
+            raise InputError(f"sizes are {sizes}; expected lengths of 0 or more")
+        channels = CHANNELS[_checked_color(color)]
         offsets, total = image_offsets(sizes, channels)
         buffer = memory.acquire(total, device=device)
         arrays = [
@@ -96,8 +108,7 @@ class ImageBatch:
         if not isinstance(arrays, Iterable):
             raise InputError(f"images are a {type(arrays).__name__}; expected an array, or several of them")
         arrays = list(arrays)
-        if color not in get_args(Color):
-            raise InputError(f"color is {color!r}; expected one of {get_args(Color)}")
+        _checked_color(color)
         target = resolve_device(device) if device else device_of(arrays[0]) if arrays else "cpu"
         return cls(
             [_as_hwc(to_device(array, target), index, color) for index, array in enumerate(arrays)],
@@ -198,6 +209,12 @@ def to_device(array: Any, device: Device) -> Any:
             return np.asarray(array)
         return _as_cupy(array).get()
     return _as_cupy(array) if here == "cuda" else array_module("cuda").asarray(np.asarray(array))
+
+
+def _checked_color(color: Color) -> Color:
+    if color not in get_args(Color):
+        raise InputError(f"color is {color!r}; expected one of {get_args(Color)}")
+    return color
 
 
 def image_offsets(sizes: Sequence[tuple[int, int]], channels: int) -> tuple[list[int], int]:

@@ -19,7 +19,7 @@ import numpy as np
 import numpy.typing as npt
 
 from nbvision.codecs import decode
-from nbvision.codecs.decode import Source
+from nbvision.codecs.decode import Source, as_items
 from nbvision.engines import Engine
 from nbvision.errors import DecodeError, EngineError, InputError
 from nbvision.image import ImageBatch, to_device
@@ -192,9 +192,7 @@ class Recognizer:
             An image that could not be decoded has its error and no objects; the others do not notice.
         """
         if not isinstance(sources, ImageBatch):
-            if isinstance(sources, (bytes, bytearray, memoryview, str, os.PathLike)):
-                sources = [sources]
-            items = list(sources)
+            items = as_items(sources)
             with self._stage(times, "decode", len(items)):
                 batch = decode(items, device=self.device)
         else:

@@ -236,3 +236,24 @@ def test_bad_options_of_nms_are_refused(device):
     kept, count = nms_boxes(boxes[:0], scores[:0])
     assert to_host(kept).tolist() == [-1]
     assert int(count) == 0
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"score_threshold": "much"}, "score_threshold is 'much'; expected a number"),
+        ({"score_threshold": float("nan")}, "score_threshold is nan; expected a number"),
+        ({"iou_threshold": None}, "iou_threshold is None; expected a number"),
+        ({"max_detections": 2.5}, "max_detections is 2.5; expected an integer, 1 or more"),
+        ({"max_candidates": 0}, "max_candidates is 0; expected an integer, 1 or more"),
+    ],
+)
+def test_limits_of_nms_are_numbers(device, options, message):
+    geometry = canvas_geometry(device, [(9, 9)])
+    with pytest.raises(InputError, match=message):
+        nms(on(device, np.zeros((1, 7, 5), np.float32)), geometry, **options)
+
+
+def test_a_geometry_is_one(device):
+    with pytest.raises(InputError, match="geometry is a NoneType; expected what Preprocess returned"):
+        nms(on(device, np.zeros((1, 7, 5), np.float32)), None)

@@ -109,6 +109,20 @@ def test_what_is_no_image_is_refused(device, array, message):
         ImageBatch.from_arrays([on(device, array)])
 
 
+@pytest.mark.parametrize(
+    ("sizes", "color", "message"),
+    [
+        ([(-1, 3)], "rgb", "expected lengths of 0 or more"),
+        ([3], "rgb", "expected .height, width. of each image"),
+        ([(2, 2.5)], "rgb", "expected .height, width. of each image"),
+        ([(2, 2)], "cmyk", "color is 'cmyk'; expected one of"),
+    ],
+)
+def test_sizes_that_are_none_are_not_allocated(device, sizes, color, message):
+    with pytest.raises(InputError, match=message):
+        ImageBatch.allocate(sizes, color=color, device=device)
+
+
 @pytest.mark.needs_cuda
 def test_another_stream_waits_for_the_pixels(rng):
     """Fails if use_on_current_stream does not order the streams: the copy would read before the fill."""

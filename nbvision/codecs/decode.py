@@ -15,7 +15,7 @@ from nbvision.image import CHANNELS, Color, ImageBatch, image_offsets
 from nbvision.runtime import memory
 from nbvision.runtime.device import Device, array_module, resolve_device
 
-__all__ = ["Source", "decode"]
+__all__ = ["Source", "as_items", "decode"]
 
 Source: TypeAlias = "bytes | bytearray | memoryview | str | os.PathLike[str]"
 
@@ -66,7 +66,7 @@ def decode(
     A JPEG that is damaged inside is an error of kind ``"corrupt"`` on the CPU.  The GPU's decoder shows such damage as
     wrong pixels and says nothing, so there only damage to a file's structure is found, and files that end too early.
     """
-    items = _as_items(sources)
+    items = as_items(sources)
     _check_options(color, limit_pixels, threads)
     target = resolve_device(device)
     threads = threads or available_cores()
@@ -88,7 +88,8 @@ def decode(
 # --- arguments -------------------------------------------------------------------------------------------------------
 
 
-def _as_items(sources: Any) -> list[Any]:
+def as_items(sources: Any) -> list[Any]:
+    """What to decode, one by one: bytes or paths; a single one needs no list."""
     if _is_source(sources):
         return [sources]
     try:

@@ -62,7 +62,10 @@ def read_onnx(path: str | os.PathLike[str]) -> OnnxFile:
     EngineError
         If there is no such file, or it is empty, cut off or not ONNX, or a file with its weights is missing.
     """
-    path = Path(path)
+    try:
+        path = Path(path)
+    except TypeError:
+        raise EngineError(f"the model is a {type(path).__name__}; expected the path of an ONNX file") from None
     content = _read(path, "model")
     if not content:
         raise EngineError(f"{path} is empty; expected an ONNX model")

@@ -13,7 +13,8 @@ import numpy.typing as npt
 
 from nbvision.errors import InputError
 from nbvision.image import to_device
-from nbvision.ops.geometry import Geometry
+from nbvision.ops.arguments import number, whole
+from nbvision.ops.geometry import Geometry, checked_geometry
 from nbvision.runtime import memory
 from nbvision.runtime.compile import cpu_loop, load_kernel
 from nbvision.runtime.device import Device, array_module, device_of
@@ -138,7 +139,7 @@ def nms(
         If ``predictions`` have another shape or dtype, or are on another device than ``geometry``; if an option is out
         of range.
     """
-    device = geometry.device
+    device = checked_geometry(geometry).device
     predictions = _checked_predictions(predictions, geometry)
     images, rows, anchors = predictions.shape
     classes = rows - 4 if classes is None else classes
@@ -317,11 +318,11 @@ class _Options:
 
     def checked(self, places: int) -> _Options:
         """The same with no more candidates than there are places, if all is in range."""
-        if self.max_detections < 1 or self.max_candidates < 1:
-            raise InputError(
-                f"max_detections is {self.max_detections}, max_candidates {self.max_candidates}; expected 1 or more"
-            )
-        if self.soft_sigma is not None and not self.soft_sigma > 0:
+        whole("max_detections", self.max_detections, least=1)
+        whole("max_candidates", self.max_candidates, least=1)
+        number("score_threshold", self.score_threshold)
+        number("iou_threshold", self.iou_threshold)
+        if self.soft_sigma is not None and not number("soft_sigma", self.soft_sigma) > 0:
             raise InputError(f"soft_sigma is {self.soft_sigma}; expected more than 0, or None for hard suppression")
         candidates = min(self.max_candidates, max(places, 1))
         if candidates > _MAX_CANDIDATES:

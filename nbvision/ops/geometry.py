@@ -8,7 +8,7 @@ from nbvision.errors import InputError
 from nbvision.image import to_device
 from nbvision.runtime.device import Device, array_module
 
-__all__ = ["Geometry"]
+__all__ = ["Geometry", "checked_geometry"]
 
 
 class Geometry:
@@ -77,3 +77,10 @@ class Geometry:
         scale = self.scales[:, [2, 3, 2, 3]].reshape(*lead, 4)
         offset = self.scales[:, [4, 5, 4, 5]].reshape(*lead, 4)
         return boxes * scale + offset
+
+
+def checked_geometry(geometry: Any) -> Geometry:
+    """``geometry`` itself, or an error that says where one comes from."""
+    if not isinstance(geometry, Geometry):
+        raise InputError(f"geometry is a {type(geometry).__name__}; expected what Preprocess returned with the tensor")
+    return geometry

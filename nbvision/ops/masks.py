@@ -10,8 +10,9 @@ import numpy as np
 
 from nbvision.errors import InputError
 from nbvision.image import to_device
-from nbvision.ops.geometry import Geometry
-from nbvision.ops.preprocess import affine, three_numbers
+from nbvision.ops.arguments import three_numbers
+from nbvision.ops.geometry import Geometry, checked_geometry
+from nbvision.ops.preprocess import affine
 from nbvision.runtime import memory
 from nbvision.runtime.compile import cpu_loop, load_kernel
 from nbvision.runtime.device import array_module, device_of
@@ -85,7 +86,7 @@ def mask_boxes(logits: Any, geometry: Geometry, *, threshold: float = 0.0) -> tu
     InputError
         If the shapes do not fit.
     """
-    device = geometry.device
+    device = checked_geometry(geometry).device
     logits = _planes(logits, "logits", device)
     count, height, width = logits.shape
     if count != len(geometry):

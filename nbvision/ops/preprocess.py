@@ -7,19 +7,20 @@ import math
 import operator
 from collections import OrderedDict
 from collections.abc import Sequence
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
 
 from nbvision.errors import InputError
 from nbvision.image import ImageBatch, as_batch, to_device
+from nbvision.ops.arguments import finite, one_of, three_numbers
 from nbvision.ops.geometry import Geometry
 from nbvision.runtime import memory
 from nbvision.runtime.compile import cpu_loop, load_kernel
 from nbvision.runtime.device import Device, array_module, device_of, require_cupy
 
-__all__ = ["DType", "Fit", "Interpolation", "Layout", "Parity", "Preprocess", "affine", "three_numbers"]
+__all__ = ["DType", "Fit", "Interpolation", "Layout", "Parity", "Preprocess", "affine"]
 
 Fit = Literal["letterbox", "stretch"]
 Interpolation = Literal["linear", "nearest"]
@@ -98,20 +99,20 @@ class Preprocess:
         box_margin: float = 0.0,
     ) -> None:
         self.size = _checked_size(size)
-        self.fit = _one_of("fit", fit, Fit)
-        self.color = _one_of("color", color, Literal["rgb", "bgr"])
-        self.dtype = np.dtype(_one_of("dtype", _dtype_name(dtype), DType))
-        self.layout = _one_of("layout", layout, Layout)
-        self.interpolation = _one_of("interpolation", interpolation, Interpolation)
-        self.parity = _one_of("parity", parity, Parity)
+        self.fit = one_of("fit", fit, Fit)
+        self.color = one_of("color", color, Literal["rgb", "bgr"])
+        self.dtype = np.dtype(one_of("dtype", _dtype_name(dtype), DType))
+        self.layout = one_of("layout", layout, Layout)
+        self.interpolation = one_of("interpolation", interpolation, Interpolation)
+        self.parity = one_of("parity", parity, Parity)
         self.scaleup = bool(scaleup)
         self.center = bool(center)
-        if _finite("box_margin", box_margin) < 0:
+        if finite("box_margin", box_margin) < 0:
             raise InputError(f"box_margin is {box_margin}; expected a share of the box, 0 or more")
         self.box_margin = np.float32(box_margin)
 
         self._gain, self._bias = affine(
-            _finite("scale", scale),
+            finite("scale", scale),
             three_numbers("mean", 0.0 if mean is None else mean),
             three_numbers("std", 1.0 if std is None else std),
         )
@@ -473,31 +474,3 @@ def affine(
     gain = tuple(np.float32(scale / deviation) for deviation in std)
     bias = tuple(np.float32(-center / deviation) for center, deviation in zip(mean, std, strict=True))
     return gain, bias
-
-
-def _finite(name: str, value: float) -> float:
-    try:
-        number = float(value)
-    except (TypeError, ValueError):
-        number = math.nan
-    if not math.isfinite(number):
-        raise InputError(f"{name} is {value!r}; expected a finite number")
-    return number
-
-
-def three_numbers(name: str, value: float | Sequence[float]) -> tuple[float, float, float]:
-    """One number for every channel, or three."""
-    try:
-        values = np.broadcast_to(np.asarray(value, np.float64).reshape(-1), 3)
-    except (TypeError, ValueError):
-        values = np.array([])
-    if values.size != 3 or not np.isfinite(values).all():
-        raise InputError(f"{name} is {value}; expected one finite number, or three, one per channel")
-    first, second, third = values.tolist()
-    return first, second, third
-
-
-def _one_of(name: str, value: str, choices: Any) -> Any:
-    if not isinstance(value, str) or value not in get_args(choices):
-        raise InputError(f"{name} is {value!r}; expected one of {get_args(choices)}")
-    return value
