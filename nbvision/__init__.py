@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from nbvision.ops.instances import Masks, instance_masks
     from nbvision.ops.masks import argmax_map, cut_out, mask_boxes
     from nbvision.ops.preprocess import Preprocess
+    from nbvision.ops.rle import mask_to_rle, rle_to_mask
     from nbvision.pipeline import Recognizer
     from nbvision.runtime import memory
     from nbvision.search import Index
@@ -64,9 +65,11 @@ __all__ = [
     "errors",
     "instance_masks",
     "mask_boxes",
+    "mask_to_rle",
     "memory",
     "nms",
     "nms_boxes",
+    "rle_to_mask",
 ]
 
 _ROOM_OF = {
@@ -86,9 +89,11 @@ _ROOM_OF = {
     "draw": "nbvision.ops.draw",
     "instance_masks": "nbvision.ops.instances",
     "mask_boxes": "nbvision.ops.masks",
+    "mask_to_rle": "nbvision.ops.rle",
     "memory": "nbvision.runtime",
     "nms": "nbvision.ops.boxes",
     "nms_boxes": "nbvision.ops.boxes",
+    "rle_to_mask": "nbvision.ops.rle",
 }
 
 
