@@ -9,7 +9,9 @@ import pytest
 from cuda.bindings import nvjitlink
 from nbvision_kernels.catalog import all_kernels
 
+from nbvision.runtime import compile as compiling
 from nbvision.runtime.compile import compile_kernel, linked_ptx
+from nbvision.runtime.device import compute_capability
 
 ARCHITECTURES = [(7, 5), (8, 0), (8, 6), (8, 9), (9, 0), (10, 0), (12, 0)]
 RESOURCES = Path(__file__).parent.parent / "kernels" / "resources.json"
@@ -36,3 +38,16 @@ def test_kernel_compiles_everywhere(kernel):
         assert compiled.registers <= accepted[architecture] or not same_linker, architecture
     if not kernel.float64:
         assert ".f64" not in linked_ptx(kernel, (9, 0))
+
+
+@pytest.mark.needs_cuda
+@pytest.mark.parametrize("content", [b"", b"no machine code"])
+def test_a_damaged_file_is_compiled_anew(tmp_path, monkeypatch, content):
+    monkeypatch.setattr(compiling, "kernel_cache_dir", lambda: tmp_path)
+    kernel = KERNELS[0]
+    major, minor = compute_capability()
+    path = tmp_path / f"{kernel.name}-sm{major}{minor}.cubin"
+    path.write_bytes(content)
+    load = compiling.load_kernel.__wrapped__  # past the functions that this process has loaded
+    assert load(kernel) is not None
+    assert len(path.read_bytes()) > 1000

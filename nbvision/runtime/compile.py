@@ -156,11 +156,16 @@ def _resources(log: str) -> tuple[int, int]:
 @functools.cache
 def load_kernel(kernel: Kernel, device_id: int = 0) -> Any:
     """A CuPy function ready to launch: from memory, else from disk, else compiled now (about 0.3 s)."""
+    cupy = require_cupy("a CUDA kernel")
     cc = compute_capability(device_id)
     path = kernel_cache_dir() / f"{kernel.name}-sm{cc[0]}{cc[1]}.cubin"
-    if not path.exists():
-        write_atomically(path, compile_kernel(kernel, cc).cubin)
-    return require_cupy("a CUDA kernel").RawModule(path=str(path)).get_function(kernel.entry)
+    if path.exists():
+        try:
+            return cupy.RawModule(path=str(path)).get_function(kernel.entry)
+        except cupy.cuda.driver.CUDADriverError:
+            pass  # damaged, or of a driver's past: compiled anew and overwritten
+    write_atomically(path, compile_kernel(kernel, cc).cubin)
+    return cupy.RawModule(path=str(path)).get_function(kernel.entry)
 
 
 # Numba's default threading layer aborts the process when two threads enter parallel loops at once. A loop uses every
