@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import nbvision
 from nbvision.errors import InputError, NbvisionError, SearchError
 
 if TYPE_CHECKING:
@@ -32,6 +33,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="nbvision", description="Images in, a model's answer out.")
+    parser.add_argument("--version", action="version", version=f"nbvision {nbvision.__version__}")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
     info = commands.add_parser("info", help="versions, devices, and what each missing extra costs")
@@ -47,14 +49,14 @@ def _parser() -> argparse.ArgumentParser:
     demo.set_defaults(command=_demo)
 
     index = commands.add_parser("index", help="index the images of a directory")
-    index.add_argument("directory", type=Path)
+    index.add_argument("directory", type=Path, help="where the images are")
     index.add_argument("--index", type=Path, help="where the index goes (DIRECTORY.index)")
     _add_model_options(index)
     index.set_defaults(command=_index)
 
     search = commands.add_parser("search", help="the nearest indexed images to each object of an image")
-    search.add_argument("index", type=Path)
-    search.add_argument("image", type=Path)
+    search.add_argument("index", type=Path, help="what `nbvision index` wrote")
+    search.add_argument("image", type=Path, help="what to look for")
     search.add_argument("-k", type=int, default=5, help="answers for each object (%(default)s)")
     _add_model_options(search)
     search.set_defaults(command=_search)
@@ -72,7 +74,12 @@ _positive = functools.partial(_whole, least=1)
 
 def _add_device_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--device", choices=["cpu", "cuda"], help="default: CUDA where it works")
-    parser.add_argument("--precision", choices=["fp32", "fp16"], default="fp32", help="of TensorRT (%(default)s)")
+    parser.add_argument(
+        "--precision",
+        choices=["fp32", "fp16"],
+        default="fp32",
+        help="of TensorRT; a CPU computes in fp32 (%(default)s)",
+    )
 
 
 def _add_model_options(parser: argparse.ArgumentParser) -> None:
@@ -161,7 +168,7 @@ def _index(options: argparse.Namespace) -> int:
         reasons = [(kind, str(count)) for kind, count in sorted(problems.items())]
         console.table("not indexed", ["reason", "files"], reasons)
     if len(index) == 0:  # an index that is there already is worth more than an empty one
-        raise SearchError(f"none of {len(files)} images can be indexed; {path} is left as it was")
+        raise SearchError(f"none of {len(files)} images can be indexed; {path} is not written")
     index.save(path)
     console.print(f"{len(index)} of {len(files)} images indexed in {path}")
     return 0  # broken files are told above; what could be indexed is

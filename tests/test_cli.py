@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+import nbvision
 from nbvision import Index
 from nbvision.cli import main
 from nbvision.demo.catalogue import Catalogue, make_catalogue
@@ -256,3 +257,10 @@ def test_help_names_every_command(capsys: pytest.CaptureFixture[str]) -> None:
     assert exit_info.value.code == 0
     printed = capsys.readouterr().out
     assert all(command in printed for command in ("info", "demo", "index", "search"))
+
+
+def test_version(capsys):
+    with pytest.raises(SystemExit) as stop:
+        main(["--version"])
+    assert stop.value.code == 0
+    assert capsys.readouterr().out == f"nbvision {nbvision.__version__}\n"
