@@ -245,6 +245,7 @@ def test_bad_options_of_nms_are_refused(device):
         ({"score_threshold": float("nan")}, "score_threshold is nan; expected a number"),
         ({"iou_threshold": None}, "iou_threshold is None; expected a number"),
         ({"max_detections": 2.5}, "max_detections is 2.5; expected an integer, 1 or more"),
+        ({"classes": "x"}, "classes is 'x'; expected an integer, 1 or more"),
         ({"max_candidates": 0}, "max_candidates is 0; expected an integer, 1 or more"),
     ],
 )

@@ -27,11 +27,8 @@ def number(name: str, value: float) -> float:
 
 def finite(name: str, value: float) -> float:
     """A number that is not infinite."""
-    try:
-        result = float(value)
-    except (TypeError, ValueError):
-        result = math.nan
-    if not math.isfinite(result):
+    result = number(name, value)
+    if math.isinf(result):
         raise InputError(f"{name} is {value!r}; expected a finite number")
     return result
 

@@ -142,8 +142,8 @@ def nms(
     device = checked_geometry(geometry).device
     predictions = _checked_predictions(predictions, geometry)
     images, rows, anchors = predictions.shape
-    classes = rows - 4 if classes is None else classes
-    if not 1 <= classes <= rows - 4:
+    classes = rows - 4 if classes is None else whole("classes", classes, least=1)
+    if classes > rows - 4:
         raise InputError(f"classes is {classes}; expected 1 to {rows - 4}, the rows of predictions after the box")
     options = _Options(score_threshold, iou_threshold, soft_sigma, class_aware, max_candidates, max_detections)
     options = options.checked(anchors)
