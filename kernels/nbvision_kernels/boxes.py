@@ -155,6 +155,48 @@ def keep_best(
     return kept
 
 
+@pixel_function
+def write_best(
+    candidate_boxes,
+    candidate_scores,
+    candidate_labels,
+    ranked,
+    score_threshold,
+    iou_threshold,
+    soft_sigma,
+    class_aware,
+    max_detections,
+    first,
+    boxes,
+    scores,
+    labels,
+    indices,
+):
+    """Write what is kept of one image's ranked candidates from place ``first`` on; returns how many."""
+    kept_ranks = np.empty(max_detections, np.int64)
+    kept = keep_best(
+        candidate_boxes,
+        candidate_scores,
+        candidate_labels,
+        len(ranked),
+        score_threshold,
+        iou_threshold,
+        soft_sigma,
+        class_aware,
+        max_detections,
+        kept_ranks,
+    )
+    for place in range(kept):
+        rank = kept_ranks[place]
+        to = first + place
+        for side in range(4):
+            boxes[to * 4 + side] = candidate_boxes[rank * 4 + side]
+        scores[to] = candidate_scores[rank]
+        labels[to] = candidate_labels[rank]
+        indices[to] = index_of_key(ranked[rank])
+    return kept
+
+
 def nms_cpu(
     predictions,
     bits,
@@ -208,28 +250,22 @@ def nms_cpu(
                 candidate_boxes,
                 np.int64(rank) * 4,
             )
-        kept_ranks = np.empty(max_detections, np.int64)
-        kept = keep_best(
+        counts[image] = write_best(
             candidate_boxes,
             candidate_scores,
             candidate_labels,
-            candidates,
+            ranked,
             score_threshold,
             iou_threshold,
             soft_sigma,
             class_aware,
             max_detections,
-            kept_ranks,
+            np.int64(image) * max_detections,
+            boxes,
+            scores,
+            labels,
+            indices,
         )
-        for place in range(kept):
-            rank = kept_ranks[place]
-            to = np.int64(image) * max_detections + place
-            for side in range(4):
-                boxes[to * 4 + side] = candidate_boxes[rank * 4 + side]
-            scores[to] = candidate_scores[rank]
-            labels[to] = candidate_labels[rank]
-            indices[to] = index_of_key(ranked[rank])
-        counts[image] = kept
 
 
 def nms_boxes_cpu(
@@ -272,28 +308,22 @@ def nms_boxes_cpu(
             candidate_labels[rank] = given_labels[index]
             for side in range(4):
                 candidate_boxes[rank * 4 + side] = given_boxes[index * 4 + side]
-        kept_ranks = np.empty(max_detections, np.int64)
-        kept = keep_best(
+        counts[image] = write_best(
             candidate_boxes,
             candidate_scores,
             candidate_labels,
-            candidates,
+            ranked,
             score_threshold,
             iou_threshold,
             soft_sigma,
             class_aware,
             max_detections,
-            kept_ranks,
+            np.int64(image) * max_detections,
+            boxes,
+            scores,
+            labels,
+            indices,
         )
-        for place in range(kept):
-            rank = kept_ranks[place]
-            to = np.int64(image) * max_detections + place
-            for side in range(4):
-                boxes[to * 4 + side] = candidate_boxes[rank * 4 + side]
-            scores[to] = candidate_scores[rank]
-            labels[to] = candidate_labels[rank]
-            indices[to] = index_of_key(ranked[rank])
-        counts[image] = kept
 
 
 def box_iou_cpu(first, second, first_count, second_count, out):
