@@ -42,6 +42,10 @@ class ImageBatch:
         Why an image is missing, item by item.
     table : (N, 4) int64 array, on ``device``
         What kernels read: address of the first pixel, pitch in bytes, height, width.
+
+    Notes
+    -----
+    Of a CUDA batch, images taken out of it and all operations wait on the GPU for the stream that writes its pixels.
     """
 
     def __init__(
@@ -52,6 +56,7 @@ class ImageBatch:
         device: Device,
         errors: Sequence[DecodeError | None] | None = None,
         buffer: memory.Buffer | None = None,
+        complete: bool = False,
     ) -> None:
         self.color: Color = color
         self.device: Device = device
@@ -60,8 +65,13 @@ class ImageBatch:
         self._buffer = buffer
         rows = np.array([_table_row(array) for array in arrays], np.int64).reshape(-1, 4)
         self.sizes: npt.NDArray[np.int32] = rows[:, 2:].astype(np.int32)
-        self.table = rows if device == "cpu" else array_module(device).asarray(rows)
-        self._stream: Any = None if device == "cpu" else array_module(device).cuda.get_current_stream()
+        self.table: Any = rows
+        if device == "cuda":
+            self.table = memory.acquire(rows.nbytes, device=device).view(rows.shape, dtype=rows.dtype)
+            self._stream = array_module(device).cuda.get_current_stream()
+            self.table.set(rows, stream=self._stream)
+            # Of a complete batch the stream may be given other work, for which readers of this one need not wait.
+            self._written = self._stream.record() if complete else None
 
     @classmethod
     def allocate(cls, sizes: Iterable[tuple[int, int]], *, color: Color = "rgb", device: Device) -> ImageBatch:
@@ -124,6 +134,8 @@ class ImageBatch:
         error = self.errors[index]
         if error is not None:
             raise _twin(error)  # raised itself, it would keep this frame, and so the batch's memory
+        if self.device == "cuda":
+            self.use_on_current_stream()
         return self._arrays[index]
 
     def __iter__(self) -> Iterator[Any]:
@@ -146,6 +158,8 @@ class ImageBatch:
     def select(self, indices: Iterable[int]) -> ImageBatch:
         """The batch of the images at ``indices``, sharing memory; an index may come more than once."""
         chosen = [int(index) for index in indices]
+        if self.device == "cuda":
+            self.use_on_current_stream()  # the new batch counts as written there
         return ImageBatch(
             [self._arrays[index] for index in chosen],
             color=self.color,
@@ -159,6 +173,8 @@ class ImageBatch:
         if device == self.device:
             return self
         device = resolve_device(device)
+        if self.device == "cuda":
+            self.use_on_current_stream()
         arrays = [None if array is None else to_device(array, device) for array in self._arrays]
         return ImageBatch(arrays, color=self.color, device=device, errors=self.errors)
 
@@ -169,7 +185,8 @@ class ImageBatch:
         """
         stream = array_module("cuda").cuda.get_current_stream()
         if stream.ptr != self._stream.ptr:
-            stream.wait_event(self._stream.record())
+            stream.wait_event(self._written or self._stream.record())
+            memory.record_use(self.table, stream)
             if self._buffer is not None:
                 self._buffer.record_stream(stream)
         return stream

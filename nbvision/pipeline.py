@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import itertools
 import json
 import os
 import time
@@ -19,7 +20,7 @@ import numpy as np
 import numpy.typing as npt
 
 from nbvision.codecs import decode
-from nbvision.codecs.decode import Source, as_items
+from nbvision.codecs.decode import Source, as_items, decode_ahead
 from nbvision.engines import Engine
 from nbvision.errors import DecodeError, EngineError, InputError
 from nbvision.image import ImageBatch, to_device
@@ -234,17 +235,20 @@ class Recognizer:
     def stream(
         self, sources: Iterable[Source], *, batch_size: int = 32, times: StageTimes | None = None
     ) -> Iterator[tuple[list[Source], Recognition]]:
-        """Recognize any number of images, batch by batch: yields each batch's sources and what was found."""
+        """Recognize any number of images, batch by batch: yields each batch's sources and what was found.
+
+        The next two batches are decoded while one is recognized, but not with ``times``: stages that overlap have no
+        times of their own.
+        """
         if batch_size < 1:
             raise InputError(f"batch_size is {batch_size}; expected 1 or more")
-        batch: list[Source] = []
-        for source in sources:
-            batch.append(source)
-            if len(batch) == batch_size:
+        batches = _batched(sources, batch_size)
+        if times is not None:
+            for batch in batches:
                 yield batch, self.recognize(batch, times=times)
-                batch = []
-        if batch:
-            yield batch, self.recognize(batch, times=times)
+            return
+        for batch, images in decode_ahead(batches, device=self.device):
+            yield batch, self.recognize(images)
 
     def _stage(self, times: StageTimes | None, name: str, items: int) -> contextlib.AbstractContextManager[None]:
         return contextlib.nullcontext() if times is None else times.stage(name, self.device, items=items)
@@ -262,6 +266,12 @@ def in_batches(engine: Engine, inputs: Any) -> Any:
         part = slice(start, start + largest)
         outputs[part] = engine(inputs[part])  # not out=outputs[part]: TensorRT takes no output at an odd address
     return outputs
+
+
+def _batched(sources: Iterable[Source], size: int) -> Iterator[list[Source]]:
+    items = iter(sources)
+    while batch := list(itertools.islice(items, size)):
+        yield batch
 
 
 def _like(array: Any, count: int) -> Any:

@@ -1,18 +1,23 @@
-"""One pool of host threads for every decode of the process."""
+"""The host threads of every decode of the process."""
 
 from __future__ import annotations
 
+import collections
 import contextlib
+import contextvars
 import functools
+import itertools
 import os
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, TypeVar
 
-__all__ = ["available_cores", "in_background", "map_all", "run_all"]
+__all__ = ["ahead", "available_cores", "in_background", "map_all", "run_all"]
 
 T = TypeVar("T")
 R = TypeVar("R")
+
+AHEAD = 2  # batches that are decoded while one is used: with one, threads idle while its last image is decoded
 
 
 def available_cores() -> int:
@@ -25,7 +30,18 @@ def _pool() -> ThreadPoolExecutor:
     return ThreadPoolExecutor(available_cores(), thread_name_prefix="nbvision-decode")
 
 
-os.register_at_fork(after_in_child=_pool.cache_clear)  # a forked child has the pool object without its threads
+@functools.cache
+def _ahead_pool() -> ThreadPoolExecutor:
+    """Threads that decode whole batches. They live on: each has a decoder and a stream of its own, made once."""
+    return ThreadPoolExecutor(AHEAD, thread_name_prefix="nbvision-ahead")
+
+
+def _forget_pools() -> None:
+    _pool.cache_clear()
+    _ahead_pool.cache_clear()
+
+
+os.register_at_fork(after_in_child=_forget_pools)  # a forked child has the pool objects without their threads
 
 
 @contextlib.contextmanager
@@ -67,3 +83,24 @@ def map_all(function: Callable[[T], R], items: Sequence[T], threads: int) -> lis
 
     run_all(keep, range(len(items)), threads)
     return results
+
+
+def ahead(function: Callable[[T], R], items: Iterable[T]) -> Iterator[tuple[T, R]]:
+    """Each item and the function's result, in order; the next two are under way while the caller uses one.
+
+    The function runs in threads of its own, in the caller's context. What it raises is raised at its item.
+    """
+    source = iter(items)
+    under_way: collections.deque[tuple[T, Future[R]]] = collections.deque()
+    try:
+        while True:
+            for item in itertools.islice(source, AHEAD + 1 - len(under_way)):
+                context = contextvars.copy_context()
+                under_way.append((item, _ahead_pool().submit(context.run, function, item)))
+            if not under_way:
+                return
+            item, future = under_way.popleft()
+            yield item, future.result()
+    finally:
+        for _, future in under_way:
+            future.cancel()

@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeAlias, get_args
 
 from nbvision.codecs import gpu, host
-from nbvision.codecs._threads import available_cores, in_background, map_all, run_all
+from nbvision.codecs._threads import ahead, available_cores, in_background, map_all, run_all
 from nbvision.codecs.headers import Header, as_bytes, read_header
 from nbvision.errors import DecodeError, InputError
 from nbvision.image import CHANNELS, Color, ImageBatch, image_offsets
 from nbvision.runtime import memory
-from nbvision.runtime.device import Device, array_module, resolve_device
+from nbvision.runtime.device import Device, array_module, own_stream, resolve_device
 
-__all__ = ["Source", "as_items", "decode"]
+__all__ = ["Source", "as_items", "decode", "decode_ahead"]
 
 Source: TypeAlias = "bytes | bytearray | memoryview | str | os.PathLike[str]"
 
@@ -82,7 +83,38 @@ def decode(
     (_decode_on_cuda if target == "cuda" else _decode_on_cpu)(images, color, threads)
     errors = [item.error if isinstance(item, _Image) else item for item in opened]
     arrays = [item.out if isinstance(item, _Image) and item.error is None else None for item in opened]
-    return ImageBatch(arrays, color=color, device=target, errors=errors, buffer=buffer)
+    return ImageBatch(arrays, color=color, device=target, errors=errors, buffer=buffer, complete=True)
+
+
+def decode_ahead(
+    batches: Iterable[list[Source]], *, device: Device | None = None
+) -> Iterator[tuple[list[Source], ImageBatch]]:
+    """Decode batch after batch, the next two while the caller uses one.
+
+    Parameters
+    ----------
+    batches : iterable of lists
+        Each as :func:`decode` takes it; up to two are taken before they are asked for.
+    device : {"cpu", "cuda"}, optional
+
+    Yields
+    ------
+    batch, ImageBatch
+        In order. On CUDA the pixels are written on other streams; what takes an ImageBatch waits for them.
+
+    Raises
+    ------
+    InputError
+        At the batch whose sources are none.
+    """
+    target = resolve_device(device)
+    device_id = array_module(target).cuda.Device().id if target == "cuda" else None
+
+    def decode_one(batch: list[Source]) -> ImageBatch:
+        with contextlib.nullcontext() if device_id is None else own_stream(device_id):
+            return decode(batch, device=target)
+
+    return ahead(decode_one, batches)
 
 
 # --- arguments -------------------------------------------------------------------------------------------------------

@@ -7,9 +7,12 @@ is really wanted.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import importlib.util
 import os
+import threading
+from collections.abc import Iterator
 from types import ModuleType
 from typing import Any, Literal
 
@@ -21,6 +24,7 @@ __all__ = [
     "compute_capability",
     "cuda_unavailable_because",
     "device_of",
+    "own_stream",
     "resolve_device",
     "stream_pointer",
     "synchronize",
@@ -115,6 +119,21 @@ def stream_pointer(stream: Any = None) -> int:
         if hasattr(stream, name):
             return int(getattr(stream, name))
     raise InputError(f"stream is a {type(stream).__name__}; expected a CuPy or torch stream, or None")
+
+
+_own_streams = threading.local()
+
+
+@contextlib.contextmanager
+def own_stream(device_id: int) -> Iterator[None]:
+    """Within this context CuPy's current stream is one that belongs to this thread and to this device alone."""
+    cuda = require_cupy("a CUDA stream").cuda
+    by_device: dict[int, Any] = _own_streams.__dict__.setdefault("by_device", {})
+    with cuda.Device(device_id):
+        if device_id not in by_device:
+            by_device[device_id] = cuda.Stream(non_blocking=True)
+        with by_device[device_id]:
+            yield
 
 
 def synchronize(device: Device) -> None:
