@@ -18,7 +18,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image, ImageOps
 
-from nbvision.codecs import decode, gpu, read_header
+from nbvision.codecs import decode, gpu, host, read_header
 from nbvision.codecs.decode import decode_ahead
 from nbvision.errors import DecodeError, InputError
 from nbvision.image import ImageBatch
@@ -136,6 +136,35 @@ def without_alpha(data: bytes) -> Pixels:
     image.load()
     image.info.pop("transparency", None)  # converting a palette with alpha warns
     return np.asarray(image.convert("RGB"))
+
+
+def refuse_to_decode(*_: Any, **__: Any) -> None:
+    raise AssertionError("Pillow is asked for nothing")
+
+
+@pytest.mark.parametrize("name", ["png", "rgba png", "1x1 png", "webp", "lossless webp"])
+@pytest.mark.parametrize("color", ["rgb", "bgr"])
+def test_plain_png_and_webp_do_not_need_pillow(name: str, color: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(host, "_decode_by_pillow_into", refuse_to_decode)
+    assert decode(OTHERS[name], color=color, device="cpu").errors == (None,)
+
+
+@pytest.mark.parametrize("color", ["rgb", "bgr", "rgba", "gray"])
+@pytest.mark.parametrize("name", [name for name in OTHERS if "png" in name or "webp" in name])
+def test_without_imagecodecs_all_is_the_same(name: str, color: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Pixels of whole files; of damaged ones the verdict, and the pixels where they are decoded all the same."""
+    rng = np.random.default_rng(11)
+    files = [OTHERS[name]]
+    for _ in range(25):
+        damaged = bytearray(OTHERS[name])
+        damaged[rng.integers(16, len(damaged))] ^= 1 << rng.integers(8)
+        files.append(bytes(damaged))
+    with_it = decode(files, color=color, device="cpu", limit_pixels=10**6)
+    monkeypatch.setattr(host, "_imagecodecs", lambda: None)
+    without = decode(files, color=color, device="cpu", limit_pixels=10**6)
+    assert [error and error.kind for error in with_it.errors] == [error and error.kind for error in without.errors]
+    for index in np.flatnonzero(without.ok):
+        np.testing.assert_array_equal(with_it[index], without[index])
 
 
 @pytest.mark.parametrize("format", ["JPEG", "PNG", "WEBP", "TIFF"])
