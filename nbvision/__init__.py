@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from nbvision.ops.geometry import Geometry
     from nbvision.ops.instances import Masks, instance_masks
     from nbvision.ops.masks import argmax_map, cut_out, mask_boxes
+    from nbvision.ops.pixel import PixelFunction, pixel
     from nbvision.ops.preprocess import Preprocess
     from nbvision.ops.rle import mask_to_rle, rle_to_mask
     from nbvision.pipeline import Recognizer
@@ -53,6 +54,7 @@ __all__ = [
     "MemoryLimitError",
     "MissingExtraError",
     "NbvisionError",
+    "PixelFunction",
     "Preprocess",
     "Recognizer",
     "SearchError",
@@ -69,6 +71,7 @@ __all__ = [
     "memory",
     "nms",
     "nms_boxes",
+    "pixel",
     "rle_to_mask",
 ]
 
@@ -79,6 +82,7 @@ _ROOM_OF = {
     "ImageBatch": "nbvision.image",
     "Index": "nbvision.search",
     "Masks": "nbvision.ops.instances",
+    "PixelFunction": "nbvision.ops.pixel",
     "Preprocess": "nbvision.ops.preprocess",
     "Recognizer": "nbvision.pipeline",
     "argmax_map": "nbvision.ops.masks",
@@ -93,6 +97,7 @@ _ROOM_OF = {
     "memory": "nbvision.runtime",
     "nms": "nbvision.ops.boxes",
     "nms_boxes": "nbvision.ops.boxes",
+    "pixel": "nbvision.ops.pixel",
     "rle_to_mask": "nbvision.ops.rle",
 }
 

@@ -50,6 +50,15 @@ def letterbox_placement(
     return new_height, new_width, round(pad_height / 2 - 0.1), round(pad_width / 2 - 0.1)
 
 
+def cover_placement(height: int, width: int, size: tuple[int, int], shorter: int) -> tuple[int, int, int, int]:
+    """(new height, new width, top, left) of torchvision's Resize(shorter) and CenterCrop(size)."""
+    if height <= width:
+        new_height, new_width = shorter, int(shorter * width / height)
+    else:
+        new_height, new_width = int(shorter * height / width), shorter
+    return new_height, new_width, round((new_height - size[0]) / 2.0), round((new_width - size[1]) / 2.0)
+
+
 def preprocess_u8(
     image: np.ndarray,
     size: tuple[int, int],

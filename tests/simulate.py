@@ -47,7 +47,7 @@ def image_regions(
     sources: np.ndarray, height: int, width: int, linear: bool
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     tables = empty_tables(len(SIZES))
-    regions.fill_regions_cpu(sources, *tables, height, width, regions.FIT_LETTERBOX, True, True, linear)
+    regions.fill_regions_cpu(sources, *tables, height, width, regions.FIT_LETTERBOX, 0, 0, True, True, linear)
     return tables
 
 
@@ -74,7 +74,7 @@ def run_box_regions(rng: np.random.Generator) -> None:
     results = []
     for fill in ("host", "device"):
         tables = empty_tables(5)
-        fit = (8, 8, regions.FIT_STRETCH, True, True, True)
+        fit = (8, 8, regions.FIT_COVER, 9, 9, True, True, True)
         if fill == "host":
             regions.fill_box_regions_cpu(sources, images, given.reshape(-1), np.float32(0.1), *tables, *fit)
         else:

@@ -7,7 +7,16 @@ import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from reference import TOLERANCE, letterbox_placement, on, preprocess_u8, random_image, to_host
+from reference import (
+    INTERPOLATIONS,
+    TOLERANCE,
+    cover_placement,
+    letterbox_placement,
+    on,
+    preprocess_u8,
+    random_image,
+    to_host,
+)
 
 from nbvision.errors import InputError
 from nbvision.image import ImageBatch
@@ -116,6 +125,66 @@ def test_letterbox_rounding_is_pythons(height, width, size):
     geometry = Preprocess(size)._image_regions_on_host(np.array([[height, width]], np.int32))
     new_height, new_width, top, left = letterbox_placement(height, width, size)
     assert geometry.regions[0, [8, 7, 6, 5]].tolist() == [new_height, new_width, top, left]
+
+
+@pytest.mark.parametrize("interpolation", ["linear", "nearest"])
+@pytest.mark.parametrize(("size", "crop_pct", "shorter"), [(224, 0.875, 256), (64, 1.0, 64), (33, 0.9, 36)])
+def test_cover_is_resize_and_center_crop(device, rng, interpolation, size, crop_pct, shorter):
+    images = [random_image(rng, h, w) for h, w in [(427, 640), (640, 427), (100, 101), (256, 256), (31, 500), (7, 3)]]
+    options = {"fit": "cover", "crop_pct": crop_pct, "interpolation": interpolation, "dtype": "uint8", "layout": "NHWC"}
+    tensor, geometry = Preprocess((size, size), **options)(ImageBatch.from_arrays(images, device=device))
+    corners = to_host(geometry.to_source(on(device, np.tile(np.float32([0, 0, size, size]), (len(images), 1, 1)))))
+    for index, image in enumerate(images):
+        height, width, top, left = cover_placement(*image.shape[:2], (size, size), shorter)
+        resized = cv2.resize(image, (width, height), interpolation=INTERPOLATIONS[interpolation])
+        np.testing.assert_array_equal(to_host(tensor)[index], resized[top : top + size, left : left + size])
+        x_scale, y_scale = image.shape[1] / width, image.shape[0] / height
+        wanted = [left * x_scale, top * y_scale, (left + size) * x_scale, (top + size) * y_scale]
+        np.testing.assert_allclose(corners[index, 0], wanted, rtol=1e-4, atol=1e-3)
+
+
+def test_cover_fills_any_canvas(device, rng):
+    """Not square, too: nothing of the fill is seen, and one side is not cut at all."""
+    images = [random_image(rng, h, w) for h, w in [(40, 97), (97, 40), (1, 1), (3, 500)]]
+    for size in [(20, 60), (60, 20), (1, 7)]:
+        pre = Preprocess(size, fit="cover", fill=0, dtype="float32")
+        tensor, geometry = pre(ImageBatch.from_arrays([np.maximum(image, 1) for image in images], device=device))
+        assert to_host(tensor).min() >= 1
+        for row in to_host(geometry.regions):
+            new_width, new_height = row[7], row[8]
+            assert new_height >= size[0]
+            assert new_width >= size[1]
+            assert (new_height == size[0]) or (new_width == size[1])
+
+
+@pytest.mark.parametrize("dtype", ["int8", "uint8"])
+def test_quantized_outputs(device, rng, dtype):
+    """NumPy's formula of a quantized tensor, saturated; a value at a rounding border may differ by one step."""
+    image = random_image(rng, 60, 80)
+    quantum, zero_point = 0.0187, -11 if dtype == "int8" else 117
+    options = {"scale": 1 / 255, "mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225)}
+    plain = to_host(Preprocess((48, 64), **options)(on(device, image))[0])
+    got = to_host(Preprocess((48, 64), dtype=dtype, quantize=(quantum, zero_point), **options)(on(device, image))[0])
+    limits = np.iinfo(dtype)
+    exact = (plain.astype(np.float64) / quantum + zero_point).clip(limits.min, limits.max)
+    assert got.dtype == dtype
+    assert np.abs(got - exact).max() <= 0.501
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"dtype": "float32", "quantize": (0.1, 0)}, "quantize is for int8 and uint8"),
+        ({"dtype": "int8", "quantize": (0.0, 0)}, "expected"),
+        ({"dtype": "int8", "quantize": (0.1, 0.5)}, "expected"),
+        ({"dtype": "int8", "quantize": 0.1}, "expected"),
+        ({"fit": "cover", "crop_pct": 0}, "crop_pct is 0"),
+        ({"fit": "cover", "crop_pct": 1.5}, "crop_pct is 1.5"),
+    ],
+)
+def test_options_that_do_not_fit(options, message):
+    with pytest.raises(InputError, match=message):
+        Preprocess((8, 8), **options)
 
 
 @pytest.mark.parametrize("boxes_on", ["host", "device"])
@@ -231,7 +300,7 @@ def test_bad_arguments_say_what_was_expected(rng):
         ({"size": (8, 8), "dtype": "float99"}, "expected one of"),
         ({"size": (8, 8), "mean": "rgb"}, "one finite number, or three"),
         ({"size": (8, 8), "scale": None}, "scale"),
-        ({"size": (8, 8), "fit": "cover"}, "expected one of .'letterbox', 'stretch'."),
+        ({"size": (8, 8), "fit": "contain"}, "expected one of .'cover', 'letterbox', 'stretch'."),
         ({"size": (8, 8), "dtype": "float64"}, "expected one of"),
         ({"size": (8, 8), "std": 0}, "other than 0"),
         ({"size": (8, 8), "mean": (1, 2)}, "one finite number, or three"),

@@ -5,13 +5,14 @@ from __future__ import annotations
 import importlib
 import itertools
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from numba import types
 
 from nbvision_kernels import preprocess as plan
 from nbvision_kernels import read_source, regions
+from nbvision_kernels.chain import Chain, make_shade_export
 
 __all__ = [
     "CudaFrame",
@@ -57,12 +58,16 @@ class NumbaKernel:
     float64: bool = False  # allowed only where one thread does the work of a whole output
 
     @property
-    def defines(self) -> dict[str, int]:
+    def defines(self) -> dict[str, int | str]:
         return {}
 
     def device_functions(self) -> DeviceFunctions:
         """The body as a device function: what links with :meth:`source_text`."""
         return {f"nbv_{self.entry}": (self.make(), types.void, self.arguments)}
+
+    def roomier(self) -> None:
+        """There is no version with more registers."""
+        return None
 
     def source_text(self) -> str:
         """CUDA C that gives the body a plain entry point; Numba's own would have a mangled name."""
@@ -82,12 +87,17 @@ class CudaFrame:
     name: str
     entry: str
     source: str
-    defines: dict[str, int] = field(hash=False)
+    defines: dict[str, int | str] = field(hash=False)
     functions: DeviceFunctions = field(hash=False, compare=False)
     float64: bool = False
 
     def device_functions(self) -> DeviceFunctions:
         return self.functions
+
+    def roomier(self) -> CudaFrame | None:
+        """The same with more registers a thread, for a pixel function that needs them."""
+        blocks = int(self.defines.get("MIN_BLOCKS", 0)) - 2
+        return replace(self, defines=self.defines | {"MIN_BLOCKS": blocks}) if blocks > 1 else None
 
     def source_text(self) -> str:
         return read_source(self.source)
@@ -97,7 +107,12 @@ Kernel = NumbaKernel | CudaFrame
 
 _SAMPLERS = {plan.NEAREST: "nearest", plan.LINEAR_EXACT: "linear_exact", plan.LINEAR_FAST: "linear_fast"}
 _LAYOUTS = {plan.NCHW: "nchw", plan.NHWC: "nhwc"}
-_STORES = {plan.STORE_U8: ("u8", u8), plan.STORE_F16: ("f16", types.float16), plan.STORE_F32: ("f32", f32)}
+_STORES = {
+    plan.STORE_U8: ("u8", u8),
+    plan.STORE_I8: ("i8", types.int8),
+    plan.STORE_F16: ("f16", types.float16),
+    plan.STORE_F32: ("f32", f32),
+}
 _REGION_FIELDS = ["IMAGE", "X", "Y", "WIDTH", "HEIGHT", "LEFT", "TOP", "OUT_WIDTH", "OUT_HEIGHT", "FIELDS"]
 _REGION_FIELDS += ["UNIT_X", "UNIT_Y", "SCALES"]
 # sampler -> lines a thread of the frame, and blocks of 128 threads that shall fit on a multiprocessor: what was fastest
@@ -106,9 +121,10 @@ _FRAME_SHAPES = {plan.NEAREST: (4, 8), plan.LINEAR_EXACT: (3, 8), plan.LINEAR_FA
 
 
 def preprocess_kernel(
-    sampler: int, layout: int, store: int, *, pixel_bytes: int = 3, frame: bool = True
+    sampler: int, layout: int, store: int, *, pixel_bytes: int = 3, chain: Chain | None = None, frame: bool = True
 ) -> CudaFrame | NumbaKernel:
-    """The fused plan of one type: its CUDA C frame, or the plain Numba kernel, which serves every ``pixel_bytes``."""
+    """The fused plan of one type: its CUDA C frame, or the plain Numba kernel, which serves every ``pixel_bytes`` but
+    takes no ``chain``."""
     store_name, stored = _STORES[store]
     name = f"preprocess-{_SAMPLERS[sampler]}-{_LAYOUTS[layout]}-{store_name}"
     if frame:
@@ -120,12 +136,13 @@ def preprocess_kernel(
         types_of_plan = {"PIXEL_BYTES": pixel_bytes, "STORE_TYPE": store, "LAYOUT": layout}
         types_of_plan |= {"PAIRS": int(sampler != plan.NEAREST), "WEIGHT": int(weight is f32)}
         return CudaFrame(
-            name=f"{name}-{pixel_bytes}-bytes-frame",
+            name=f"{name}-{pixel_bytes}-bytes-frame" + (f"-{chain.digest}" if chain else ""),
             entry="preprocess",
             source="preprocess.cu",
             defines=types_of_plan
             | {"LINES": lines, "MIN_BLOCKS": min_blocks}
-            | {f"REGION_{name}": getattr(regions, name) for name in _REGION_FIELDS},
+            | {f"REGION_{name}": getattr(regions, name) for name in _REGION_FIELDS}
+            | _chain_defines(chain),
             functions={
                 "nbv_along_x": (plan.make_taps_export(along_x), types.void, taps),
                 "nbv_along_y": (plan.make_taps_export(along_y), types.void, taps),
@@ -134,7 +151,8 @@ def preprocess_kernel(
                     f32,
                     (i32_pointer, types.CPointer(weight), types.CPointer(weight)),
                 ),
-            },
+            }
+            | _chain_function(chain),
         )
 
     def make() -> Callable[..., None]:
@@ -147,11 +165,28 @@ def preprocess_kernel(
     return NumbaKernel(f"{name}-numba", "preprocess", make, (*tables, *(i32,) * 5, *(f32,) * 9))
 
 
+def _chain_defines(chain: Chain | None) -> dict[str, int | str]:
+    if chain is None:
+        return {}
+    names = [f"number_{index}" for index in range(chain.number_count)]
+    return {
+        "CHAIN": 1,
+        "CHAIN_PARAMETERS": ", int bgr" + "".join(f", float {name}" for name in names),
+        "CHAIN_NUMBERS": ", ".join(names) or "0.0f",
+    }
+
+
+def _chain_function(chain: Chain | None) -> DeviceFunctions:
+    if chain is None:
+        return {}
+    return {"nbv_shade": (make_shade_export(chain), types.void, (f32_pointer, f32, f32, f32_pointer))}
+
+
 def box_regions_kernel() -> NumbaKernel:
     """Regions of boxes that live on the device."""
     tables = (i64_pointer, i64_pointer, f32_pointer, i32, f32, i32_pointer, i64_pointer, f32_pointer)
     make = _imported("regions_cuda", "fill_box_regions")
-    return NumbaKernel("box-regions", "fill_box_regions", make, (*tables, *(i32,) * 6), float64=True)
+    return NumbaKernel("box-regions", "fill_box_regions", make, (*tables, *(i32,) * 8), float64=True)
 
 
 def head_candidates_kernel() -> NumbaKernel:
@@ -252,7 +287,7 @@ def dense_masks_kernel() -> NumbaKernel:
 def all_kernels() -> Iterator[Kernel]:
     """Every kernel of every type."""
     for sampler, layout, store in itertools.product(_SAMPLERS, _LAYOUTS, _STORES):
-        for pixel_bytes in (1, 3, 4):
+        for pixel_bytes in (1, 3, 4) if store != plan.STORE_I8 else (3,):  # int8 differs from uint8 by two bounds
             yield preprocess_kernel(sampler, layout, store, pixel_bytes=pixel_bytes)
         yield preprocess_kernel(sampler, layout, store, frame=False)
     yield box_regions_kernel()

@@ -62,6 +62,12 @@ def round_to_u8(value):
 
 
 @pixel_function
+def round_to_i8(value):
+    """A float rounded half to even and saturated to -128..127."""
+    return np.int8(rint32(clamp(value, np.float32(-128), np.float32(127))))
+
+
+@pixel_function
 def half_bits(value):
     """The bits of a float32 as IEEE half precision, rounded half to even: for CPUs, where Numba has no float16.
 

@@ -1,9 +1,9 @@
 // The fused plan's frame: wide loads, wide stores, four pixels side by side in each of several lines a thread. It only
 // moves data; taps and values are the Python pixel functions of sampling.py, linked in through LTO.
 //
-// Compiled with -D: PIXEL_BYTES of the source (1 gray, 3, 4), STORE_TYPE (0 u8, 1 f16, 2 f32), LAYOUT (0 NCHW, 1 NHWC),
-// PAIRS (whether the sampler reads two neighbouring columns), WEIGHT (0 int, 1 float), LINES and MIN_BLOCKS, and the
-// fields of regions.py.
+// Compiled with -D: PIXEL_BYTES of the source (1 gray, 3, 4), STORE_TYPE (0 u8, 1 f16, 2 f32, 4 i8), LAYOUT (0 NCHW,
+// 1 NHWC), PAIRS (whether the sampler reads two neighbouring columns), WEIGHT (0 int, 1 float), LINES and MIN_BLOCKS, the
+// fields of regions.py, and for a chain of pixel functions CHAIN, CHAIN_PARAMETERS and CHAIN_NUMBERS.
 // No header is included, so NVRTC needs no include directory.
 
 #if WEIGHT == 0
@@ -17,6 +17,11 @@ extern "C" __device__ void nbv_along_x(int index, long long step, long long star
 extern "C" __device__ void nbv_along_y(int index, long long step, long long start, float unit, int length, int *taps,
                                        Weight *weights);
 extern "C" __device__ float nbv_blend(const int *pixels, const Weight *weights_x, const Weight *weights_y);
+#ifdef CHAIN
+extern "C" __device__ void nbv_shade(float *rgb, float x, float y, const float *numbers);
+#else
+#define CHAIN_PARAMETERS
+#endif
 
 #if STORE_TYPE == 0
 typedef unsigned char Stored;
@@ -29,6 +34,11 @@ __device__ __forceinline__ Stored to_stored(float value) {
     Stored half;
     asm("cvt.rn.f16.f32 %0, %1;" : "=h"(half) : "f"(value));
     return half;
+}
+#elif STORE_TYPE == 4
+typedef signed char Stored;
+__device__ __forceinline__ Stored to_stored(float value) {
+    return (signed char)fminf(fmaxf(rintf(value), -128.0f), 127.0f);
 }
 #else
 typedef float Stored;
@@ -95,11 +105,12 @@ __device__ __forceinline__ void blend_channel(unsigned above_low, unsigned above
 }
 
 // `gain`, `bias` and `fill` are in the order of the source's channels; `swap` says that the output's is the reverse.
+// With a chain, `bgr` says that the source's first channel is blue, and the chain's numbers follow.
 extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
     preprocess(const unsigned char *pixels, const long long *__restrict__ sources, const int *__restrict__ regions,
                const long long *__restrict__ steps, const float *__restrict__ scales, Stored *__restrict__ out,
                int height, int width, int swap, float gain_0, float gain_1, float gain_2,
-               float bias_0, float bias_1, float bias_2, float fill_0, float fill_1, float fill_2) {
+               float bias_0, float bias_1, float bias_2, float fill_0, float fill_1, float fill_2 CHAIN_PARAMETERS) {
     const int x_first = PIXELS * (blockIdx.x * blockDim.x + threadIdx.x);
     if (x_first >= width) return;
 
@@ -199,6 +210,17 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
                 values[2][i] = fill_2;
             }
         }
+#ifdef CHAIN
+        const float numbers[] = {CHAIN_NUMBERS};
+#pragma unroll
+        for (int i = 0; i < PIXELS; ++i) {
+            float rgb[3] = {bgr ? values[2][i] : values[0][i], values[1][i], bgr ? values[0][i] : values[2][i]};
+            nbv_shade(rgb, (float)(x_first + i), (float)y, numbers);
+            values[0][i] = bgr ? rgb[2] : rgb[0];
+            values[1][i] = rgb[1];
+            values[2][i] = bgr ? rgb[0] : rgb[2];
+        }
+#endif
 #pragma unroll
         for (int i = 0; i < PIXELS; ++i) {
             values[0][i] = values[0][i] * gain_0 + bias_0;

@@ -1,4 +1,4 @@
-"""The fused plan: region -> sampler -> value chain -> store.
+"""The fused plan: region -> sampler -> chain of pixel functions -> gain and bias -> store.
 
 :func:`make_span_writer` builds the body for one *type* of plan; every number (sizes, boxes, mean, fill, channel
 order) stays an argument.  The CPU loop here and the Numba kernel in ``preprocess_cuda.py`` call that body; the CUDA C
@@ -11,7 +11,8 @@ import numpy as np
 from numba import prange
 
 from nbvision_kernels import regions as region
-from nbvision_kernels.pixel import half_bits, pixel_function, pointer_from_address, round_to_u8
+from nbvision_kernels.chain import make_shade
+from nbvision_kernels.pixel import half_bits, pixel_function, pointer_from_address, round_to_i8, round_to_u8
 from nbvision_kernels.sampling import (
     exact_along_x,
     exact_along_y,
@@ -32,6 +33,7 @@ __all__ = [
     "STORE_F16",
     "STORE_F32",
     "STORE_HALF_BITS",
+    "STORE_I8",
     "STORE_U8",
     "make_blend_export",
     "make_cpu_loop",
@@ -41,7 +43,7 @@ __all__ = [
 
 NEAREST, LINEAR_EXACT, LINEAR_FAST = 0, 1, 2
 NCHW, NHWC = 0, 1
-STORE_U8, STORE_F16, STORE_F32, STORE_HALF_BITS = 0, 1, 2, 3
+STORE_U8, STORE_F16, STORE_F32, STORE_HALF_BITS, STORE_I8 = range(5)
 
 
 # sampler -> (along_x, along_y, blend), see sampling.py
@@ -92,6 +94,8 @@ def make_store(store):
     def save(out, at, value):
         if store == STORE_U8:
             out[at] = round_to_u8(value)
+        elif store == STORE_I8:
+            out[at] = round_to_i8(value)
         elif store == STORE_F16:
             out[at] = np.float16(value)
         elif store == STORE_HALF_BITS:
@@ -102,9 +106,10 @@ def make_store(store):
     return save
 
 
-def make_span_writer(sampler, layout, store):
+def make_span_writer(sampler, layout, store, chain=None):
     """The body of the plan: write output pixels ``x_first <= x < x_stop`` of line ``y`` of canvas ``item``."""
     along_x, along_y, blend = SAMPLERS[sampler]
+    shade = make_shade(chain)
     save = make_store(store)
 
     @pixel_function
@@ -127,6 +132,8 @@ def make_span_writer(sampler, layout, store):
         gain,
         bias,
         fill,
+        bgr,
+        numbers,
     ):
         row = np.int64(item) * region.FIELDS
         step_row = np.int64(item) * region.STEPS
@@ -205,6 +212,7 @@ def make_span_writer(sampler, layout, store):
                     )
                 if swap:
                     value_0, value_2 = value_2, value_0
+            value_0, value_1, value_2 = shade(value_0, value_1, value_2, x, y, bgr, numbers)
             at = canvas + (line_start + np.int64(x)) * to_pixel
             save(out, at, value_0 * gain[0] + bias[0])
             save(out, at + to_channel, value_1 * gain[1] + bias[1])
@@ -213,13 +221,13 @@ def make_span_writer(sampler, layout, store):
     return write_span
 
 
-def make_cpu_loop(sampler, layout, store):
+def make_cpu_loop(sampler, layout, store, chain=None):
     """The plan as a parallel CPU loop over output lines.
 
     ``base`` is what the table's addresses count from: 0, but as an argument, because the compiler takes a constant null
     pointer for one that is never read.
     """
-    write_span = make_span_writer(sampler, layout, store)
+    write_span = make_span_writer(sampler, layout, store, chain)
 
     def loop(
         base,
@@ -237,6 +245,8 @@ def make_cpu_loop(sampler, layout, store):
         gain,
         bias,
         fill,
+        bgr,
+        numbers,
     ):
         for line in prange(items * height):
             pixels = pointer_from_address(base)
@@ -260,6 +270,8 @@ def make_cpu_loop(sampler, layout, store):
                 gain,
                 bias,
                 fill,
+                bgr,
+                numbers,
             )
 
     return loop

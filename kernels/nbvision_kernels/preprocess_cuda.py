@@ -1,6 +1,7 @@
 """The fused plan as a Numba CUDA kernel over flat pointers: one output pixel a thread.
 
-The portable version of ``preprocess.cu``, and the one that the simulator checks for out-of-range access.
+The portable version of ``preprocess.cu``, and the one that the simulator checks for out-of-range access. It takes no
+chain of pixel functions.
 """
 
 from __future__ import annotations
@@ -61,6 +62,8 @@ def make_kernel(sampler, layout, store):
                 (gain_0, gain_1, gain_2),
                 (bias_0, bias_1, bias_2),
                 (fill_0, fill_1, fill_2),
+                False,
+                (np.float32(0),),
             )
 
     return preprocess

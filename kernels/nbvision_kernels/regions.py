@@ -14,7 +14,16 @@ import numpy as np
 
 from nbvision_kernels.pixel import clamp, pixel_function, rint64
 
-__all__ = ["FIELDS", "FIT_LETTERBOX", "FIT_STRETCH", "SCALES", "STEPS", "fill_box_regions_cpu", "fill_regions_cpu"]
+__all__ = [
+    "FIELDS",
+    "FIT_COVER",
+    "FIT_LETTERBOX",
+    "FIT_STRETCH",
+    "SCALES",
+    "STEPS",
+    "fill_box_regions_cpu",
+    "fill_regions_cpu",
+]
 
 # Fields of a row of `regions`. The source region is (X, Y, WIDTH, HEIGHT); it is resized to (OUT_WIDTH, OUT_HEIGHT) and
 # placed at (LEFT, TOP) of the canvas. A row is three loads of 16 bytes; the last three numbers are unused.
@@ -29,7 +38,7 @@ STEPS = 4
 UNIT_X, UNIT_Y, SCALE_X, SCALE_Y, OFFSET_X, OFFSET_Y = range(6)
 SCALES = 6
 
-FIT_STRETCH, FIT_LETTERBOX = 0, 1
+FIT_STRETCH, FIT_LETTERBOX, FIT_COVER = 0, 1, 2
 
 
 @pixel_function
@@ -78,12 +87,30 @@ def write_axis(steps, scales, step_at, start_at, unit_at, source_length, length,
 
 @pixel_function
 def write_region(
-    regions, steps, scales, index, image, x, y, width, height, out_height, out_width, fit, scaleup, center, linear
+    regions,
+    steps,
+    scales,
+    index,
+    image,
+    x,
+    y,
+    width,
+    height,
+    out_height,
+    out_width,
+    fit,
+    cover_height,
+    cover_width,
+    scaleup,
+    center,
+    linear,
 ):
     """Row ``index``: the region (x, y, width, height) of ``image`` fitted into an (out_height, out_width) canvas.
 
     ``FIT_LETTERBOX`` is Ultralytics' geometry: one ratio, sizes rounded half to even, odd padding to the bottom and
-    the right.  A region of no area gets an empty row: its canvas is all fill and maps to no place.
+    the right.  ``FIT_COVER`` is torchvision's ``Resize`` and ``CenterCrop``: the side that just covers (cover_height,
+    cover_width) is exact, the other is truncated, and the canvas is the middle of that.  A region of no area gets an
+    empty row: its canvas is all fill and maps to no place.
     """
     row = np.int64(index) * FIELDS
     step_row = np.int64(index) * STEPS
@@ -102,6 +129,15 @@ def write_region(
         if center:
             left = np.int64(rint64(np.float64(out_width - new_width) / 2 - np.float64(0.1)))
             top = np.int64(rint64(np.float64(out_height - new_height) / 2 - np.float64(0.1)))
+    if fit == FIT_COVER and width > 0 and height > 0:
+        if np.int64(cover_height) * np.int64(width) >= np.int64(cover_width) * np.int64(height):
+            new_height = np.int64(cover_height)
+            new_width = max(np.int64(np.float64(cover_height * width) / np.float64(height)), np.int64(out_width))
+        else:
+            new_width = np.int64(cover_width)
+            new_height = max(np.int64(np.float64(cover_width * height) / np.float64(width)), np.int64(out_height))
+        left = -np.int64(rint64(np.float64(new_width - out_width) / 2))
+        top = -np.int64(rint64(np.float64(new_height - out_height) / 2))
     regions[row + IMAGE] = np.int32(image)
     regions[row + X] = np.int32(x)
     regions[row + Y] = np.int32(y)
@@ -144,6 +180,8 @@ def write_box_region(
     out_height,
     out_width,
     fit,
+    cover_height,
+    cover_width,
     scaleup,
     center,
     linear,
@@ -183,13 +221,28 @@ def write_box_region(
         out_height,
         out_width,
         fit,
+        cover_height,
+        cover_width,
         scaleup,
         center,
         linear,
     )
 
 
-def fill_regions_cpu(sources, regions, steps, scales, out_height, out_width, fit, scaleup, center, linear):
+def fill_regions_cpu(
+    sources,
+    regions,
+    steps,
+    scales,
+    out_height,
+    out_width,
+    fit,
+    cover_height,
+    cover_width,
+    scaleup,
+    center,
+    linear,
+):
     """One whole-image region per source; host, sequential (tens of nanoseconds a row)."""
     for index in range(sources.size // 4):
         height = sources[index * 4 + 2]
@@ -207,6 +260,8 @@ def fill_regions_cpu(sources, regions, steps, scales, out_height, out_width, fit
             out_height,
             out_width,
             fit,
+            cover_height,
+            cover_width,
             scaleup,
             center,
             linear,
@@ -214,7 +269,21 @@ def fill_regions_cpu(sources, regions, steps, scales, out_height, out_width, fit
 
 
 def fill_box_regions_cpu(
-    sources, images, boxes, margin, regions, steps, scales, out_height, out_width, fit, scaleup, center, linear
+    sources,
+    images,
+    boxes,
+    margin,
+    regions,
+    steps,
+    scales,
+    out_height,
+    out_width,
+    fit,
+    cover_height,
+    cover_width,
+    scaleup,
+    center,
+    linear,
 ):
     """One region per box, on the host."""
     for index in range(images.size):
@@ -230,6 +299,8 @@ def fill_box_regions_cpu(
             out_height,
             out_width,
             fit,
+            cover_height,
+            cover_width,
             scaleup,
             center,
             linear,

@@ -7,7 +7,7 @@ import math
 import operator
 from collections import OrderedDict
 from collections.abc import Sequence
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -16,16 +16,27 @@ from nbvision.errors import InputError
 from nbvision.image import ImageBatch, as_batch, to_device
 from nbvision.ops.arguments import finite, one_of, three_numbers
 from nbvision.ops.geometry import Geometry
+from nbvision.ops.pixel import PixelFunction, as_pixel_functions, chain_of
 from nbvision.runtime import memory
-from nbvision.runtime.compile import cpu_loop, load_kernel
-from nbvision.runtime.device import Device, array_module, device_of, require_cupy
+from nbvision.runtime.compile import compile_without_spills, cpu_loop, load_kernel
+from nbvision.runtime.device import (
+    Device,
+    array_module,
+    compute_capability,
+    cuda_unavailable_because,
+    device_of,
+    require_cupy,
+)
+
+if TYPE_CHECKING:
+    from nbvision_kernels.chain import Chain
 
 __all__ = ["DType", "Fit", "Interpolation", "Layout", "Parity", "Preprocess", "affine"]
 
-Fit = Literal["letterbox", "stretch"]
+Fit = Literal["cover", "letterbox", "stretch"]
 Interpolation = Literal["linear", "nearest"]
 Layout = Literal["NCHW", "NHWC"]
-DType = Literal["uint8", "float16", "float32"]
+DType = Literal["uint8", "int8", "float16", "float32"]
 Parity = Literal["cv2", "fast"]
 
 _KNOWN_SIZES = 64  # sets of image sizes whose regions are kept; video has one, a shop's batches many
@@ -44,9 +55,10 @@ class Preprocess:
     ----------
     size : (int, int)
         Height and width of the output.
-    fit : {"letterbox", "stretch"}
+    fit : {"letterbox", "stretch", "cover"}
         ``"letterbox"`` keeps the aspect ratio and fills the rest, with Ultralytics' rounding; ``"stretch"`` fills
-        the whole output.
+        the whole output; ``"cover"`` keeps the aspect ratio and cuts off what is too much, with the rounding of
+        torchvision's ``Resize`` and ``CenterCrop``.
     color : {"rgb", "bgr"}
         Channel order of the output; gray images fill all three channels, alpha is dropped.
     scale : float
@@ -56,8 +68,12 @@ class Preprocess:
         ``value * (scale / std[c]) + (-mean[c] / std[c])``.
     fill : float or three floats
         Value of 0..255 outside the image, normalised like a pixel. Ultralytics' 114 by default.
-    dtype : {"uint8", "float16", "float32"}
-        uint8 is rounded half to even and saturated.
+    pixel : pixel function or sequence of them, optional
+        Python functions of red, green and blue, made with :func:`nbvision.pixel`, that are compiled into the kernel.
+        They are called in order on the sampled values of 0..255, before ``scale``, ``mean`` and ``std``; fill goes
+        through them too. Another value bound to one never compiles again; another function does.
+    dtype : {"uint8", "int8", "float16", "float32"}
+        Integers are rounded half to even and saturated.
     layout : {"NCHW", "NHWC"}
     interpolation : {"linear", "nearest"}
         Pixel-centre aligned bilinear without antialiasing, or OpenCV's ``INTER_NEAREST``.
@@ -68,6 +84,11 @@ class Preprocess:
         Whether a letterboxed image may be enlarged.
     center : bool
         Whether a letterboxed image stands in the middle, else in the top left corner.
+    crop_pct : float
+        Of ``fit="cover"``: the share of the resized image's shorter side that is kept, as timm calls it. ImageNet's
+        ``Resize(256)`` and ``CenterCrop(224)`` are ``size=(224, 224), crop_pct=0.875``.
+    quantize : (float, int), optional
+        Scale and zero point of an int8 or uint8 output: a value ``v`` is stored as ``v / scale + zero_point``.
     box_margin : float
         Each box is enlarged on every side by this share of its width and height before it is cropped.
 
@@ -90,12 +111,15 @@ class Preprocess:
         mean: float | Sequence[float] | None = None,
         std: float | Sequence[float] | None = None,
         fill: float | Sequence[float] = 114.0,
+        pixel: PixelFunction | Sequence[PixelFunction] = (),
         dtype: DType = "float32",
         layout: Layout = "NCHW",
         interpolation: Interpolation = "linear",
         parity: Parity = "cv2",
         scaleup: bool = True,
         center: bool = True,
+        crop_pct: float = 1.0,
+        quantize: tuple[float, int] | None = None,
         box_margin: float = 0.0,
     ) -> None:
         self.size = _checked_size(size)
@@ -110,11 +134,18 @@ class Preprocess:
         if finite("box_margin", box_margin) < 0:
             raise InputError(f"box_margin is {box_margin}; expected a share of the box, 0 or more")
         self.box_margin = np.float32(box_margin)
+        self.pixel = as_pixel_functions(pixel)
+        self._chain, self._numbers = chain_of(self.pixel)
+        self.crop_pct = finite("crop_pct", crop_pct)
+        if not 0 < self.crop_pct <= 1:
+            raise InputError(f"crop_pct is {crop_pct}; expected a share above 0 and up to 1")
+        self._cover_size = [math.floor(length / self.crop_pct) for length in self.size]
 
         self._gain, self._bias = affine(
             finite("scale", scale),
             three_numbers("mean", 0.0 if mean is None else mean),
             three_numbers("std", 1.0 if std is None else std),
+            *_checked_quantize(quantize, self.dtype),
         )
         self._fill = tuple(np.float32(value) for value in three_numbers("fill", fill))
         self._int_size = (np.int32(self.size[0]), np.int32(self.size[1]))
@@ -176,11 +207,58 @@ class Preprocess:
         """Compile, or load from the disk cache, everything a first call would."""
         self(ImageBatch.from_arrays([np.zeros((2, 2, 3), np.uint8)], device=device))
 
+    def explain(self, images: Any = None, *, cc: tuple[int, int] | None = None) -> str:
+        """What a call does, for people to read: stages, kernel, generated source, and bytes moved.
+
+        Compiles the kernel, but needs no GPU.
+
+        Parameters
+        ----------
+        images : optional
+            As a call takes them; without them the kernel is that of a colour image, and no bytes are counted.
+        cc : (int, int), optional
+            Compute capability to compile for; default: the current device's, without one 9.0.
+
+        Raises
+        ------
+        CompileError, MissingExtraError
+            If the kernel does not compile, or there is no compiler.
+        """
+        from nbvision_kernels.catalog import preprocess_kernel
+
+        batch = as_batch(np.zeros((1, 1, 3), np.uint8) if images is None else images)
+        cc = cc or (compute_capability() if cuda_unavailable_because() is None else (9, 0))
+        spec = preprocess_kernel(*self._types("cuda"), pixel_bytes=batch.channels, chain=self._chain)
+        compiled = compile_without_spills(spec, cc)
+        lines = [
+            f"region   {self.fit} to {self.size[0]} x {self.size[1]}, fill {[float(value) for value in self._fill]}",
+            f"sample   {self.interpolation}, parity {self.parity}, from {batch.channels} channels",
+            *(f"pixel    {function}" for function in self.pixel),
+            f"affine   value * {[float(gain) for gain in self._gain]} + {[float(bias) for bias in self._bias]}",
+            f"store    {self.dtype.name} {self.layout}, {self.color}",
+            f"kernel   {compiled.name}: {compiled.registers} registers, {compiled.spill_bytes} bytes spilled "
+            f"on sm_{cc[0]}{cc[1]}",
+        ]
+        if images is not None:
+            read, written = self._bytes_moved(batch)
+            lines.append(f"bytes    {read / 1e6:.1f} MB read, {written / 1e6:.1f} MB written, {len(batch)} images")
+        if self._chain is not None:
+            lines += ["", self._chain.source()]
+        return "\n".join(lines)
+
     def __repr__(self) -> str:
         return (
             f"Preprocess({self.size}, fit={self.fit!r}, color={self.color!r}, dtype={self.dtype.name!r}, "
             f"layout={self.layout!r}, interpolation={self.interpolation!r}, parity={self.parity!r})"
         )
+
+    def _bytes_moved(self, batch: ImageBatch) -> tuple[int, int]:
+        """At least: each source line that a sampler touches once, each output value once."""
+        regions = self._image_regions_on_host(batch.sizes).regions.astype(np.int64)
+        taps = 1 if self.interpolation == "nearest" else 2
+        lines = np.minimum(regions[:, 4], taps * np.minimum(regions[:, 8], self.size[0]))
+        read = int((lines * regions[:, 3]).sum()) * batch.channels
+        return read, math.prod(self.output_shape(len(batch))) * self.dtype.itemsize
 
     # -- CPU ---------------------------------------------------------------------------------------------------
 
@@ -191,7 +269,7 @@ class Preprocess:
             geometry = self._box_regions_on_host(batch.sizes, *_checked_host_boxes(boxes, box_images, batch.sizes))
         tensor, flat = self._output(len(geometry), out, "cpu")
         if len(geometry):
-            _plan_loop(self._sampler, self._layout, self._store("cpu"))(
+            _plan_loop(*self._types("cpu"), self._chain)(
                 np.int64(0),
                 batch.table.reshape(-1),
                 *_flat(geometry),
@@ -202,6 +280,8 @@ class Preprocess:
                 self._gain,
                 self._bias,
                 self._fill,
+                self.color == "bgr",
+                self._numbers or (np.float32(0),),  # Numba types no empty tuple
             )
         return tensor, geometry
 
@@ -239,13 +319,15 @@ class Preprocess:
         if key not in self._frames:
             from nbvision_kernels.catalog import preprocess_kernel
 
-            spec = preprocess_kernel(self._sampler, self._layout, self._store("cuda"), pixel_bytes=int(pixel_bytes))
+            spec = preprocess_kernel(*self._types("cuda"), pixel_bytes=int(pixel_bytes), chain=self._chain)
             height, width = self.size
             columns = -(-width // (_FRAME_BLOCK[0] * _FRAME_PIXELS))
-            lines = -(-height // (_FRAME_BLOCK[1] * spec.defines["LINES"]))
+            lines = -(-height // (_FRAME_BLOCK[1] * int(spec.defines["LINES"])))
             in_source_order = slice(None, None, -1 if swap else 1)
             numbers = [number for group in (self._gain, self._bias, self._fill) for number in group[in_source_order]]
             launch_numbers = (*self._int_size, swap, *numbers)
+            if self._chain is not None:
+                launch_numbers += (np.int32((self.color == "bgr") != bool(swap)), *self._numbers)
             self._frames[key] = load_kernel(spec, device_id), (columns, lines), launch_numbers
         return self._frames[key]
 
@@ -298,13 +380,19 @@ class Preprocess:
             kernel((-(-len(boxes) // 64),), (64,), (*arguments, *_tables(geometry), *numbers))
         return geometry
 
-    def _fit_numbers(self) -> tuple[int, int, int, bool, bool, bool]:
-        from nbvision_kernels.regions import FIT_LETTERBOX, FIT_STRETCH
+    def _fit_numbers(self) -> tuple[int, int, int, int, int, bool, bool, bool]:
+        from nbvision_kernels.regions import FIT_COVER, FIT_LETTERBOX, FIT_STRETCH
 
-        fit = FIT_LETTERBOX if self.fit == "letterbox" else FIT_STRETCH
-        return (*self.size, fit, self.scaleup, self.center, self.interpolation == "linear")
+        fit = {"cover": FIT_COVER, "letterbox": FIT_LETTERBOX, "stretch": FIT_STRETCH}[self.fit]
+        cover_height, cover_width = self._cover_size
+        linear = self.interpolation == "linear"
+        return (*self.size, fit, cover_height, cover_width, self.scaleup, self.center, linear)
 
     # -- types and numbers of the kernel -----------------------------------------------------------------------
+
+    def _types(self, device: Device) -> tuple[int, int, int]:
+        """Sampler, layout and store of the compiled code."""
+        return self._sampler, self._layout, self._store(device)
 
     @property
     def _sampler(self) -> int:
@@ -324,7 +412,8 @@ class Preprocess:
         from nbvision_kernels import preprocess as plan
 
         half = plan.STORE_HALF_BITS if device == "cpu" else plan.STORE_F16
-        return {"uint8": plan.STORE_U8, "float16": half, "float32": plan.STORE_F32}[self.dtype.name]
+        stores = {"uint8": plan.STORE_U8, "int8": plan.STORE_I8, "float16": half, "float32": plan.STORE_F32}
+        return stores[self.dtype.name]
 
     def _channels(self, batch: ImageBatch) -> tuple[np.int32, np.int32, np.int32]:
         """Bytes of a source pixel, whether it is gray, whether first and third channel change places."""
@@ -346,13 +435,13 @@ class Preprocess:
         return out, flat.view(np.uint16) if self.dtype == np.float16 else flat
 
 
-def _plan_loop(sampler: int, layout: int, store: int) -> Any:
+def _plan_loop(sampler: int, layout: int, store: int, chain: Chain | None) -> Any:
     """The CPU loop of one type of plan, compiled once per process and kept on disk."""
     from nbvision_kernels.preprocess import make_cpu_loop
 
-    key = (sampler, layout, store)
+    key = (sampler, layout, store, chain)
     if key not in _plan_loops:
-        name = f"preprocess-{sampler}-{layout}-{store}"
+        name = f"preprocess-{sampler}-{layout}-{store}" + (f"-{chain.digest}" if chain else "")
         _plan_loops[key] = cpu_loop(name, make_cpu_loop(*key))
     return _plan_loops[key]
 
@@ -365,7 +454,7 @@ def _region_loop(name: str) -> Any:
     return _region_loops[name]
 
 
-_plan_loops: dict[tuple[int, int, int], Any] = {}
+_plan_loops: dict[tuple[int, int, int, Chain | None], Any] = {}
 _region_loops: dict[str, Any] = {}
 
 
@@ -465,12 +554,31 @@ def _dtype_name(dtype: Any) -> str:
         return str(dtype)
 
 
+def _checked_quantize(quantize: tuple[float, int] | None, dtype: np.dtype[Any]) -> tuple[float, int]:
+    """Scale and zero point; 1 and 0 for none."""
+    if quantize is None:
+        return 1.0, 0
+    if dtype.kind not in "iu":
+        raise InputError(f"quantize is for int8 and uint8; dtype is {dtype}")
+    try:
+        scale, zero_point = quantize
+        scale, zero_point = finite("the scale of quantize", scale), operator.index(zero_point)
+    except (TypeError, ValueError):
+        scale = 0.0
+    if scale <= 0:
+        raise InputError(f"quantize is {quantize!r}; expected (scale, zero point), a number above 0 and an integer")
+    return scale, zero_point
+
+
 def affine(
-    scale: float, mean: Sequence[float], std: Sequence[float]
+    scale: float, mean: Sequence[float], std: Sequence[float], quantum: float = 1.0, zero_point: int = 0
 ) -> tuple[tuple[np.float32, ...], tuple[np.float32, ...]]:
-    """Gain and bias per channel, so that ``value * gain + bias`` is ``(value * scale - mean) / std``."""
+    """Gain and bias per channel, so that ``value * gain + bias`` is ``(value * scale - mean) / std``, and that
+    ``/ quantum + zero_point`` if it is quantized."""
     if not all(std):
         raise InputError(f"std is {tuple(std)}; expected numbers other than 0")
-    gain = tuple(np.float32(scale / deviation) for deviation in std)
-    bias = tuple(np.float32(-center / deviation) for center, deviation in zip(mean, std, strict=True))
+    gain = tuple(np.float32(scale / deviation / quantum) for deviation in std)
+    bias = tuple(
+        np.float32(-center / deviation / quantum + zero_point) for center, deviation in zip(mean, std, strict=True)
+    )
     return gain, bias

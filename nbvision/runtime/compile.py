@@ -22,7 +22,7 @@ from nbvision.runtime.device import CUDA_EXTRA, compute_capability, require_cupy
 if TYPE_CHECKING:
     from nbvision_kernels.catalog import Kernel
 
-__all__ = ["CompiledKernel", "compile_kernel", "cpu_loop", "linked_ptx", "load_kernel"]
+__all__ = ["CompiledKernel", "compile_kernel", "compile_without_spills", "cpu_loop", "linked_ptx", "load_kernel"]
 
 ComputeCapability = tuple[int, int]
 
@@ -164,8 +164,15 @@ def load_kernel(kernel: Kernel, device_id: int = 0) -> Any:
             return cupy.RawModule(path=str(path)).get_function(kernel.entry)
         except cupy.cuda.driver.CUDADriverError:
             pass  # damaged, or of a driver's past: compiled anew and overwritten
-    write_atomically(path, compile_kernel(kernel, cc).cubin)
+    write_atomically(path, compile_without_spills(kernel, cc).cubin)
     return cupy.RawModule(path=str(path)).get_function(kernel.entry)
+
+
+def compile_without_spills(kernel: Kernel, cc: ComputeCapability) -> CompiledKernel:
+    """The kernel as it is, or with more registers a thread if a user's pixel function needs them."""
+    compiled = compile_kernel(kernel, cc)
+    roomier = kernel.roomier()
+    return compile_without_spills(roomier, cc) if compiled.spill_bytes and roomier else compiled
 
 
 # Numba's default threading layer aborts the process when two threads enter parallel loops at once. A loop uses every
@@ -176,14 +183,18 @@ _cpu_turn = threading.Lock()
 def cpu_loop(name: str, function: Callable[..., None], *, parallel: bool = True) -> Callable[..., None]:
     """Compile a Python loop for the CPU on its first call, kept on disk like a CUDA kernel."""
     from numba import njit
+    from numba.core.errors import NumbaError
 
     dispatcher = njit(parallel=parallel, nogil=True, error_model="numpy")(function)
     setattr(dispatcher, "_cache", _LoopCache(kernel_cache_dir(), name))  # noqa: B010  (Numba has no public hook)
 
     @functools.wraps(function)
     def call(*arguments: Any) -> None:
-        with _cpu_turn:
-            dispatcher(*arguments)
+        try:
+            with _cpu_turn:
+                dispatcher(*arguments)
+        except NumbaError as error:
+            raise CompileError(f"loop {name!r} does not compile:\n{error}") from error
 
     return call
 
