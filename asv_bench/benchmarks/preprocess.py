@@ -16,6 +16,7 @@ SIDE = {EXACT: 640, RAGGED: 608}
 IMAGES = 64
 
 NBVISION = ["nbvision, parity cv2", "nbvision, parity fast"]
+WITH_FUNCTION = "nbvision, a pixel function"
 
 
 @functools.lru_cache(maxsize=1)
@@ -40,7 +41,7 @@ class LetterboxOnGPU:
 
     params = (
         [EXACT, RAGGED],
-        [*NBVISION, "torchvision v2", "torch interpolate", "CV-CUDA", "OpenCV, copied up"],
+        [*NBVISION, WITH_FUNCTION, "torchvision v2", "torch interpolate", "CV-CUDA", "OpenCV, copied up"],
     )
     param_names = ("sources", "how")
 
@@ -63,6 +64,9 @@ class LetterboxOnGPU:
         )
         if how in NBVISION:
             self.call: Callable[[], Any] = lambda: pre(batch, out=expected)
+        elif how == WITH_FUNCTION:
+            warmer = Preprocess((side, side), scale=1 / 255, dtype="float16", fill=FILL, pixel=_warmer())
+            self.call = lambda: warmer(batch, out=expected)
         else:
             self.call = _GPU_PEERS[how](sources, side, self.places)
             _check_close(self.call(), expected)
@@ -89,6 +93,51 @@ class LetterboxOnGPU:
         return launch_us(self.call)
 
     track_host_us.unit = "us"
+
+
+class CropsOnGPU:
+    """1,024 boxes that live on the GPU, of 64 images, to 224 x 224 float16: a detector's output to a classifier's input."""
+
+    params = (["nbvision", "torchvision roi_align", "a loop of torch interpolate"],)
+    param_names = ("how",)
+    count, side = 1024, 224
+
+    def setup(self, how: str) -> None:
+        need_cuda()
+        import cupy
+
+        from nbvision import Preprocess, as_batch
+
+        images = images_on_gpu(EXACT)
+        batch = as_batch(images)
+        rng = np.random.default_rng(2)
+        corners = rng.integers(0, (1920 - 64, 1080 - 64), (self.count, 2))
+        far = np.minimum(corners + rng.integers(64, 513, (self.count, 2)), (1920, 1080))
+        on_host = np.concatenate([corners, far], axis=1).astype(np.float32)
+        which = rng.integers(0, IMAGES, self.count)
+        boxes, box_images = cupy.asarray(on_host), cupy.asarray(which)
+        pre = Preprocess((self.side, self.side), fit="stretch", scale=1 / 255, dtype="float16")
+        expected, _ = pre(batch, boxes=boxes, box_images=box_images)
+        heights, widths = (on_host[:, [3, 2]] - on_host[:, [1, 0]]).T
+        lines = np.minimum(heights, 2 * self.side)
+        self.moved_bytes = expected.nbytes + float((lines * widths * 3).sum())
+        if how == "nbvision":
+            self.call: Callable[[], Any] = lambda: pre(batch, boxes=boxes, box_images=box_images, out=expected)
+        else:
+            self.call = _crop_peer(how, images, boxes, on_host.astype(int).tolist(), which.tolist(), self.side)
+            _check_close(self.call(), expected)
+
+    def track_us(self, how: str) -> float:
+        """The GPU's time."""
+        return gpu_us(self.call)
+
+    track_us.unit = "us"
+
+    def track_copy_bounds(self, how: str) -> float:
+        """The same, as a multiple of the time that a copy of the boxes' pixels and of the output takes."""
+        return gpu_us(self.call) / (self.moved_bytes / copied_bytes_per_us())
+
+    track_copy_bounds.unit = "x the copy bound"
 
 
 class LetterboxOnCPU:
@@ -190,6 +239,40 @@ def _cvcuda(sources: str, side: int, places: Places) -> Callable[[], Any]:
         return cvcuda.reformat(cvcuda.convertto(images, np.float32, scale=1 / 255), "NCHW").cuda()
 
     return call  # it has no float16 here, so it writes twice the bytes
+
+
+def _warmer() -> Any:
+    from nbvision import pixel
+
+    def warmer(r: float, g: float, b: float, amount: float = 0.05) -> tuple[float, float, float]:
+        return r * (1 + amount), g, b * (1 - amount)
+
+    return pixel(warmer)
+
+
+def _crop_peer(how: str, images: Any, boxes: Any, corners: list[list[int]], which: list[int], side: int) -> Any:
+    torch = need("torch")
+    pictures = torch.from_dlpack(images).permute(0, 3, 1, 2)
+    if how == "torchvision roi_align":
+        roi_align = need("torchvision.ops").roi_align
+        rois = torch.cat([torch.tensor(which, device="cuda")[:, None].float(), torch.from_dlpack(boxes)], dim=1)
+
+        def align() -> Any:
+            # It takes floats only, so the conversion of whole images is part of what it costs.
+            crops = roi_align(pictures.float(), rois, (side, side), sampling_ratio=1, aligned=True)
+            return crops.div_(255).half()
+
+        return align
+    interpolate = torch.nn.functional.interpolate
+
+    def loop() -> Any:
+        crops = [
+            interpolate(pictures[image : image + 1, :, y1:y2, x1:x2].half(), (side, side), mode="bilinear")
+            for image, (x1, y1, x2, y2) in zip(which, corners, strict=True)
+        ]
+        return torch.cat(crops).div_(255)
+
+    return loop
 
 
 def _opencv_copied_up(sources: str, side: int, places: Places) -> Callable[[], Any]:
