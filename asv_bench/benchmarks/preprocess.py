@@ -96,7 +96,7 @@ class LetterboxOnGPU:
 
 
 class CropsOnGPU:
-    """1,024 boxes that live on the GPU, of 64 images, to 224 x 224 float16: a detector's output to a classifier's input."""
+    """1,024 boxes on the GPU, of 64 images, to 224 x 224 float16: from a detector to a classifier."""
 
     params = (["nbvision", "torchvision roi_align", "a loop of torch interpolate"],)
     param_names = ("how",)
