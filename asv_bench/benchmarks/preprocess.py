@@ -95,14 +95,40 @@ class LetterboxOnGPU:
     track_host_us.unit = "us"
 
 
+class BatchesOnGPU:
+    """1080p images to 640 x 640 float16, for the curve of time against the batch."""
+
+    params = ([1, 2, 4, 8, 16, 32, 64], ["nbvision", "torchvision v2"])
+    param_names = ("images", "how")
+
+    def setup(self, count: int, how: str) -> None:
+        need_cuda()
+        from nbvision import Preprocess, as_batch
+
+        images = images_on_gpu(EXACT)[:count]
+        batch = as_batch(images)
+        pre = Preprocess((640, 640), scale=1 / 255, dtype="float16", fill=FILL)
+        out, geometry = pre(batch)
+        if how == "nbvision":
+            self.call: Callable[[], Any] = lambda: pre(batch, out=out)
+        else:
+            self.call = _torchvision(EXACT, 640, geometry.regions[:, 5:9].get().tolist(), count)
+
+    def track_us(self, count: int, how: str) -> float:
+        """The GPU's time."""
+        return gpu_us(self.call)
+
+    track_us.unit = "us"
+
+
 class CropsOnGPU:
-    """1,024 boxes on the GPU, of 64 images, to 224 x 224 float16: from a detector to a classifier."""
+    """Boxes on the GPU, of 64 images, to 224 x 224 float16: from a detector to a classifier."""
 
-    params = (["nbvision", "torchvision roi_align", "a loop of torch interpolate"],)
-    param_names = ("how",)
-    count, side = 1024, 224
+    params = ([64, 256, 1024, 4096], ["nbvision", "torchvision roi_align", "a loop of torch interpolate"])
+    param_names = ("boxes", "how")
+    side = 224
 
-    def setup(self, how: str) -> None:
+    def setup(self, count: int, how: str) -> None:
         need_cuda()
         import cupy
 
@@ -111,10 +137,10 @@ class CropsOnGPU:
         images = images_on_gpu(EXACT)
         batch = as_batch(images)
         rng = np.random.default_rng(2)
-        corners = rng.integers(0, (1920 - 64, 1080 - 64), (self.count, 2))
-        far = np.minimum(corners + rng.integers(64, 513, (self.count, 2)), (1920, 1080))
+        corners = rng.integers(0, (1920 - 64, 1080 - 64), (count, 2))
+        far = np.minimum(corners + rng.integers(64, 513, (count, 2)), (1920, 1080))
         on_host = np.concatenate([corners, far], axis=1).astype(np.float32)
-        which = rng.integers(0, IMAGES, self.count)
+        which = rng.integers(0, IMAGES, count)
         boxes, box_images = cupy.asarray(on_host), cupy.asarray(which)
         pre = Preprocess((self.side, self.side), fit="stretch", scale=1 / 255, dtype="float16")
         expected, _ = pre(batch, boxes=boxes, box_images=box_images)
@@ -127,13 +153,13 @@ class CropsOnGPU:
             self.call = _crop_peer(how, images, boxes, on_host.astype(int).tolist(), which.tolist(), self.side)
             _check_close(self.call(), expected)
 
-    def track_us(self, how: str) -> float:
+    def track_us(self, count: int, how: str) -> float:
         """The GPU's time."""
         return gpu_us(self.call)
 
     track_us.unit = "us"
 
-    def track_copy_bounds(self, how: str) -> float:
+    def track_copy_bounds(self, count: int, how: str) -> float:
         """The same, as a multiple of the time that a copy of the boxes' pixels and of the output takes."""
         return gpu_us(self.call) / (self.moved_bytes / copied_bytes_per_us())
 
@@ -183,9 +209,9 @@ def _padding(side: int, place: Sequence[int]) -> tuple[int, int, int, int]:
     return left, top, side - width - left, side - height - top
 
 
-def _torchvision(sources: str, side: int, places: Places) -> Callable[[], Any]:
+def _torchvision(sources: str, side: int, places: Places, count: int = IMAGES) -> Callable[[], Any]:
     torch, v2 = need("torch"), need("torchvision.transforms.v2.functional")
-    images = images_on_gpu(sources)
+    images = images_on_gpu(sources)[:count]
 
     def one(image: Any, place: Sequence[int]) -> Any:
         image = v2.resize(image, [place[3], place[2]], antialias=False)
