@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from nbvision_kernels import preprocess as plan
 from nbvision_kernels.catalog import preprocess_kernel
+from PIL import Image
 from reference import on, to_host
 
 import nbvision as nbv
@@ -203,6 +204,17 @@ def test_adjustments_are_torchvisions_formulas(device, image, name):
     luma = 0.2989 * plain[0] + 0.587 * plain[1] + 0.114 * plain[2]
     got = sampled(image, device, pixel=function)
     np.testing.assert_allclose(got, np.clip(formula(plain, luma), 0, 255), atol=2e-3)
+
+
+@pytest.mark.parametrize(("function", "mode"), [(adjust.to_hsv, "HSV"), (adjust.to_ycbcr, "YCbCr")])
+def test_color_spaces_are_pillows(device, image, function, mode):
+    """Within the level that Pillow's integers cost; a hue next to a whole turn may be at either end."""
+    plain = sampled(image, device)
+    expected = np.asarray(Image.fromarray(plain.astype(np.uint8).transpose(1, 2, 0)).convert(mode)).transpose(2, 0, 1)
+    difference = np.abs(sampled(image, device, pixel=function) - expected)
+    if mode == "HSV":
+        difference[0] = np.minimum(difference[0], 255 - difference[0])
+    assert difference.max() <= 1.01
 
 
 # --- arguments -------------------------------------------------------------------------------------------------------

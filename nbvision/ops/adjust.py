@@ -11,7 +11,17 @@ from nbvision.ops.pixel import pixel
 
 RGB = tuple[float, float, float]
 
-__all__ = ["brightness", "contrast", "gamma", "grayscale", "hue", "invert", "saturation"]
+__all__ = [
+    "brightness",
+    "contrast",
+    "gamma",
+    "grayscale",
+    "hue",
+    "invert",
+    "saturation",
+    "to_hsv",
+    "to_ycbcr",
+]
 
 
 def _limited(value: float) -> float:
@@ -44,26 +54,30 @@ def saturation(r: float, g: float, b: float, factor: float = 1.0) -> RGB:
     return _limited(r * factor + rest), _limited(g * factor + rest), _limited(b * factor + rest)
 
 
-@pixel
-def hue(r: float, g: float, b: float, shift: float = 0.0) -> RGB:
-    """The hue moved by ``shift`` turns of the colour circle, -0.5 to 0.5."""
+def _turn(r: float, g: float, b: float) -> float:
+    """The hue in sixths of a turn, -1 to 5: how far the pixel is past red, green or blue, whichever is the highest."""
     high = max(r, max(g, b))
-    low = min(r, min(g, b))
-    spread = max(high - low, 1e-6)
-    # The hue in sixths of a turn: how far the pixel is past red, green or blue, whichever is the highest.
+    spread = max(high - min(r, min(g, b)), 1e-6)
     if high == r:
         angle = (g - b) / spread
     elif high == g:
         angle = (b - r) / spread + 2.0
     else:
         angle = (r - g) / spread + 4.0
-    angle = angle + shift * 6.0
+    return angle
+
+
+@pixel
+def hue(r: float, g: float, b: float, shift: float = 0.0) -> RGB:
+    """The hue moved by ``shift`` turns of the colour circle, -0.5 to 0.5."""
+    low = min(r, min(g, b))
+    spread = max(r, max(g, b)) - low
+    angle = _turn(r, g, b) + shift * 6.0
     angle = angle - math.floor(angle * (1.0 / 6.0)) * 6.0
     # Each channel is a trapezoid over the circle, between the pixel's lowest and highest value.
     red = min(max(abs(angle - 3.0) - 1.0, 0.0), 1.0)
     green = min(max(2.0 - abs(angle - 2.0), 0.0), 1.0)
     blue = min(max(2.0 - abs(angle - 4.0), 0.0), 1.0)
-    spread = high - low
     return low + red * spread, low + green * spread, low + blue * spread
 
 
@@ -88,3 +102,19 @@ def grayscale(r: float, g: float, b: float) -> RGB:
 def invert(r: float, g: float, b: float) -> RGB:
     """The negative: 255 less the value."""
     return 255.0 - r, 255.0 - g, 255.0 - b
+
+
+@pixel
+def to_hsv(r: float, g: float, b: float) -> RGB:
+    """Hue, saturation and value, each 0..255, which is Pillow's scale, in place of red, green and blue."""
+    high = max(r, max(g, b))
+    spread = high - min(r, min(g, b))
+    turn = _turn(r, g, b) * (1.0 / 6.0)
+    return (turn - math.floor(turn)) * 255.0, spread / max(high, 1e-6) * 255.0, high
+
+
+@pixel
+def to_ycbcr(r: float, g: float, b: float) -> RGB:
+    """JPEG's luma and chroma (ITU-R BT.601, full range), each 0..255, in place of red, green and blue."""
+    luma = 0.299 * r + 0.587 * g + 0.114 * b
+    return luma, (b - luma) * (0.5 / 0.886) + 128.0, (r - luma) * (0.5 / 0.701) + 128.0
