@@ -111,7 +111,10 @@ class ImageBatch:
     ) -> ImageBatch:
         """Wrap uint8 arrays of shape (H, W, C), or (H, W) for gray: NumPy, CuPy, torch, anything with DLPack.
 
-        NV12 frames have OpenCV's shape (H * 3 / 2, W), with H and W even.  Nothing is copied when an array is on ``device`` already and its pixels are dense within each row.
+        NV12 frames have OpenCV's shape (H * 3 / 2, W), with H and W even.
+
+        Nothing is copied when an array is on ``device`` already and its pixels are dense within each row; of NV12 the
+        address and the pitch must be even, too.
 
         Parameters
         ----------
@@ -318,13 +321,14 @@ def _as_hwc(array: Any, index: int, color: Color) -> Any:
 
 
 def _as_nv12(array: Any, index: int) -> Any:
-    """The array as (H * 3 / 2, W) with dense rows."""
+    """The array as (H * 3 / 2, W) with dense rows, address and pitch even, so that a chroma is one load."""
     shape = tuple(array.shape)
     if array.dtype != np.uint8 or len(shape) != 2 or shape[0] % 3 or shape[1] % 2 or 0 in shape:
         raise InputError(
             f"image {index} has shape {shape} and dtype {array.dtype}; expected (height * 3 / 2, width) uint8 with an "
             f"even height and an even width for color='nv12'"
         )
-    if array.strides[1] != 1 or array.strides[0] < shape[1]:
+    address, pitch, _, _ = _table_row(array, "nv12")
+    if array.strides[1] != 1 or pitch < shape[1] or address % 2 or pitch % 2:
         array = array_module(device_of(array)).ascontiguousarray(array)
     return array

@@ -112,30 +112,14 @@ __device__ __forceinline__ void blend_channel(unsigned above_low, unsigned above
 }
 
 #if NV12
-// The chroma of two columns as u, v, u, v: at `at`, and `next` bytes on, 0 where both have the same, else 2.
-__device__ __forceinline__ unsigned load_chroma_pair(const unsigned char *at, int next) {
-    const unsigned long long address = reinterpret_cast<unsigned long long>(at);
-    const unsigned *word = reinterpret_cast<const unsigned *>(address & ~3ull);
-    const unsigned *last = reinterpret_cast<const unsigned *>((address + next + 1) & ~3ull);
-    const unsigned bytes = __funnelshift_r(__ldg(word), __ldg(last), 8 * ((int)address & 3));
-    return __byte_perm(bytes, 0, 0x1010 + 0x1100 * next);
-}
-
-// Blended red, green and blue of two pixels above and two below: luma in the lowest bytes, chroma as u, v, u, v.
-__device__ __forceinline__ void blend_nv12(unsigned above, unsigned below, unsigned chroma_above, unsigned chroma_below,
-                                           const Weight *weights_x, const Weight *weights_y, const Weight *matrix,
-                                           float *rgb) {
-    const int taps[3][4] = {
-        {(int)(above & 255), (int)(above >> 8 & 255), (int)(below & 255), (int)(below >> 8 & 255)},
-        {(int)(chroma_above & 255), (int)(chroma_above >> 16 & 255), (int)(chroma_below & 255),
-         (int)(chroma_below >> 16 & 255)},
-        {(int)(chroma_above >> 8 & 255), (int)(chroma_above >> 24), (int)(chroma_below >> 8 & 255),
-         (int)(chroma_below >> 24)}};
+// Blended red, green and blue of two pixels above and two below: each one's luma, and its chroma as u + 256 * v.
+__device__ __forceinline__ void blend_nv12(const int *luma, const int *chroma, const Weight *weights_x,
+                                           const Weight *weights_y, const Weight *matrix, float *rgb) {
 #if WEIGHT == 0
     int colors[3][4];
 #pragma unroll
     for (int k = 0; k < 4; ++k) {
-        const int yuv[3] = {taps[0][k], taps[1][k], taps[2][k]};
+        const int yuv[3] = {luma[k], chroma[k] & 255, chroma[k] >> 8};
         int color[3];
         nbv_convert(yuv, matrix, color);
 #pragma unroll
@@ -144,9 +128,14 @@ __device__ __forceinline__ void blend_nv12(unsigned above, unsigned below, unsig
 #pragma unroll
     for (int c = 0; c < 3; ++c) rgb[c] = nbv_blend(colors[c], weights_x, weights_y);
 #else
-    float yuv[3];
+    int u[4], v[4];
 #pragma unroll
-    for (int c = 0; c < 3; ++c) yuv[c] = nbv_blend(taps[c], weights_x, weights_y);
+    for (int k = 0; k < 4; ++k) {
+        u[k] = chroma[k] & 255;
+        v[k] = chroma[k] >> 8;
+    }
+    const float yuv[3] = {nbv_blend(luma, weights_x, weights_y), nbv_blend(u, weights_x, weights_y),
+                          nbv_blend(v, weights_x, weights_y)};
     nbv_convert(yuv, matrix, rgb);
 #endif
 }
@@ -174,8 +163,9 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
                                   (long long)(row.fields[REGION_X] * PIXEL_BYTES);
 #if NV12
     const Weight matrix[6] = {luma_zero, luma_gain, v_to_r, u_to_g, v_to_g, u_to_b};
-    const unsigned char *chroma = pixels + source.address + sources[4 * row.fields[REGION_IMAGE] + 2] * source.pitch;
-    const int region_x = row.fields[REGION_X], region_y = row.fields[REGION_Y], last_column = region_width - 1;
+    const long long source_height = sources[4 * row.fields[REGION_IMAGE] + 2], chroma_pitch = source.pitch / 2;
+    const unsigned short *chroma = reinterpret_cast<const unsigned short *>(pixels + source.address + source_height * source.pitch);
+    const int region_x = row.fields[REGION_X], region_y = row.fields[REGION_Y];
 #endif
     const bool some_inside = x_first < left + out_width && x_first + PIXELS > left;
 
@@ -204,33 +194,36 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
             nbv_along_y(line, step.step_y, step.start_y, scale[REGION_UNIT_Y], region_height, lines, weights_y);
             const unsigned char *above = origin + lines[0] * source.pitch, *below = origin + lines[1] * source.pitch;
 #if NV12
-            const unsigned char *chroma_above = chroma + ((region_y + lines[0]) >> 1) * source.pitch;
-            const unsigned char *chroma_below = chroma + ((region_y + lines[1]) >> 1) * source.pitch;
+            // Frames start at even addresses and have even pitches, so the two bytes of a chroma are loaded at once.
+            const unsigned short *chroma_above = chroma + (region_y + lines[0] >> 1) * chroma_pitch;
+            const unsigned short *chroma_below = chroma + (region_y + lines[1] >> 1) * chroma_pitch;
 #if PAIRS
-            unsigned luma[PIXELS][2], pairs[PIXELS][2];
+            int luma[PIXELS][4], pairs[PIXELS][4];
 #pragma unroll
             for (int i = 0; i < PIXELS; ++i) {
                 // Past the region's last column lies another, or the chroma plane: a byte to read, of weight 0.
-                const int at = columns[i][0], column = region_x + at;
-                unsigned none;
-                load_pair(above + at, luma[i][0], none);
-                load_pair(below + at, luma[i][1], none);
-                const int next = at < last_column ? 2 * (column & 1) : 0;
-                pairs[i][0] = load_chroma_pair(chroma_above + (column & ~1), next);
-                pairs[i][1] = load_chroma_pair(chroma_below + (column & ~1), next);
+                const int at = columns[i][0], first = region_x + at >> 1, second = region_x + columns[i][1] >> 1;
+                luma[i][0] = __ldg(above + at);
+                luma[i][1] = __ldg(above + at + 1);
+                luma[i][2] = __ldg(below + at);
+                luma[i][3] = __ldg(below + at + 1);
+                pairs[i][0] = __ldg(chroma_above + first);
+                pairs[i][1] = __ldg(chroma_above + second);
+                pairs[i][2] = __ldg(chroma_below + first);
+                pairs[i][3] = __ldg(chroma_below + second);
             }
 #pragma unroll
             for (int i = 0; i < PIXELS; ++i) {
                 float rgb[3];
-                blend_nv12(luma[i][0], luma[i][1], pairs[i][0], pairs[i][1], weights_x[i], weights_y, matrix, rgb);
+                blend_nv12(luma[i], pairs[i], weights_x[i], weights_y, matrix, rgb);
 #pragma unroll
                 for (int c = 0; c < 3; ++c) values[c][i] = rgb[c];
             }
 #else
 #pragma unroll
             for (int i = 0; i < PIXELS; ++i) {
-                const int pair = region_x + columns[i][0] & ~1;
-                const int yuv[3] = {above[columns[i][0]], chroma_above[pair], chroma_above[pair + 1]};
+                const int pair = __ldg(chroma_above + (region_x + columns[i][0] >> 1));
+                const int yuv[3] = {__ldg(above + columns[i][0]), pair & 255, pair >> 8};
                 int rgb[3];
                 nbv_convert(yuv, matrix, rgb);
 #pragma unroll
