@@ -15,6 +15,7 @@ from nbvision_kernels import (
     instances_cuda,
     masks,
     masks_cuda,
+    nv12,
     preprocess,
     preprocess_cuda,
     regions,
@@ -60,11 +61,39 @@ def run_preprocess(rng: np.random.Generator) -> None:
             out = np.full(len(SIZES) * 3 * height * width, np.nan, np.float32)
             kernel = preprocess_cuda.make_kernel(sampler, layout, preprocess.STORE_F32)
             numbers = [np.float32(value) for value in (1, 1, 1, 0, 0, 0, 114, 114, 114)]
-            arguments = (pixels, sources, *tables, out, height, width, 3, 0, 0, *numbers)
+            arguments = (pixels, sources, *tables, out, height, width, 3, 0, 0, *numbers, *(0,) * 6)
             launch(kernel, (2, 1, len(SIZES)), (8, 8), *arguments)
             assert np.isfinite(out).all()
             assert out.min() >= 0
             assert out.max() <= 255
+
+
+def run_nv12(rng: np.random.Generator) -> None:
+    """Frames back to back, the last one's chroma last of all; crops that end at the right and at the bottom."""
+    sources, start = [], 0
+    for frame_height, frame_width in [(4, 6), (2, 2), (8, 4)]:
+        sources.append([start, frame_width, frame_height, frame_width])
+        start += frame_height * 3 // 2 * frame_width
+    pixels, sources = rng.integers(0, 256, start, dtype=np.uint8), np.array(sources, np.int64).reshape(-1)
+    given = np.array([[0, 0, 6, 4], [5, 3, 6, 4], [0, 0, 2, 2], [1, 1, 2, 2], [1, 0, 4, 7], [3, 7, 4, 8]], np.float32)
+    images, height, width = np.array([0, 0, 1, 1, 2, 2], np.int64), 5, 9
+    for sampler in (preprocess.NEAREST, preprocess.LINEAR_EXACT, preprocess.LINEAR_FAST):
+        tables = empty_tables(len(given))
+        fit = (height, width, regions.FIT_LETTERBOX, 0, 0, True, True, sampler != preprocess.NEAREST)
+        regions.fill_box_regions_cpu(sources, images, given.reshape(-1), np.float32(0), *tables, *fit)
+        matrix = nv12.matrix_numbers("bt709", exact=sampler != preprocess.LINEAR_FAST)
+        gain, bias, fill = ([np.float32(value)] * 3 for value in (1, 0, 114))
+        results = [np.full(len(given) * 3 * height * width, np.nan, np.float32) for _ in range(2)]
+        types = (sampler, preprocess.NCHW, preprocess.STORE_F32)
+        preprocess.pointer_from_address = lambda _: pixels
+        loop = preprocess.make_cpu_loop(*types, nv12=True)
+        numbers = (len(given), height, width, 1, 0, 0, gain, bias, fill, False, [], matrix)
+        loop(0, sources, *tables, results[0], *numbers)
+        kernel = preprocess_cuda.make_kernel(*types, nv12=True)
+        arguments = (pixels, sources, *tables, results[1], height, width, 1, 0, 0, *gain, *bias, *fill, *matrix)
+        launch(kernel, (2, 1, len(given)), (8, 8), *arguments)
+        assert np.isfinite(results[0]).all()
+        np.testing.assert_array_equal(*results)
 
 
 def run_box_regions(rng: np.random.Generator) -> None:
@@ -255,6 +284,7 @@ if __name__ == "__main__":
     case = sys.argv[1]
     cases = {
         "preprocess": run_preprocess,
+        "nv12": run_nv12,
         "box_regions": run_box_regions,
         "nms": run_nms,
         "masks": run_masks,

@@ -334,7 +334,7 @@ def test_frame_and_numba_kernel_agree(rng, dtype, layout, parity):
     framed, geometry = pre(batch)
     plain = on("cuda", np.zeros(framed.shape, framed.dtype))
     kernel = load_kernel(preprocess_kernel(pre._sampler, pre._layout, pre._store("cuda"), frame=False))
-    numbers = (*pre._int_size, *pre._channels(batch), *pre._gain, *pre._bias, *pre._fill)
+    numbers = (*pre._int_size, *pre._channels(batch), *pre._gain, *pre._bias, *pre._fill, *pre._matrix(batch))
     tables = (batch.table, geometry.regions, geometry.steps, geometry.scales)
     kernel((3, 7, len(images)), (32, 8, 1), (0, *tables, plain, *numbers))
     np.testing.assert_array_equal(to_host(plain), to_host(framed))

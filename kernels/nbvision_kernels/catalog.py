@@ -10,6 +10,7 @@ from typing import Any
 
 from numba import types
 
+from nbvision_kernels import nv12 as planes
 from nbvision_kernels import preprocess as plan
 from nbvision_kernels import read_source, regions
 from nbvision_kernels.chain import Chain, make_shade_export
@@ -118,25 +119,34 @@ _REGION_FIELDS += ["UNIT_X", "UNIT_Y", "SCALES"]
 # sampler -> lines a thread of the frame, and blocks of 128 threads that shall fit on a multiprocessor: what was fastest
 # on sm_90 for three bytes a pixel; the others get two blocks less, or some spill. docs/preprocess.md has more.
 _FRAME_SHAPES = {plan.NEAREST: (4, 8), plan.LINEAR_EXACT: (3, 8), plan.LINEAR_FAST: (3, 8)}
+# The most blocks without spills: not yet chosen by measurement.
+_NV12_SHAPES = {plan.NEAREST: (4, 8), plan.LINEAR_EXACT: (3, 7), plan.LINEAR_FAST: (3, 7)}
 
 
 def preprocess_kernel(
-    sampler: int, layout: int, store: int, *, pixel_bytes: int = 3, chain: Chain | None = None, frame: bool = True
+    sampler: int,
+    layout: int,
+    store: int,
+    *,
+    pixel_bytes: int = 3,
+    nv12: bool = False,
+    chain: Chain | None = None,
+    frame: bool = True,
 ) -> CudaFrame | NumbaKernel:
     """The fused plan of one type: its CUDA C frame, or the plain Numba kernel, which serves every ``pixel_bytes`` but
-    takes no ``chain``."""
+    takes no ``chain``. ``nv12`` sources have the ``pixel_bytes`` of their luma, 1."""
     store_name, stored = _STORES[store]
+    weight = f32 if sampler == plan.LINEAR_FAST else i32
     name = f"preprocess-{_SAMPLERS[sampler]}-{_LAYOUTS[layout]}-{store_name}"
     if frame:
         along_x, along_y, blend = plan.SAMPLERS[sampler]
-        weight = f32 if sampler == plan.LINEAR_FAST else i32
         taps = (i32, i64, i64, f32, i32, i32_pointer, types.CPointer(weight))
-        lines, min_blocks = _FRAME_SHAPES[sampler]
-        min_blocks -= 2 * (pixel_bytes != 3)
+        lines, min_blocks = (_NV12_SHAPES if nv12 else _FRAME_SHAPES)[sampler]
+        min_blocks -= 2 * (pixel_bytes != 3 and not nv12)
         types_of_plan = {"PIXEL_BYTES": pixel_bytes, "STORE_TYPE": store, "LAYOUT": layout}
-        types_of_plan |= {"PAIRS": int(sampler != plan.NEAREST), "WEIGHT": int(weight is f32)}
+        types_of_plan |= {"PAIRS": int(sampler != plan.NEAREST), "WEIGHT": int(weight is f32), "NV12": int(nv12)}
         return CudaFrame(
-            name=f"{name}-{pixel_bytes}-bytes-frame" + (f"-{chain.digest}" if chain else ""),
+            name=f"{name}-{'nv12' if nv12 else f'{pixel_bytes}-bytes'}-frame" + (f"-{chain.digest}" if chain else ""),
             entry="preprocess",
             source="preprocess.cu",
             defines=types_of_plan
@@ -152,17 +162,24 @@ def preprocess_kernel(
                     (i32_pointer, types.CPointer(weight), types.CPointer(weight)),
                 ),
             }
+            | (_convert_function(weight) if nv12 else {})
             | _chain_function(chain),
         )
 
     def make() -> Callable[..., None]:
         from nbvision_kernels.preprocess_cuda import make_kernel
 
-        function: Callable[..., None] = make_kernel(sampler, layout, store)
+        function: Callable[..., None] = make_kernel(sampler, layout, store, nv12)
         return function
 
     tables = (u8_pointer, i64_pointer, i32_pointer, i64_pointer, f32_pointer, types.CPointer(stored))
-    return NumbaKernel(f"{name}-numba", "preprocess", make, (*tables, *(i32,) * 5, *(f32,) * 9))
+    name += "-nv12-numba" if nv12 else "-numba"
+    return NumbaKernel(name, "preprocess", make, (*tables, *(i32,) * 5, *(f32,) * 9, *(weight,) * 6))
+
+
+def _convert_function(weight: Any) -> DeviceFunctions:
+    convert = planes.fast_rgb if weight is f32 else planes.exact_rgb
+    return {"nbv_convert": (planes.make_convert_export(convert), types.void, (types.CPointer(weight),) * 3)}
 
 
 def _chain_defines(chain: Chain | None) -> dict[str, int | str]:
@@ -290,6 +307,9 @@ def all_kernels() -> Iterator[Kernel]:
         for pixel_bytes in (1, 3, 4) if store != plan.STORE_I8 else (3,):  # int8 differs from uint8 by two bounds
             yield preprocess_kernel(sampler, layout, store, pixel_bytes=pixel_bytes)
         yield preprocess_kernel(sampler, layout, store, frame=False)
+        if store != plan.STORE_I8:
+            yield preprocess_kernel(sampler, layout, store, pixel_bytes=1, nv12=True)
+            yield preprocess_kernel(sampler, layout, store, pixel_bytes=1, nv12=True, frame=False)
     yield box_regions_kernel()
     yield head_candidates_kernel()
     yield box_candidates_kernel()

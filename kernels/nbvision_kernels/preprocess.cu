@@ -1,7 +1,7 @@
 // The fused plan's frame: wide loads, wide stores, four pixels side by side in each of several lines a thread. It only
 // moves data; taps and values are the Python pixel functions of sampling.py, linked in through LTO.
 //
-// Compiled with -D: PIXEL_BYTES of the source (1 gray, 3, 4), STORE_TYPE (0 u8, 1 f16, 2 f32, 4 i8), LAYOUT (0 NCHW,
+// Compiled with -D: PIXEL_BYTES of the source (1 gray, 3, 4), NV12 (1: one byte of luma, chroma below), STORE_TYPE (0 u8, 1 f16, 2 f32, 4 i8), LAYOUT (0 NCHW,
 // 1 NHWC), PAIRS (whether the sampler reads two neighbouring columns), WEIGHT (0 int, 1 float), LINES and MIN_BLOCKS, the
 // fields of regions.py, and for a chain of pixel functions CHAIN, CHAIN_PARAMETERS and CHAIN_NUMBERS.
 // No header is included, so NVRTC needs no include directory.
@@ -21,6 +21,13 @@ extern "C" __device__ float nbv_blend(const int *pixels, const Weight *weights_x
 extern "C" __device__ void nbv_shade(float *rgb, float x, float y, const float *numbers);
 #else
 #define CHAIN_PARAMETERS
+#endif
+#if NV12
+extern "C" __device__ void nbv_convert(const Weight *yuv, const Weight *matrix, Weight *rgb);
+#define MATRIX_PARAMETERS \
+    , Weight luma_zero, Weight luma_gain, Weight v_to_r, Weight u_to_g, Weight v_to_g, Weight u_to_b
+#else
+#define MATRIX_PARAMETERS
 #endif
 
 #if STORE_TYPE == 0
@@ -45,7 +52,7 @@ typedef float Stored;
 __device__ __forceinline__ Stored to_stored(float value) { return value; }
 #endif
 
-#define CHANNELS (PIXEL_BYTES == 1 ? 1 : 3)  // alpha is dropped
+#define CHANNELS (PIXEL_BYTES == 1 && !NV12 ? 1 : 3)  // alpha is dropped
 constexpr int THREADS = 128;
 // A multiprocessor that holds 2,048 threads takes MIN_BLOCKS; with as many the others would spill registers.
 #if __CUDA_ARCH__ == 800 || __CUDA_ARCH__ == 900 || __CUDA_ARCH__ == 1000
@@ -104,13 +111,44 @@ __device__ __forceinline__ void blend_channel(unsigned above_low, unsigned above
     value = nbv_blend(taps, weights_x, weights_y);
 }
 
+#if NV12
+// Blended red, green and blue of two pixels above and two below: each one's luma, and its chroma as u + 256 * v.
+__device__ __forceinline__ void blend_nv12(const int *luma, const int *chroma, const Weight *weights_x,
+                                           const Weight *weights_y, const Weight *matrix, float *rgb) {
+#if WEIGHT == 0
+    int colors[3][4];
+#pragma unroll
+    for (int k = 0; k < 4; ++k) {
+        const int yuv[3] = {luma[k], chroma[k] & 255, chroma[k] >> 8};
+        int color[3];
+        nbv_convert(yuv, matrix, color);
+#pragma unroll
+        for (int c = 0; c < 3; ++c) colors[c][k] = color[c];
+    }
+#pragma unroll
+    for (int c = 0; c < 3; ++c) rgb[c] = nbv_blend(colors[c], weights_x, weights_y);
+#else
+    int u[4], v[4];
+#pragma unroll
+    for (int k = 0; k < 4; ++k) {
+        u[k] = chroma[k] & 255;
+        v[k] = chroma[k] >> 8;
+    }
+    const float yuv[3] = {nbv_blend(luma, weights_x, weights_y), nbv_blend(u, weights_x, weights_y),
+                          nbv_blend(v, weights_x, weights_y)};
+    nbv_convert(yuv, matrix, rgb);
+#endif
+}
+#endif
+
 // `gain`, `bias` and `fill` are in the order of the source's channels; `swap` says that the output's is the reverse.
-// With a chain, `bgr` says that the source's first channel is blue, and the chain's numbers follow.
+// The matrix is NV12's, whose first channel is red. With a chain, `bgr` says that the source's first channel is blue, and the chain's numbers follow.
 extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
     preprocess(const unsigned char *pixels, const long long *__restrict__ sources, const int *__restrict__ regions,
                const long long *__restrict__ steps, const float *__restrict__ scales, Stored *__restrict__ out,
                int height, int width, int swap, float gain_0, float gain_1, float gain_2,
-               float bias_0, float bias_1, float bias_2, float fill_0, float fill_1, float fill_2 CHAIN_PARAMETERS) {
+               float bias_0, float bias_1, float bias_2, float fill_0, float fill_1, float fill_2 MATRIX_PARAMETERS
+                   CHAIN_PARAMETERS) {
     const int x_first = PIXELS * (blockIdx.x * blockDim.x + threadIdx.x);
     if (x_first >= width) return;
 
@@ -123,6 +161,12 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
     const int region_width = row.fields[REGION_WIDTH], region_height = row.fields[REGION_HEIGHT];
     const unsigned char *origin = pixels + source.address + row.fields[REGION_Y] * source.pitch +
                                   (long long)(row.fields[REGION_X] * PIXEL_BYTES);
+#if NV12
+    const Weight matrix[6] = {luma_zero, luma_gain, v_to_r, u_to_g, v_to_g, u_to_b};
+    const long long source_height = sources[4 * row.fields[REGION_IMAGE] + 2], chroma_pitch = source.pitch / 2;
+    const unsigned short *chroma = reinterpret_cast<const unsigned short *>(pixels + source.address + source_height * source.pitch);
+    const int region_x = row.fields[REGION_X], region_y = row.fields[REGION_Y];
+#endif
     const bool some_inside = x_first < left + out_width && x_first + PIXELS > left;
 
     // What depends on the column alone serves all lines. Taps are clamped to the region, so those of columns outside it
@@ -149,7 +193,47 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
             Weight weights_y[2];
             nbv_along_y(line, step.step_y, step.start_y, scale[REGION_UNIT_Y], region_height, lines, weights_y);
             const unsigned char *above = origin + lines[0] * source.pitch, *below = origin + lines[1] * source.pitch;
+#if NV12
+            // Frames start at even addresses and have even pitches, so the two bytes of a chroma are loaded at once.
+            const unsigned short *chroma_above = chroma + (region_y + lines[0] >> 1) * chroma_pitch;
+            const unsigned short *chroma_below = chroma + (region_y + lines[1] >> 1) * chroma_pitch;
 #if PAIRS
+            int luma[PIXELS][4], pairs[PIXELS][4];
+#pragma unroll
+            for (int i = 0; i < PIXELS; ++i) {
+                // Past the region's last column lies another, or the chroma plane: a byte to read, of weight 0.
+                const int at = columns[i][0], first = region_x + at >> 1, second = region_x + columns[i][1] >> 1;
+                luma[i][0] = __ldg(above + at);
+                luma[i][1] = __ldg(above + at + 1);
+                luma[i][2] = __ldg(below + at);
+                luma[i][3] = __ldg(below + at + 1);
+                pairs[i][0] = __ldg(chroma_above + first);
+                pairs[i][1] = __ldg(chroma_above + second);
+                pairs[i][2] = __ldg(chroma_below + first);
+                pairs[i][3] = __ldg(chroma_below + second);
+            }
+#pragma unroll
+            for (int i = 0; i < PIXELS; ++i) {
+                float rgb[3];
+                blend_nv12(luma[i], pairs[i], weights_x[i], weights_y, matrix, rgb);
+#pragma unroll
+                for (int c = 0; c < 3; ++c) values[c][i] = rgb[c];
+            }
+#else
+#pragma unroll
+            for (int i = 0; i < PIXELS; ++i) {
+                const int pair = __ldg(chroma_above + (region_x + columns[i][0] >> 1));
+                const int yuv[3] = {__ldg(above + columns[i][0]), pair & 255, pair >> 8};
+                int rgb[3];
+                nbv_convert(yuv, matrix, rgb);
+#pragma unroll
+                for (int c = 0; c < 3; ++c) {
+                    const int taps[4] = {rgb[c], rgb[c], rgb[c], rgb[c]};
+                    values[c][i] = nbv_blend(taps, weights_x[i], weights_y);
+                }
+            }
+#endif
+#elif PAIRS
             if (region_width == 1) {  // there is no pair
 #pragma unroll
                 for (int c = 0; c < CHANNELS; ++c) {

@@ -12,6 +12,7 @@ from numba import prange
 
 from nbvision_kernels import regions as region
 from nbvision_kernels.chain import make_shade
+from nbvision_kernels.nv12 import make_nv12_reader
 from nbvision_kernels.pixel import half_bits, pixel_function, pointer_from_address, round_to_i8, round_to_u8
 from nbvision_kernels.sampling import (
     exact_along_x,
@@ -106,9 +107,13 @@ def make_store(store):
     return save
 
 
-def make_span_writer(sampler, layout, store, chain=None):
-    """The body of the plan: write output pixels ``x_first <= x < x_stop`` of line ``y`` of canvas ``item``."""
+def make_span_writer(sampler, layout, store, chain=None, nv12=False):
+    """The body of the plan: write output pixels ``x_first <= x < x_stop`` of line ``y`` of canvas ``item``.
+
+    ``nv12`` sources have a ``pixel_bytes`` of 1, that of their luma; of others the ``matrix`` is not read.
+    """
     along_x, along_y, blend = SAMPLERS[sampler]
+    read_nv12 = make_nv12_reader(blend, exact=sampler != LINEAR_FAST)
     shade = make_shade(chain)
     save = make_store(store)
 
@@ -134,6 +139,7 @@ def make_span_writer(sampler, layout, store, chain=None):
         fill,
         bgr,
         numbers,
+        matrix,
     ):
         row = np.int64(item) * region.FIELDS
         step_row = np.int64(item) * region.STEPS
@@ -161,6 +167,14 @@ def make_span_writer(sampler, layout, store, chain=None):
         )
         above = origin + np.int64(top) * pitch
         below = origin + np.int64(bottom) * pitch
+        if nv12:  # positions in the picture, not in the region, decide which chroma a pixel has
+            region_x = regions[row + region.X]
+            region_y = regions[row + region.Y]
+            above = above - column_0
+            below = below - column_0
+            chroma = sources[source] + sources[source + 2] * pitch
+            chroma_above = chroma + np.int64(np.int32(region_y + top) >> 1) * pitch
+            chroma_below = chroma + np.int64(np.int32(region_y + bottom) >> 1) * pitch
         plane = np.int64(height) * np.int64(width)
         canvas = np.int64(item) * 3 * plane
         line_start = np.int64(y) * np.int64(width)
@@ -171,7 +185,29 @@ def make_span_writer(sampler, layout, store, chain=None):
             value_0 = fill[0]
             value_1 = fill[1]
             value_2 = fill[2]
-            if line_inside and x >= left and x < right:
+            inside = line_inside and x >= left and x < right
+            if nv12:
+                if inside:
+                    first, second, left_weight, right_weight = along_x(
+                        np.int32(x - left), step_x, start_x, unit_x, region_width
+                    )
+                    value_0, value_1, value_2 = read_nv12(
+                        pixels,
+                        above,
+                        below,
+                        chroma_above,
+                        chroma_below,
+                        np.int32(region_x + first),
+                        np.int32(region_x + second),
+                        left_weight,
+                        right_weight,
+                        top_weight,
+                        bottom_weight,
+                        matrix,
+                    )
+                    if swap:
+                        value_0, value_2 = value_2, value_0
+            elif inside:
                 first, second, left_weight, right_weight = along_x(
                     np.int32(x - left), step_x, start_x, unit_x, region_width
                 )
@@ -221,13 +257,13 @@ def make_span_writer(sampler, layout, store, chain=None):
     return write_span
 
 
-def make_cpu_loop(sampler, layout, store, chain=None):
+def make_cpu_loop(sampler, layout, store, chain=None, nv12=False):
     """The plan as a parallel CPU loop over output lines.
 
     ``base`` is what the table's addresses count from: 0, but as an argument, because the compiler takes a constant null
     pointer for one that is never read.
     """
-    write_span = make_span_writer(sampler, layout, store, chain)
+    write_span = make_span_writer(sampler, layout, store, chain, nv12)
 
     def loop(
         base,
@@ -247,6 +283,7 @@ def make_cpu_loop(sampler, layout, store, chain=None):
         fill,
         bgr,
         numbers,
+        matrix,
     ):
         for line in prange(items * height):
             pixels = pointer_from_address(base)
@@ -272,6 +309,7 @@ def make_cpu_loop(sampler, layout, store, chain=None):
                 fill,
                 bgr,
                 numbers,
+                matrix,
             )
 
     return loop

@@ -14,9 +14,9 @@ from nbvision_kernels.preprocess import make_span_writer
 __all__ = ["make_kernel"]
 
 
-def make_kernel(sampler, layout, store):
-    """The kernel for one type of plan. Grid: columns, lines, canvases."""
-    write_span = make_span_writer(sampler, layout, store)
+def make_kernel(sampler, layout, store, nv12=False):
+    """The kernel for one type of plan. Grid: columns, lines, canvases. The last six numbers are read for NV12 alone."""
+    write_span = make_span_writer(sampler, layout, store, nv12=nv12)
 
     def preprocess(
         pixels,
@@ -39,6 +39,12 @@ def make_kernel(sampler, layout, store):
         fill_0,
         fill_1,
         fill_2,
+        luma_zero,
+        luma_gain,
+        v_to_r,
+        u_to_g,
+        v_to_g,
+        u_to_b,
     ):
         x = np.int32(cuda.blockIdx.x * cuda.blockDim.x + cuda.threadIdx.x)
         y = np.int32(cuda.blockIdx.y * cuda.blockDim.y + cuda.threadIdx.y)
@@ -64,6 +70,7 @@ def make_kernel(sampler, layout, store):
                 (fill_0, fill_1, fill_2),
                 False,
                 (np.float32(0),),
+                (luma_zero, luma_gain, v_to_r, u_to_g, v_to_g, u_to_b),
             )
 
     return preprocess

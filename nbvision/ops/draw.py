@@ -12,7 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 from nbvision.errors import InputError
-from nbvision.image import CHANNELS, Color, ImageBatch, as_batch, to_device
+from nbvision.image import CHANNELS, Color, ImageBatch, as_batch, interleaved_color, to_device
 from nbvision.ops.boxes import Detections, FlatDetections
 from nbvision.runtime import memory
 from nbvision.runtime.compile import cpu_loop, load_kernel
@@ -118,6 +118,7 @@ def draw(
     (60, 90, 3)
     """
     batch = as_batch(images)
+    order = interleaved_color(batch)
     device = batch.device
     listed = _listed(boxes, labels, scores, box_images, batch)
     planes, regions = _checked_masks(masks, mask_regions, listed, device)
@@ -135,7 +136,7 @@ def draw(
         stream = batch.use_on_current_stream()
         target.use_on_current_stream()
     place = None if stream is None else (listed.rows.device.id, stream.ptr)
-    tables = _tables(captions, font, font_size, colors, batch.color, place)
+    tables = _tables(captions, font, font_size, colors, order, place)
     if len(batch):
         (_draw_cpu if device == "cpu" else _draw_cuda)(batch, target, listed, planes, regions, numbers, tables)
     return target
@@ -388,7 +389,7 @@ def _numbers_on(device: Device, name: str, values: Any, dtype: type[np.generic])
 
 def _target(batch: ImageBatch, out: ImageBatch | None) -> ImageBatch:
     if out is None:
-        target = ImageBatch.allocate(batch.sizes, color=batch.color, device=batch.device)
+        target = ImageBatch.allocate(batch.sizes, color=interleaved_color(batch), device=batch.device)
         target.errors = batch.errors
         return target
     if not isinstance(out, ImageBatch):

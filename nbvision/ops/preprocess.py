@@ -60,7 +60,8 @@ class Preprocess:
         the whole output; ``"cover"`` keeps the aspect ratio and cuts off what is too much, with the rounding of
         torchvision's ``Resize`` and ``CenterCrop``.
     color : {"rgb", "bgr"}
-        Channel order of the output; gray images fill all three channels, alpha is dropped.
+        Channel order of the output; gray images fill all three channels, alpha is dropped, NV12 frames are converted
+        by the matrix that their batch names.
     scale : float
         Factor on the 0..255 values, such as 1/255.
     mean, std : float or three floats, optional
@@ -79,7 +80,9 @@ class Preprocess:
         Pixel-centre aligned bilinear without antialiasing, or OpenCV's ``INTER_NEAREST``.
     parity : {"cv2", "fast"}
         ``"cv2"`` gives the very uint8 values of ``cv2.resize`` before normalising; ``"fast"`` samples in float32 and
-        does not round in between (at most one level away). Nearest is always OpenCV's.
+        does not round in between (at most one level away). Nearest is always OpenCV's. NV12 pixels are converted as
+        ``cv2.cvtColor`` does and then resized; ``"fast"`` blends Y, U and V and converts once, which differs by more
+        than a level where a colour saturates.
     scaleup : bool
         Whether a letterboxed image may be enlarged.
     center : bool
@@ -149,7 +152,7 @@ class Preprocess:
         )
         self._fill = tuple(np.float32(value) for value in three_numbers("fill", fill))
         self._int_size = (np.int32(self.size[0]), np.int32(self.size[1]))
-        self._frames: dict[tuple[int, int, bool], tuple[Any, tuple[int, int], tuple[Any, ...]]] = {}
+        self._frames: dict[tuple[int, int, bool, str | None], tuple[Any, tuple[int, int], tuple[Any, ...]]] = {}
         self._known_regions: OrderedDict[tuple[bytes, int], Geometry] = OrderedDict()
 
     def __call__(
@@ -228,11 +231,13 @@ class Preprocess:
 
         batch = as_batch(np.zeros((1, 1, 3), np.uint8) if images is None else images)
         cc = cc or (compute_capability() if cuda_unavailable_because() is None else (9, 0))
-        spec = preprocess_kernel(*self._types("cuda"), pixel_bytes=batch.channels, chain=self._chain)
+        nv12 = batch.color == "nv12"
+        spec = preprocess_kernel(*self._types("cuda"), pixel_bytes=batch.channels, nv12=nv12, chain=self._chain)
         compiled = compile_without_spills(spec, cc)
         lines = [
             f"region   {self.fit} to {self.size[0]} x {self.size[1]}, fill {[float(value) for value in self._fill]}",
-            f"sample   {self.interpolation}, parity {self.parity}, from {batch.channels} channels",
+            f"sample   {self.interpolation}, parity {self.parity}, from "
+            + (f"NV12 {batch.yuv}" if nv12 else f"{batch.channels} channels"),
             *(f"pixel    {function}" for function in self.pixel),
             f"affine   value * {[float(gain) for gain in self._gain]} + {[float(bias) for bias in self._bias]}",
             f"store    {self.dtype.name} {self.layout}, {self.color}",
@@ -258,6 +263,9 @@ class Preprocess:
         taps = 1 if self.interpolation == "nearest" else 2
         lines = np.minimum(regions[:, 4], taps * np.minimum(regions[:, 8], self.size[0]))
         read = int((lines * regions[:, 3]).sum()) * batch.channels
+        if batch.color == "nv12":  # half a byte of chroma a pixel, but each line of it serves two
+            chroma_lines = np.minimum(regions[:, 4] // 2, taps * np.minimum(regions[:, 8], self.size[0]))
+            read += int((chroma_lines * regions[:, 3]).sum())
         return read, math.prod(self.output_shape(len(batch))) * self.dtype.itemsize
 
     # -- CPU ---------------------------------------------------------------------------------------------------
@@ -269,7 +277,7 @@ class Preprocess:
             geometry = self._box_regions_on_host(batch.sizes, *_checked_host_boxes(boxes, box_images, batch.sizes))
         tensor, flat = self._output(len(geometry), out, "cpu")
         if len(geometry):
-            _plan_loop(*self._types("cpu"), self._chain)(
+            _plan_loop(*self._types("cpu"), self._chain, batch.color == "nv12")(
                 np.int64(0),
                 batch.table.reshape(-1),
                 *_flat(geometry),
@@ -282,6 +290,7 @@ class Preprocess:
                 self._fill,
                 self.color == "bgr",
                 self._numbers or (np.float32(0),),  # Numba types no empty tuple
+                self._matrix(batch),
             )
         return tensor, geometry
 
@@ -314,18 +323,21 @@ class Preprocess:
 
     def _frame(self, device_id: int, batch: ImageBatch) -> tuple[Any, tuple[int, int], tuple[Any, ...]]:
         """The kernel for images like these, the blocks of a canvas, and the launch's numbers; kept."""
-        pixel_bytes, _, swap = self._channels(batch)
-        key = (device_id, int(pixel_bytes), bool(swap))
+        _, _, swap = self._channels(batch)
+        key = (device_id, batch.channels, bool(swap), batch.yuv)
         if key not in self._frames:
             from nbvision_kernels.catalog import preprocess_kernel
 
-            spec = preprocess_kernel(*self._types("cuda"), pixel_bytes=int(pixel_bytes), chain=self._chain)
+            nv12 = batch.color == "nv12"
+            spec = preprocess_kernel(*self._types("cuda"), pixel_bytes=batch.channels, nv12=nv12, chain=self._chain)
             height, width = self.size
             columns = -(-width // (_FRAME_BLOCK[0] * _FRAME_PIXELS))
             lines = -(-height // (_FRAME_BLOCK[1] * int(spec.defines["LINES"])))
             in_source_order = slice(None, None, -1 if swap else 1)
             numbers = [number for group in (self._gain, self._bias, self._fill) for number in group[in_source_order]]
             launch_numbers = (*self._int_size, swap, *numbers)
+            if nv12:
+                launch_numbers += self._matrix(batch)
             if self._chain is not None:
                 launch_numbers += (np.int32((self.color == "bgr") != bool(swap)), *self._numbers)
             self._frames[key] = load_kernel(spec, device_id), (columns, lines), launch_numbers
@@ -417,8 +429,16 @@ class Preprocess:
 
     def _channels(self, batch: ImageBatch) -> tuple[np.int32, np.int32, np.int32]:
         """Bytes of a source pixel, whether it is gray, whether first and third channel change places."""
-        swap = batch.color != "gray" and batch.color[:3] != self.color
+        order = "rgb" if batch.color == "nv12" else batch.color[:3]
+        swap = batch.color != "gray" and order != self.color
         return np.int32(batch.channels), np.int32(batch.color == "gray"), np.int32(swap)
+
+    def _matrix(self, batch: ImageBatch) -> tuple[Any, ...]:
+        """Six numbers from NV12 to RGB, of the type that the sampler computes in; of other images they are not read."""
+        from nbvision_kernels.nv12 import matrix_numbers
+        from nbvision_kernels.preprocess import LINEAR_FAST
+
+        return matrix_numbers(batch.yuv or "bt601", exact=self._sampler != LINEAR_FAST)
 
     def _output(self, count: int, out: Any, device: Device) -> tuple[Any, Any]:
         """What the caller gets, and the array over the same bytes that the kernel writes."""
@@ -435,13 +455,14 @@ class Preprocess:
         return out, flat.view(np.uint16) if self.dtype == np.float16 else flat
 
 
-def _plan_loop(sampler: int, layout: int, store: int, chain: Chain | None) -> Any:
+def _plan_loop(sampler: int, layout: int, store: int, chain: Chain | None, nv12: bool) -> Any:
     """The CPU loop of one type of plan, compiled once per process and kept on disk."""
     from nbvision_kernels.preprocess import make_cpu_loop
 
-    key = (sampler, layout, store, chain)
+    key = (sampler, layout, store, chain, nv12)
     if key not in _plan_loops:
-        name = f"preprocess-{sampler}-{layout}-{store}" + (f"-{chain.digest}" if chain else "")
+        name = f"preprocess-{sampler}-{layout}-{store}" + ("-nv12" if nv12 else "")
+        name += f"-{chain.digest}" if chain else ""
         _plan_loops[key] = cpu_loop(name, make_cpu_loop(*key))
     return _plan_loops[key]
 
@@ -454,7 +475,7 @@ def _region_loop(name: str) -> Any:
     return _region_loops[name]
 
 
-_plan_loops: dict[tuple[int, int, int, Chain | None], Any] = {}
+_plan_loops: dict[tuple[int, int, int, Chain | None, bool], Any] = {}
 _region_loops: dict[str, Any] = {}
 
 
