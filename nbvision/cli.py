@@ -148,7 +148,8 @@ def _index(options: argparse.Namespace) -> int:
         raise InputError(f"{options.directory} holds no images; expected file names that end in {suffixes}")
     console = Console()
     path = options.index or Path(f"{options.directory.resolve()}.index")  # resolved: "." has no name
-    recognizer = _load_recognizer(options)
+    with console.status("loading the models"):
+        recognizer = _load_recognizer(options)
     index = Index(recognizer.dimension, model=recognizer.digest)
     problems: Counter[str] = Counter()
     messages = []
@@ -176,12 +177,14 @@ def _index(options: argparse.Namespace) -> int:
 
 def _search(options: argparse.Namespace) -> int:
     from nbvision.console import Console
+    from nbvision.demo.run import LOADING
     from nbvision.search import Index
 
     console = Console()
-    recognizer = _load_recognizer(options)
-    index = Index.load(options.index, model=recognizer.digest)
-    found = recognizer.recognize([options.image])
+    with console.status(LOADING):
+        recognizer = _load_recognizer(options)
+        index = Index.load(options.index, model=recognizer.digest)
+        found = recognizer.recognize([options.image])
     if found.errors[0] is not None:
         raise found.errors[0]
     if len(found) == 0:

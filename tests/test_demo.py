@@ -16,7 +16,7 @@ from nbvision.console import Console
 from nbvision.demo.catalogue import Catalogue, make_catalogue, product_of
 from nbvision.demo.garments import draw_scene, make_products
 from nbvision.demo.metrics import match_objects, mean_average_precision, mean_mask_iou, paste_mask, recall_at
-from nbvision.demo.run import DemoFigures, figures_as_json, models_directory, run_demo
+from nbvision.demo.run import LOADING, DemoFigures, figures_as_json, models_directory, run_demo
 from nbvision.errors import InputError
 from nbvision.image import ImageBatch
 from nbvision.ops.geometry import Geometry
@@ -263,8 +263,19 @@ def test_json_has_every_figure(run: tuple[Path, DemoFigures, str]) -> None:
 
 
 def test_progress_is_told(run: tuple[Path, DemoFigures, str]) -> None:
-    for step in ("drawing the catalogue", "indexing the catalogue", "querying"):
-        assert step in run[2]
+    """Each step before it begins, in order."""
+    steps = ("drawing the catalogue ...", f"{LOADING} ...", "indexing the catalogue ...", "querying ...")
+    assert sorted(steps, key=run[2].index) == list(steps)
+
+
+def test_a_step_is_told_before_it_begins() -> None:
+    """Where output is no terminal, nothing moves: a silent half minute looks like a hang."""
+    printed = io.StringIO()
+    console = Console(file=printed)
+    with console.status("first"):
+        assert printed.getvalue() == "first ...\n"
+    with console.progress("second", 2):
+        assert printed.getvalue() == "first ...\nsecond ...\n"
 
 
 def test_the_shipped_models_are_three() -> None:

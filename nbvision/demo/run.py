@@ -24,7 +24,9 @@ from nbvision.search import Hits, Index
 if TYPE_CHECKING:
     from nbvision.console import Console
 
-__all__ = ["DemoFigures", "models_directory", "run_demo"]
+__all__ = ["LOADING", "DemoFigures", "models_directory", "run_demo"]
+
+LOADING = "loading the models, compiling the kernels: half a minute or so, the first time"
 
 REPORT_ROWS = 3
 ANSWERS = 4
@@ -83,7 +85,7 @@ def run_demo(
         catalogue = make_catalogue(
             directory, products=products, photographs=photographs, queries=queries, seed=seed, on_image=advance
         )
-    with console.status("loading the models, compiling the kernels"):
+    with console.status(LOADING):
         recognizer = Recognizer.load(models_directory(), device=device, precision=precision)
         recognizer.recognize([catalogue.photographs[0].path])
 
