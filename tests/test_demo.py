@@ -25,6 +25,7 @@ from nbvision.pipeline import Recognition
 
 HIT, MISS = True, False
 TRAINING = Path(__file__).parents[1] / "examples" / "train_demo_models.py"
+README = Path(__file__).parents[1] / "README.md"
 
 
 # --- metrics ----------------------------------------------------------------------------------------------------------
@@ -276,6 +277,14 @@ def test_a_step_is_told_before_it_begins() -> None:
         assert printed.getvalue() == "first ...\n"
     with console.progress("second", 2):
         assert printed.getvalue() == "first ...\nsecond ...\n"
+
+
+def test_the_readme_names_measures_and_stages_as_the_demo_does(run: tuple[Path, DemoFigures, str]) -> None:
+    table = README.read_text().partition("ONNX Runtime | H200")[2].partition("\n\n")[0]
+    names = re.findall(r"^\| (.*?) \|", table, re.MULTILINE)
+    assert names[:4] == ["mAP@0.5", "mask IoU", "recall@1", "recall@5"]  # as test_cli.py finds them printed
+    assert names[4:]
+    assert set(names[4:]) <= set(run[1].images_per_second)
 
 
 def test_the_shipped_models_are_three() -> None:
