@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from nbvision.ops.draw import draw
     from nbvision.ops.geometry import Geometry
     from nbvision.ops.instances import Masks, instance_masks
-    from nbvision.ops.masks import argmax_map, cut_out, mask_boxes
+    from nbvision.ops.masks import argmax_map, cut_out, cut_out_rgba, mask_boxes, mask_centroids, paste_masks
     from nbvision.ops.preprocess import Preprocess
     from nbvision.ops.rle import mask_to_rle, rle_to_mask
     from nbvision.pipeline import Recognizer
@@ -60,15 +60,18 @@ __all__ = [
     "as_batch",
     "box_iou",
     "cut_out",
+    "cut_out_rgba",
     "decode",
     "draw",
     "errors",
     "instance_masks",
     "mask_boxes",
+    "mask_centroids",
     "mask_to_rle",
     "memory",
     "nms",
     "nms_boxes",
+    "paste_masks",
     "rle_to_mask",
 ]
 
@@ -85,14 +88,17 @@ _ROOM_OF = {
     "as_batch": "nbvision.image",
     "box_iou": "nbvision.ops.boxes",
     "cut_out": "nbvision.ops.masks",
+    "cut_out_rgba": "nbvision.ops.masks",
     "decode": "nbvision.codecs",
     "draw": "nbvision.ops.draw",
     "instance_masks": "nbvision.ops.instances",
     "mask_boxes": "nbvision.ops.masks",
+    "mask_centroids": "nbvision.ops.masks",
     "mask_to_rle": "nbvision.ops.rle",
     "memory": "nbvision.runtime",
     "nms": "nbvision.ops.boxes",
     "nms_boxes": "nbvision.ops.boxes",
+    "paste_masks": "nbvision.ops.masks",
     "rle_to_mask": "nbvision.ops.rle",
 }
 

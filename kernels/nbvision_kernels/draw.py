@@ -29,6 +29,7 @@ __all__ = [
     "TEXT_MARGIN",
     "blend",
     "coverage",
+    "inside_mask",
     "lay_out_cpu",
     "paint_cpu",
     "paint_pixel",
