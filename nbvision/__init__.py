@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from nbvision.ops.instances import Masks, instance_masks
     from nbvision.ops.masks import argmax_map, cut_out, cut_out_rgba, mask_boxes, mask_centroids, paste_masks
     from nbvision.ops.preprocess import Preprocess
-    from nbvision.ops.rle import mask_to_rle, rle_to_mask
+    from nbvision.ops.rle import mask_to_polygons, mask_to_rle, rle_to_mask
     from nbvision.pipeline import Recognizer
     from nbvision.runtime import memory
     from nbvision.search import Index
@@ -67,6 +67,7 @@ __all__ = [
     "instance_masks",
     "mask_boxes",
     "mask_centroids",
+    "mask_to_polygons",
     "mask_to_rle",
     "memory",
     "nms",
@@ -94,6 +95,7 @@ _ROOM_OF = {
     "instance_masks": "nbvision.ops.instances",
     "mask_boxes": "nbvision.ops.masks",
     "mask_centroids": "nbvision.ops.masks",
+    "mask_to_polygons": "nbvision.ops.rle",
     "mask_to_rle": "nbvision.ops.rle",
     "memory": "nbvision.runtime",
     "nms": "nbvision.ops.boxes",
