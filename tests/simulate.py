@@ -285,7 +285,7 @@ def run_draw(rng: np.random.Generator) -> None:
         if target == "host":
             draw.pointer_from_address = lambda address, memory=both: memory
             draw.lay_out_cpu(*lay_out)
-            draw.paint_cpu(sources, targets, len(SIZES), 9, *lists, *last)
+            draw.paint_cpu(0, sources, targets, len(SIZES), 9, *lists, *last)
         else:
             launch(draw_cuda.lay_out, 9, 32, *lay_out)
             block = (draw_cuda.TILE_WIDTH, draw_cuda.TILE_HEIGHT)

@@ -221,7 +221,8 @@ def object_pixel(pixels, sources, records, index, x, y, channels, swap, masks, m
 def cut_out_rgba_cpu(
     base, sources, targets, records, count, max_height, channels, swap, masks, mask_height, mask_width, threshold
 ):
-    """Every cut-out, lines in parallel. ``base`` is 0, which the compiler must not know: it drops stores to it."""
+    """Every cut-out, lines in parallel. ``base`` is 0, which the compiler must not know: to it a store there is
+    one that cannot happen."""
     for line in prange(count * max_height):
         pixels = pointer_from_address(base)
         index = line // max_height
