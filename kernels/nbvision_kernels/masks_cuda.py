@@ -48,17 +48,28 @@ def mask_boxes(logits, height, width, threshold, scales, boxes, areas):
     cuda.syncthreads()
     plane = np.int32(height * width)
     start = mask * np.int64(plane)
+    left = width
+    top = height
+    right = np.int32(0)
+    bottom = np.int32(0)
+    area = np.int32(0)
     pixel = thread
     while pixel < plane:
         if logits[start + np.int64(pixel)] > threshold:
             y = np.int32(pixel // width)
             x = np.int32(pixel - np.int32(y * width))
-            cuda.atomic.min(extent, 0, x)
-            cuda.atomic.min(extent, 1, y)
-            cuda.atomic.max(extent, 2, np.int32(x + 1))
-            cuda.atomic.max(extent, 3, np.int32(y + 1))
-            cuda.atomic.add(extent, 4, 1)
+            left = min(left, x)
+            top = min(top, y)
+            right = max(right, np.int32(x + 1))
+            bottom = max(bottom, np.int32(y + 1))
+            area = np.int32(area + 1)
         pixel = np.int32(pixel + cuda.blockDim.x)
+    if area > 0:
+        cuda.atomic.min(extent, 0, left)
+        cuda.atomic.min(extent, 1, top)
+        cuda.atomic.max(extent, 2, right)
+        cuda.atomic.max(extent, 3, bottom)
+        cuda.atomic.add(extent, 4, area)
     cuda.syncthreads()
     if thread == 0:
         write_mask_box(boxes, areas, mask, extent[0], extent[1], extent[2], extent[3], extent[4], scales)
