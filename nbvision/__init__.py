@@ -29,10 +29,10 @@ if TYPE_CHECKING:
     from nbvision.ops.draw import draw
     from nbvision.ops.geometry import Geometry
     from nbvision.ops.instances import Masks, instance_masks
-    from nbvision.ops.masks import argmax_map, cut_out, mask_boxes
+    from nbvision.ops.masks import argmax_map, cut_out, cut_out_rgba, mask_boxes, mask_centroids, paste_masks
     from nbvision.ops.pixel import PixelFunction, pixel
     from nbvision.ops.preprocess import Preprocess
-    from nbvision.ops.rle import mask_to_rle, rle_to_mask
+    from nbvision.ops.rle import mask_to_polygons, mask_to_rle, rle_to_mask
     from nbvision.pipeline import Recognizer
     from nbvision.runtime import memory
     from nbvision.search import Index
@@ -62,15 +62,19 @@ __all__ = [
     "as_batch",
     "box_iou",
     "cut_out",
+    "cut_out_rgba",
     "decode",
     "draw",
     "errors",
     "instance_masks",
     "mask_boxes",
+    "mask_centroids",
+    "mask_to_polygons",
     "mask_to_rle",
     "memory",
     "nms",
     "nms_boxes",
+    "paste_masks",
     "pixel",
     "rle_to_mask",
 ]
@@ -89,14 +93,18 @@ _ROOM_OF = {
     "as_batch": "nbvision.image",
     "box_iou": "nbvision.ops.boxes",
     "cut_out": "nbvision.ops.masks",
+    "cut_out_rgba": "nbvision.ops.masks",
     "decode": "nbvision.codecs",
     "draw": "nbvision.ops.draw",
     "instance_masks": "nbvision.ops.instances",
     "mask_boxes": "nbvision.ops.masks",
+    "mask_centroids": "nbvision.ops.masks",
+    "mask_to_polygons": "nbvision.ops.rle",
     "mask_to_rle": "nbvision.ops.rle",
     "memory": "nbvision.runtime",
     "nms": "nbvision.ops.boxes",
     "nms_boxes": "nbvision.ops.boxes",
+    "paste_masks": "nbvision.ops.masks",
     "pixel": "nbvision.ops.pixel",
     "rle_to_mask": "nbvision.ops.rle",
 }

@@ -148,7 +148,8 @@ def _index(options: argparse.Namespace) -> int:
         raise InputError(f"{options.directory} holds no images; expected file names that end in {suffixes}")
     console = Console()
     path = options.index or Path(f"{options.directory.resolve()}.index")  # resolved: "." has no name
-    recognizer = _load_recognizer(options)
+    with console.status("loading the models"):
+        recognizer = _load_recognizer(options)
     index = Index(recognizer.dimension, model=recognizer.digest)
     problems: Counter[str] = Counter()
     messages = []
@@ -176,21 +177,33 @@ def _index(options: argparse.Namespace) -> int:
 
 def _search(options: argparse.Namespace) -> int:
     from nbvision.console import Console
+    from nbvision.demo.run import LOADING, WEAK_SIMILARITY
     from nbvision.search import Index
 
+    if not options.index.is_dir():
+        raise SearchError(
+            f"INDEX {options.index} is no directory; expected an index: make one with `nbvision index DIRECTORY`"
+        )
+    if not options.image.is_file():
+        raise InputError(f"IMAGE {options.image} is no file; expected an image file")
     console = Console()
-    recognizer = _load_recognizer(options)
-    index = Index.load(options.index, model=recognizer.digest)
-    found = recognizer.recognize([options.image])
+    with console.status(LOADING):
+        recognizer = _load_recognizer(options)
+        index = Index.load(options.index, model=recognizer.digest)
+        found = recognizer.recognize([options.image])
     if found.errors[0] is not None:
         raise found.errors[0]
     if len(found) == 0:
         raise SearchError(f"{options.image}: no object found, so there is nothing to search for")
     hits = index.search(found.vectors, k=options.k)
+    weak = WEAK_SIMILARITY if options.models is None else float("-inf")  # of other models nobody has measured it
     for number in range(len(found)):
         x1, y1, x2, y2 = found.boxes[number]
         label = recognizer.classes[found.labels[number]]
         title = f"{label} {found.scores[number]:.2f} at {x1:.0f},{y1:.0f} - {x2:.0f},{y2:.0f}"
-        answers = zip(hits.ids[number], hits.scores[number], strict=False)
-        console.table(title, ["image", "similarity"], [(name, f"{score:.3f}") for name, score in answers])
+        answers = zip(hits.ids[number], hits.scores[number], strict=True)
+        rows = [(name, f"{score:.3f}", "weak" if score < weak else "") for name, score in answers]
+        console.table(title, ["image", "similarity", "match"], rows)
+    if (hits.scores < weak).any():
+        console.print(f"weak: a similarity under {weak}, which pictures of other products have too")
     return 0

@@ -35,19 +35,26 @@ class Console:
 
     @contextlib.contextmanager
     def status(self, text: str) -> Iterator[None]:
-        """A spinner while something without steps happens."""
+        """A spinner while something without steps happens; where output is no terminal, a line before it."""
+        self._announce(text)
         with self._rich.status(text):
             yield
 
     @contextlib.contextmanager
     def progress(self, text: str, total: int) -> Iterator[Callable[[], None]]:
-        """A bar of ``total`` steps; call what is yielded after each."""
+        """A bar of ``total`` steps; call what is yielded after each. Where output is no terminal, a line before it."""
         from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
+        self._announce(text)
         columns = (TextColumn("{task.description:<22}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
         with Progress(*columns, console=self._rich) as bar:
             task = bar.add_task(text, total=total)
             yield lambda: bar.advance(task)
+
+    def _announce(self, text: str) -> None:
+        """Say what begins to a file or a pipe, which Rich's moving lines reach only when they have come to rest."""
+        if not self._rich.is_terminal:
+            self.print(f"{text} ...")
 
     def table(self, title: str, header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
         """A table; all columns but the first are right-aligned, and no cell is cut off."""

@@ -204,6 +204,52 @@ def run_masks(rng: np.random.Generator) -> None:
     np.testing.assert_array_equal(host, device)
 
 
+def run_mask_extras(rng: np.random.Generator) -> None:
+    """Centroids, objects with alpha, pasted masks: sizes that no block divides."""
+    count, rows, columns = 3, 11, 37
+    logits = rng.normal(0, 1, (count, rows, columns)).astype(np.float32)
+    logits[1] = -1
+    flat, zero = logits.reshape(-1), np.float32(0)
+    scales = rng.uniform(0.5, 2, count * regions.SCALES).astype(np.float32)
+    pixels, sources = pixels_and_sources(rng)
+    records = np.array([[0, 1, 1, 1, 0, 7, 5], [1, 0, 0, -3, -2, 1, 1], [2, 0, 2, 1, 3, 1, 9]], np.int32)
+    sizes, start = [(4, 6), (1, 1), (7, 4)], -(-len(pixels) // 4) * 4
+    targets = []
+    for height, width in sizes:
+        targets.append([start, width * 4, height, width])
+        start += height * width * 4
+    targets_flat = np.array(targets, np.int64).reshape(-1)
+    places = np.array([[1, 2, 30, 20, 3, 1, 30, 9], [0, 0, 0, 0, 0, 0, 0, 0], [4, 0, 3, 40, 0, 0, 99, 99]], np.float32)
+    table = np.array([[0, 20, 30, 1, 2], [600, 0, 0, 0, 0], [600, 40, 3, 4, 0]], np.int64)
+    results = []
+    for target in ("host", "device"):
+        centroids, memory = np.zeros(count * 2, np.float32), np.zeros(start, np.uint8)
+        memory[: len(pixels)] = pixels
+        ragged, dense = np.full(720, 9, np.uint8), np.zeros(count * 41 * 35, np.uint8)
+        images = (sources, targets_flat, records.reshape(-1))
+        numbers = (3, 1, flat, rows, columns, zero)
+        given = (flat, places.reshape(-1), table.reshape(-1), count, rows, columns, zero)
+        block = (masks_cuda.BLOCK_WIDTH, masks_cuda.BLOCK_LINES)
+        if target == "host":
+            masks.mask_centroids_cpu(flat, count, rows, columns, zero, scales, 1, centroids)
+            masks.pointer_from_address = lambda address, memory=memory: memory
+            masks.cut_out_rgba_cpu(0, *images, count, 7, *numbers)
+            masks.paste_masks_cpu(*given, 41, 0, 0, ragged)
+            masks.paste_masks_cpu(*given, 41, 41 * 35, 35, dense)
+        else:
+            launch(masks_cuda.mask_centroids, count, block, flat, rows, columns, zero, scales, 1, centroids)
+            launch(masks_cuda.cut_out_rgba, (1, 1, 1), block, memory, memory.view(np.uint32), *images, *numbers, 0)
+            launch(masks_cuda.cut_out_rgba, (1, 1, 2), block, memory, memory.view(np.uint32), *images, *numbers, 1)
+            launch(masks_cuda.paste_masks, (2, 2), block, *given, 0, 0, ragged)
+            launch(masks_cuda.paste_masks, (2, 2), block, *given, 41 * 35, 35, dense)
+        results.append((centroids, memory, ragged, dense))
+    for host, device in zip(*results, strict=True):
+        np.testing.assert_array_equal(host, device)
+    assert (results[0][0].reshape(-1, 2) == 0).all(axis=1).tolist() == [False, True, False]
+    assert set(results[0][1][targets[0][0] + 3 :: 4].tolist()) == {0, 255}
+    assert set(results[0][2].tolist()) == {0, 1}
+
+
 def run_instances(rng: np.random.Generator) -> None:
     masks, images, channels, rows, columns, height, width, capacity = 5, 2, 3, 18, 20, 21, 40, 1500
     coefficients = rng.normal(0, 1, masks * channels).astype(np.float32)
@@ -268,7 +314,7 @@ def run_draw(rng: np.random.Generator) -> None:
         if target == "host":
             draw.pointer_from_address = lambda address, memory=both: memory
             draw.lay_out_cpu(*lay_out)
-            draw.paint_cpu(sources, targets, len(SIZES), 9, *lists, *last)
+            draw.paint_cpu(0, sources, targets, len(SIZES), 9, *lists, *last)
         else:
             launch(draw_cuda.lay_out, 9, 32, *lay_out)
             block = (draw_cuda.TILE_WIDTH, draw_cuda.TILE_HEIGHT)
@@ -288,6 +334,7 @@ if __name__ == "__main__":
         "box_regions": run_box_regions,
         "nms": run_nms,
         "masks": run_masks,
+        "mask_extras": run_mask_extras,
         "draw": run_draw,
         "instances": run_instances,
     }

@@ -87,12 +87,28 @@ def test_scenery_has_the_detail_of_a_photograph():
     assert 40_000 < len(jpeg(scenery(375, 500, 0))) < 70_000
 
 
+@pytest.mark.parametrize("peer", ["opencv", "torch_way"])
+def test_mask_peers_give_what_nbvision_gives(peer):
+    from benchmarks import masks
+
+    to_peer = pytest.importorskip("torch").from_numpy if peer == "torch_way" else np.asarray
+    size = (109, 191)
+    logits, boxes = masks.masks_and_boxes(5, 28, *size)
+    image = np.random.default_rng(0).integers(0, 256, (*size, 3), dtype=np.uint8)
+    theirs = [to_peer(array) for array in (image, logits, boxes)]
+    for what in masks.WHAT:
+        ours = masks.calls(what, None, image, logits, boxes, size)()
+        others = masks.calls(what, getattr(masks, peer), *theirs, size)()
+        for one, other in zip(ours, others, strict=True):
+            assert np.mean(np.abs(np.asarray(one, np.float32) - np.asarray(other, np.float32)) < 1e-3) > 0.99
+
+
 @pytest.fixture
 def reduced(monkeypatch, tmp_path):
     """The suite at a size for tests, on the CPU alone."""
-    from benchmarks import common, decode, draw, pipeline, preprocess
+    from benchmarks import common, decode, draw, masks, pipeline, preprocess
 
-    for module in (decode, draw, pipeline, preprocess):
+    for module in (decode, draw, masks, pipeline, preprocess):
         monkeypatch.setattr(module, "wall_us", lambda call, **_: common.wall_us(call, seconds=0))
         monkeypatch.setattr(module, "need_cuda", _no_cuda, raising=False)
     monkeypatch.setattr(decode, "SIZES", {"500x375": (37, 51), "1920x1080": (109, 191)})
@@ -100,6 +116,7 @@ def reduced(monkeypatch, tmp_path):
     monkeypatch.setattr(decode, "files", decode.files.__wrapped__)  # not those of another test
     monkeypatch.setattr(preprocess.LetterboxOnCPU, "side", 64)
     monkeypatch.setattr(draw.DrawOnCPU, "size", (109, 191))
+    monkeypatch.setattr(masks.MasksOnCPU, "size", (109, 191))
     monkeypatch.setattr(pipeline.Recognize, "images", {"cpu": 2})
     monkeypatch.setattr(pipeline.RecognizeRatio, "images", {"cpu": 2})
     monkeypatch.setattr(pipeline.RecognizeRatio, "rounds", 1)
@@ -119,7 +136,7 @@ def _drawn_at(files, count, directory, monkeypatch):
     return drawn
 
 
-@pytest.mark.parametrize("module", ["preprocess", "draw", "decode", "pipeline"])
+@pytest.mark.parametrize("module", ["preprocess", "masks", "draw", "decode", "pipeline"])
 def test_every_benchmark_runs(module, reduced, capsys):
     import run_gpu
 

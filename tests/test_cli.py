@@ -14,6 +14,7 @@ import nbvision
 from nbvision import Index
 from nbvision.cli import main
 from nbvision.demo.catalogue import Catalogue, make_catalogue
+from nbvision.demo.run import models_directory
 
 
 @pytest.fixture(scope="module")
@@ -132,7 +133,20 @@ def test_index_then_search(capsys: pytest.CaptureFixture[str], shelf: Path, cata
     first, *others = table_rows(printed)[:3]
     assert first[0] == names[2]
     assert float(first[1]) > 0.999
-    assert all(float(similarity) < float(first[1]) for _, similarity in others)
+    assert all(float(similarity) < float(first[1]) for _, similarity, _ in others)
+
+
+def test_weak_matches_are_called_weak(capsys: pytest.CaptureFixture[str], shelf: Path, catalogue: Catalogue) -> None:
+    """The same photograph is no weak match, other garments are; of other models nothing is said."""
+    path, image = index_of(capsys, shelf), shelf / catalogue.photographs[1].path.name
+    _, printed, _ = run(capsys, "search", path, image, "--device", "cpu", "-k", "4")
+    assert [row[2] for row in table_rows(printed)] == ["", "weak", "weak", "weak"]
+    assert all((float(similarity) < 0.55) == (match == "weak") for _, similarity, match in table_rows(printed))
+    assert "weak: a similarity under 0.55" in printed
+    _, printed, _ = run(capsys, "search", path, image, "--device", "cpu", "-k", "1")
+    assert "weak" not in printed
+    _, printed, _ = run(capsys, "search", path, image, "--device", "cpu", "--models", models_directory())
+    assert "weak" not in printed
 
 
 def test_index_where_it_is_told_to_go(capsys: pytest.CaptureFixture[str], shelf: Path, tmp_path: Path) -> None:
@@ -202,11 +216,21 @@ def test_nothing_to_index_leaves_the_index_as_it_was(
 
 
 def test_search_in_a_missing_index(capsys: pytest.CaptureFixture[str], catalogue: Catalogue, tmp_path: Path) -> None:
-    image = catalogue.photographs[0].path
-    assert_fails(run(capsys, "search", tmp_path / "missing", image, "--device", "cpu"), str(tmp_path / "missing"))
+    image, missing = catalogue.photographs[0].path, tmp_path / "missing"
+    for path in (missing, image):
+        assert_fails(run(capsys, "search", path, image, "--device", "cpu"), f"INDEX {path} is no directory")
+    assert_fails(run(capsys, "search", catalogue.shelf, image, "--device", "cpu"), str(catalogue.shelf), "build")
 
 
-@pytest.mark.parametrize("name", ["text.jpg", "empty.png", "missing.jpg"])
+def test_search_with_a_missing_image(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    """Said at once, before a model is loaded."""
+    for path in (tmp_path / "missing.jpg", tmp_path):
+        status, printed, errors = run(capsys, "search", tmp_path, path, "--device", "cpu")
+        assert_fails((status, printed, errors), f"IMAGE {path} is no file")
+        assert printed == ""
+
+
+@pytest.mark.parametrize("name", ["text.jpg", "empty.png"])
 def test_search_with_an_unreadable_image(capsys: pytest.CaptureFixture[str], shelf: Path, name: str) -> None:
     assert_fails(run(capsys, "search", index_of(capsys, shelf), shelf / name, "--device", "cpu"), name)
 
@@ -231,7 +255,7 @@ def test_missing_models(
     capsys: pytest.CaptureFixture[str], catalogue: Catalogue, shelf: Path, tmp_path: Path, command: str
 ) -> None:
     models = tmp_path / "no-models"
-    arguments = [shelf] if command == "index" else [tmp_path / "missing", catalogue.photographs[0].path]
+    arguments = [shelf] if command == "index" else [tmp_path, catalogue.photographs[0].path]
     assert_fails(run(capsys, command, *arguments, "--models", models, "--device", "cpu"), str(models))
 
 

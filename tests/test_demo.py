@@ -16,7 +16,7 @@ from nbvision.console import Console
 from nbvision.demo.catalogue import Catalogue, make_catalogue, product_of
 from nbvision.demo.garments import draw_scene, make_products
 from nbvision.demo.metrics import match_objects, mean_average_precision, mean_mask_iou, paste_mask, recall_at
-from nbvision.demo.run import DemoFigures, figures_as_json, models_directory, run_demo
+from nbvision.demo.run import LOADING, DemoFigures, figures_as_json, models_directory, run_demo
 from nbvision.errors import InputError
 from nbvision.image import ImageBatch
 from nbvision.ops.geometry import Geometry
@@ -25,6 +25,7 @@ from nbvision.pipeline import Recognition
 
 HIT, MISS = True, False
 TRAINING = Path(__file__).parents[1] / "examples" / "train_demo_models.py"
+README = Path(__file__).parents[1] / "README.md"
 
 
 # --- metrics ----------------------------------------------------------------------------------------------------------
@@ -263,8 +264,27 @@ def test_json_has_every_figure(run: tuple[Path, DemoFigures, str]) -> None:
 
 
 def test_progress_is_told(run: tuple[Path, DemoFigures, str]) -> None:
-    for step in ("drawing the catalogue", "indexing the catalogue", "querying"):
-        assert step in run[2]
+    """Each step before it begins, in order."""
+    steps = ("drawing the catalogue ...", f"{LOADING} ...", "indexing the catalogue ...", "querying ...")
+    assert sorted(steps, key=run[2].index) == list(steps)
+
+
+def test_a_step_is_told_before_it_begins() -> None:
+    """Where output is no terminal, nothing moves: a silent half minute looks like a hang."""
+    printed = io.StringIO()
+    console = Console(file=printed)
+    with console.status("first"):
+        assert printed.getvalue() == "first ...\n"
+    with console.progress("second", 2):
+        assert printed.getvalue() == "first ...\nsecond ...\n"
+
+
+def test_the_readme_names_measures_and_stages_as_the_demo_does(run: tuple[Path, DemoFigures, str]) -> None:
+    table = README.read_text().partition("ONNX Runtime | H200")[2].partition("\n\n")[0]
+    names = re.findall(r"^\| (.*?) \|", table, re.MULTILINE)
+    assert names[:4] == ["mAP@0.5", "mask IoU", "recall@1", "recall@5"]  # as test_cli.py finds them printed
+    assert names[4:]
+    assert set(names[4:]) <= set(run[1].images_per_second)
 
 
 def test_the_shipped_models_are_three() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import re
 import subprocess
 import sys
@@ -11,6 +12,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+import nbvision as nbv
 from nbvision.demo.garments import backgrounds, draw_scene, make_products
 
 ROOT = Path(__file__).parent.parent
@@ -64,3 +66,20 @@ def test_pictures_and_links_exist():
     for page in PAGES:
         for target in re.findall(r"\]\((?!https?:)([^)#]+)", page.read_text()):
             assert (page.parent / target).exists(), f"{page.name}: {target}"
+
+
+@pytest.mark.parametrize(
+    ("page", "functions"),
+    [("preprocess.md", [nbv.Preprocess, nbv.Preprocess.__call__]), ("draw.md", [nbv.draw])],
+    ids=["preprocess", "draw"],
+)
+def test_tables_have_every_option_and_its_default(page, functions):
+    told = {}
+    for names, defaults in re.findall(r"^\| (`.*?`) \| (.*?) ?\|", (ROOT / "docs" / page).read_text(), re.MULTILINE):
+        names, defaults = (re.findall("`(.*?)`", cell) for cell in (names, defaults))
+        told.update(zip(names, defaults or ["required"], strict=False))
+    for function in functions:
+        for name, parameter in inspect.signature(function).parameters.items():
+            if name != "self":
+                default = repr(parameter.default).replace("'", '"')
+                assert told.get(name) == ("required" if parameter.default is parameter.empty else default), name

@@ -25,13 +25,16 @@ __all__ = [
     "box_iou_kernel",
     "box_regions_kernel",
     "cut_out_kernel",
+    "cut_out_rgba_kernel",
     "dense_masks_kernel",
     "head_candidates_kernel",
     "instance_masks_kernel",
     "lay_out_kernel",
     "mask_boxes_kernel",
+    "mask_centroids_kernel",
     "mask_table_kernel",
     "paint_kernel",
+    "paste_masks_kernel",
     "preprocess_kernel",
     "rank_candidates_kernel",
     "suppress_kernel",
@@ -261,6 +264,25 @@ def cut_out_kernel() -> NumbaKernel:
     return NumbaKernel("cut-out", "cut_out", _imported("masks_cuda", "cut_out"), arguments)
 
 
+def mask_centroids_kernel() -> NumbaKernel:
+    """Centroids of masks."""
+    arguments = (f32_pointer, i32, i32, f32, f32_pointer, i32, f32_pointer)
+    return NumbaKernel("mask-centroids", "mask_centroids", _imported("masks_cuda", "mask_centroids"), arguments)
+
+
+def cut_out_rgba_kernel() -> NumbaKernel:
+    """Objects cut out of images, with their masks as alpha."""
+    tables = (u8_pointer, u32_pointer, i64_pointer, i64_pointer, i32_pointer, i32, i32)
+    arguments = (*tables, f32_pointer, i32, i32, f32, i32)
+    return NumbaKernel("cut-out-rgba", "cut_out_rgba", _imported("masks_cuda", "cut_out_rgba"), arguments)
+
+
+def paste_masks_kernel() -> NumbaKernel:
+    """Masks of crops in their sources."""
+    arguments = (f32_pointer, f32_pointer, i64_pointer, i32, i32, i32, f32, i64, i32, u8_pointer)
+    return NumbaKernel("paste-masks", "paste_masks", _imported("masks_cuda", "paste_masks"), arguments)
+
+
 def lay_out_kernel() -> NumbaKernel:
     """Detections to what is drawn of each, and where."""
     tables = (i32, i64_pointer, i32_pointer, i32, f32_pointer, f32_pointer, i32_pointer, f32_pointer)
@@ -318,7 +340,10 @@ def all_kernels() -> Iterator[Kernel]:
     yield suppress_kernel(soft=True)
     yield box_iou_kernel()
     yield mask_boxes_kernel()
+    yield mask_centroids_kernel()
     yield cut_out_kernel()
+    yield cut_out_rgba_kernel()
+    yield paste_masks_kernel()
     yield lay_out_kernel()
     yield paint_kernel()
     yield argmax_map_kernel()

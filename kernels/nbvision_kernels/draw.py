@@ -29,6 +29,7 @@ __all__ = [
     "TEXT_MARGIN",
     "blend",
     "coverage",
+    "inside_mask",
     "lay_out_cpu",
     "paint_cpu",
     "paint_pixel",
@@ -325,6 +326,7 @@ def lay_out_cpu(
 
 
 def paint_cpu(
+    base,
     sources,
     targets,
     image_count,
@@ -346,9 +348,10 @@ def paint_cpu(
     text_height,
     padding,
 ):
-    """Copy every image and draw its detections on it, lines in parallel."""
+    """Copy every image and draw its detections on it, lines in parallel. ``base`` is 0, which the compiler must not
+    know: to it a store there is one that cannot happen."""
     for index in prange(image_count * max_height):
-        pixels = pointer_from_address(np.int64(0))
+        pixels = pointer_from_address(base)
         image = index // max_height
         y = np.int32(index - image * max_height)
         width = np.int32(sources[image * 4 + 3])

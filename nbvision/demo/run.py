@@ -24,7 +24,13 @@ from nbvision.search import Hits, Index
 if TYPE_CHECKING:
     from nbvision.console import Console
 
-__all__ = ["DemoFigures", "models_directory", "run_demo"]
+__all__ = ["LOADING", "WEAK_SIMILARITY", "DemoFigures", "models_directory", "run_demo"]
+
+LOADING = "loading the models, compiling the kernels: half a minute or so, the first time"
+
+# Of the shipped models. In two of the demo's shops, 353 objects asked for, the nearest picture of the same product was
+# more similar than this for 98 % of them (median 0.91), that of another product for none (median 0.29, 99 % under 0.5).
+WEAK_SIMILARITY = 0.55
 
 REPORT_ROWS = 3
 ANSWERS = 4
@@ -83,7 +89,7 @@ def run_demo(
         catalogue = make_catalogue(
             directory, products=products, photographs=photographs, queries=queries, seed=seed, on_image=advance
         )
-    with console.status("loading the models, compiling the kernels"):
+    with console.status(LOADING):
         recognizer = Recognizer.load(models_directory(), device=device, precision=precision)
         recognizer.recognize([catalogue.photographs[0].path])
 

@@ -186,6 +186,7 @@ def _draw_cpu(
     arguments = _lay_out_arguments(batch, listed, regions, tables, records)
     _loop("lay_out_cpu", parallel=False)(*(_flat(argument) for argument in arguments))
     arguments = (
+        np.int64(0),
         batch.table,
         target.table,
         len(batch),

@@ -16,7 +16,7 @@ from nbvision.runtime import memory
 from nbvision.runtime.compile import cpu_loop, load_kernel
 from nbvision.runtime.device import Device, array_module, device_of
 
-__all__ = ["Masks", "instance_masks"]
+__all__ = ["Masks", "instance_masks", "mask_table"]
 
 _THREADS = 256
 _BLOCKS_A_MASK = 8
@@ -165,24 +165,17 @@ def instance_masks(
     images = xp.ascontiguousarray(images, dtype=np.int64)
     scales = boxes if geometry is None else geometry.scales
     pixels = memory.acquire(capacity, device=device).view((capacity,), dtype=np.uint8)
-    table = memory.acquire(masks * 40, device=device).view((masks, 5), dtype=np.int64)
-    needed = memory.acquire(8, device=device).view((1,), dtype=np.int64)
-    needed.fill(0)
+    where = (boxes, images, count, scales, geometry is not None)
+    table, needed = mask_table(*where, size=(height, width), capacity=capacity, device=device)
     logit = np.float32(math.log(threshold / (1 - threshold)))
-    in_source = np.int32(geometry is not None)
     canvas = (np.int32(height), np.int32(width))
     if masks and device == "cpu":
-        flat = (boxes.reshape(-1), images, count, scales.reshape(-1), in_source)
-        _loop("mask_table_cpu")(*flat, masks, *canvas, capacity, table.reshape(-1), needed)
         planes = (coefficients.reshape(-1), prototypes.reshape(-1), images, table.reshape(-1))
         _loop("instance_masks_cpu")(*planes, masks, channels, rows, columns, *canvas, logit, pixels)
     elif masks:
-        from nbvision_kernels.catalog import instance_masks_kernel, mask_table_kernel
-        from nbvision_kernels.instances_cuda import TABLE_THREADS, TILE_CELLS
+        from nbvision_kernels.catalog import instance_masks_kernel
+        from nbvision_kernels.instances_cuda import TILE_CELLS
 
-        device_id = coefficients.device.id
-        given = (boxes, images, np.int32(count), scales, in_source, np.int32(masks), *canvas, np.int64(capacity))
-        load_kernel(mask_table_kernel(), device_id)((1,), (TABLE_THREADS,), (*given, table, needed))
         # A tile's first and last pixel fall between cells, which takes one more; one more is for rounding.
         tiles = [
             np.int32(min(max((TILE_CELLS - 3) * side // cells, 1), 64))
@@ -191,8 +184,40 @@ def instance_masks(
         sizes = (np.int32(value) for value in (masks, channels, rows, columns))
         grid = (_BLOCKS_A_MASK, min(masks, _MAX_GRID_Y))
         arguments = (coefficients, prototypes, images, table, *sizes, *canvas, logit, *tiles, pixels)
-        load_kernel(instance_masks_kernel(), device_id)(grid, (_THREADS,), arguments)
+        load_kernel(instance_masks_kernel(), coefficients.device.id)(grid, (_THREADS,), arguments)
     return Masks(pixels, table, needed, (height, width), device)
+
+
+def mask_table(
+    boxes: Any,
+    images: Any,
+    image_count: int,
+    scales: Any,
+    in_source: bool,
+    *,
+    size: tuple[int, int],
+    capacity: int,
+    device: Device,
+) -> tuple[Any, Any]:
+    """``table`` and ``needed`` of :class:`Masks` with the canvas pixels whose row and column index is in each box.
+
+    Boxes are (M, 4) float32, images (M,) int64, scales (N, 6) float32, which is read if boxes are ``in_source``.
+    """
+    masks = len(boxes)
+    table = memory.acquire(masks * 40, device=device).view((masks, 5), dtype=np.int64)
+    needed = memory.acquire(8, device=device).view((1,), dtype=np.int64)
+    needed.fill(0)
+    numbers = (np.int32(masks), np.int32(size[0]), np.int32(size[1]), np.int64(capacity))
+    where = (images, np.int32(image_count), scales.reshape(-1), np.int32(in_source))
+    if masks and device == "cpu":
+        _loop("mask_table_cpu")(boxes.reshape(-1), *where, *numbers, table.reshape(-1), needed)
+    elif masks:
+        from nbvision_kernels.catalog import mask_table_kernel
+        from nbvision_kernels.instances_cuda import TABLE_THREADS
+
+        kernel = load_kernel(mask_table_kernel(), boxes.device.id)
+        kernel((1,), (TABLE_THREADS,), (boxes, *where, *numbers, table, needed))
+    return table, needed
 
 
 @functools.cache

@@ -31,7 +31,7 @@ from nbvision.runtime.device import (
 if TYPE_CHECKING:
     from nbvision_kernels.chain import Chain
 
-__all__ = ["DType", "Fit", "Interpolation", "Layout", "Parity", "Preprocess", "affine"]
+__all__ = ["DType", "Fit", "Interpolation", "Layout", "Parity", "Preprocess", "affine", "checked_host_boxes"]
 
 Fit = Literal["cover", "letterbox", "stretch"]
 Interpolation = Literal["linear", "nearest"]
@@ -274,7 +274,7 @@ class Preprocess:
         if boxes is None:
             geometry = self._image_regions_on_host(batch.sizes)
         else:
-            geometry = self._box_regions_on_host(batch.sizes, *_checked_host_boxes(boxes, box_images, batch.sizes))
+            geometry = self._box_regions_on_host(batch.sizes, *checked_host_boxes(boxes, box_images, batch.sizes))
         tensor, flat = self._output(len(geometry), out, "cpu")
         if len(geometry):
             _plan_loop(*self._types("cpu"), self._chain, batch.color == "nv12")(
@@ -303,7 +303,7 @@ class Preprocess:
         elif device_of(boxes) == "cuda":
             geometry = self._box_regions_on_device(batch, boxes, box_images)
         else:
-            host = self._box_regions_on_host(batch.sizes, *_checked_host_boxes(boxes, box_images, batch.sizes))
+            host = self._box_regions_on_host(batch.sizes, *checked_host_boxes(boxes, box_images, batch.sizes))
             geometry = _on_device(host)
         count = len(geometry)
         tensor, flat = self._output(count, out, "cuda")
@@ -501,7 +501,7 @@ def _on_device(geometry: Geometry) -> Geometry:
     return Geometry(regions, steps, scales, "cuda")
 
 
-def _checked_host_boxes(
+def checked_host_boxes(
     boxes: Any, box_images: Any, sizes: npt.NDArray[np.int32]
 ) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.int64]]:
     """Boxes on the host as float32, each known to cover a part of its image."""

@@ -1,4 +1,4 @@
-"""Masks as run lengths, as COCO keeps them: column after column, zeros first, as text of 5 bits a character."""
+"""Masks as COCO keeps them: run lengths, column after column, zeros first, as text of 5 bits a character; polygons."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from nbvision.errors import InputError
+from nbvision.errors import InputError, MissingExtraError
 from nbvision.image import to_device
-from nbvision.runtime.device import array_module, device_of
+from nbvision.runtime.device import Device, array_module, device_of
 
-__all__ = ["mask_to_rle", "rle_to_mask"]
+__all__ = ["mask_to_polygons", "mask_to_rle", "rle_to_mask"]
 
 _CHARACTERS = 7  # of 5 bits: enough for a difference of two 32-bit counts
 
@@ -37,9 +37,7 @@ def mask_to_rle(masks: Any) -> list[dict[str, Any]]:
         For another shape, or floats: compare logits with a threshold first.
     """
     device = device_of(masks)
-    masks = to_device(masks, device)
-    if masks.ndim != 3 or masks.dtype.kind not in "biu":
-        raise InputError(f"masks have shape {masks.shape} and dtype {masks.dtype}; expected (M, H, W) bool or integers")
+    masks = _checked(masks, device)
     xp = array_module(device)
     count, height, width = masks.shape
     pixels = height * width
@@ -77,6 +75,62 @@ def rle_to_mask(runs: Iterable[Mapping[str, Any]]) -> npt.NDArray[np.uint8]:
     if len({mask.shape for mask in masks}) > 1:
         raise InputError(f"sizes are {[list(mask.shape) for mask in masks]}; expected one size")
     return np.stack(masks) if masks else np.zeros((0, 0, 0), np.uint8)
+
+
+def mask_to_polygons(masks: Any) -> list[list[list[float]]]:
+    """Outlines of masks, as COCO's annotations hold them; on the host, by OpenCV.
+
+    An outline goes from corner to corner of the pixels, not from centre to centre, so that
+    ``pycocotools.mask.frPyObjects`` makes the very mask of it again, but for holes, which such polygons cannot have.
+
+    Parameters
+    ----------
+    masks : (M, H, W) bool or integer array
+        Not 0 is inside. Copied to the host; on CUDA this waits for it.
+
+    Returns
+    -------
+    list of M lists of polygons
+        A polygon ``[x1, y1, x2, y2, ...]`` for each part whose pixels touch, corners included; none for an empty mask.
+
+    Raises
+    ------
+    InputError
+        For another shape, or floats: compare logits with a threshold first.
+    MissingExtraError
+        If OpenCV is not installed.
+    """
+    masks = _checked(masks, "cpu")
+    return [_outlines(mask) for mask in masks != 0]
+
+
+def _checked(masks: Any, device: Device) -> Any:
+    masks = to_device(masks, device)
+    if masks.ndim != 3 or masks.dtype.kind not in "biu":
+        raise InputError(f"masks have shape {masks.shape} and dtype {masks.dtype}; expected (M, H, W) bool or integers")
+    return masks
+
+
+def _outlines(mask: npt.NDArray[np.bool_]) -> list[list[float]]:
+    try:
+        import cv2
+    except ImportError as error:
+        raise MissingExtraError("cv2", extra="polygons", needed_for="outlines of masks") from error
+
+    rows, columns = mask.any(axis=1).nonzero()[0], mask.any(axis=0).nonzero()[0]
+    if not len(rows):
+        return []
+    corner = np.array([columns[0], rows[0]])
+    part = mask[rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1].astype(np.uint8)
+    # OpenCV goes from centre to centre. With every pixel doubled those lie on either side of a corner, and half of
+    # them, rounded up, is the corner.
+    contours, _ = cv2.findContours(part.repeat(2, 0).repeat(2, 1), cv2.RETR_EXTERNAL, cv2.CHAIN_APPROX_SIMPLE)
+    polygons = []
+    for contour in contours:
+        points = (contour[:, 0] + 1) // 2
+        distinct = (points != np.roll(points, 1, axis=0)).any(axis=1)  # at an inner corner two become one
+        polygons.append((points[distinct] + corner).astype(float).ravel().tolist())
+    return polygons
 
 
 def _decoded(run: Mapping[str, Any], index: int) -> npt.NDArray[np.uint8]:
