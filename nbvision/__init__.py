@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from nbvision.ops.masks import argmax_map, cut_out, mask_boxes
     from nbvision.ops.preprocess import Preprocess
     from nbvision.ops.rle import mask_to_rle, rle_to_mask
+    from nbvision.ops.warp import flip, rotate, rotation_matrix, warp_affine, warp_perspective
     from nbvision.pipeline import Recognizer
     from nbvision.runtime import memory
     from nbvision.search import Index
@@ -63,6 +64,7 @@ __all__ = [
     "decode",
     "draw",
     "errors",
+    "flip",
     "instance_masks",
     "mask_boxes",
     "mask_to_rle",
@@ -70,6 +72,10 @@ __all__ = [
     "nms",
     "nms_boxes",
     "rle_to_mask",
+    "rotate",
+    "rotation_matrix",
+    "warp_affine",
+    "warp_perspective",
 ]
 
 _ROOM_OF = {
@@ -87,6 +93,7 @@ _ROOM_OF = {
     "cut_out": "nbvision.ops.masks",
     "decode": "nbvision.codecs",
     "draw": "nbvision.ops.draw",
+    "flip": "nbvision.ops.warp",
     "instance_masks": "nbvision.ops.instances",
     "mask_boxes": "nbvision.ops.masks",
     "mask_to_rle": "nbvision.ops.rle",
@@ -94,6 +101,10 @@ _ROOM_OF = {
     "nms": "nbvision.ops.boxes",
     "nms_boxes": "nbvision.ops.boxes",
     "rle_to_mask": "nbvision.ops.rle",
+    "rotate": "nbvision.ops.warp",
+    "rotation_matrix": "nbvision.ops.warp",
+    "warp_affine": "nbvision.ops.warp",
+    "warp_perspective": "nbvision.ops.warp",
 }
 
 

@@ -15,7 +15,7 @@ import pytest
 HERE = Path(__file__).parent
 
 
-@pytest.mark.parametrize("case", ["preprocess", "box_regions", "nms", "masks", "instances", "draw"])
+@pytest.mark.parametrize("case", ["preprocess", "box_regions", "nms", "masks", "instances", "draw", "warp", "move"])
 def test_kernels_stay_in_range(case):
     environment = dict(os.environ, NUMBA_ENABLE_CUDASIM="1", NUMBA_DISABLE_JIT="1", NBVISION_DEVICE="cpu")
     environment["PYTHONPATH"] = os.pathsep.join([str(HERE.parent), str(HERE.parent / "kernels"), str(HERE)])

@@ -273,7 +273,7 @@ def warp_kernel(interpolation: int, channels: int) -> NumbaKernel:
         function: Callable[..., None] = make_warp(interpolation, channels)
         return function
 
-    arguments = (u8_pointer, u32_pointer, i64_pointer, i64_pointer, f32_pointer, *(i32,) * 4)
+    arguments = (u8_pointer, u32_pointer, i64_pointer, i64_pointer, f32_pointer, *(i32,) * 3)
     return NumbaKernel(f"warp-{_INTERPOLATIONS[interpolation]}-{channels}-bytes", "warp", make, arguments)
 
 

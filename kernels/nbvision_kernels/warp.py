@@ -298,7 +298,7 @@ def make_warp_cpu(interpolation):
     """The loop of one interpolation over all images, lines in parallel."""
     sample = SAMPLERS[interpolation]
 
-    def warp_cpu(sources, targets, image_count, max_height, coefficients, step, perspective, channels, border, fill):
+    def warp_cpu(sources, targets, image_count, max_height, coefficients, perspective, channels, border, fill):
         for index in prange(image_count * max_height):
             pixels = pointer_from_address(np.int64(0))
             image = index // max_height
@@ -307,14 +307,12 @@ def make_warp_cpu(interpolation):
                 base, pitch = sources[image * 4], sources[image * 4 + 1]
                 height, width = np.int32(sources[image * 4 + 2]), np.int32(sources[image * 4 + 3])
                 target = targets[image * 4] + y * targets[image * 4 + 1]
-                at = np.int64(image) * step
+                at = np.int64(image) * np.int64(COEFFICIENTS)
                 for x in range(np.int32(targets[image * 4 + 3])):
                     source_x, source_y = warp_position(coefficients, at, np.int32(x), y, perspective)
                     packed = np.uint32(fill)
                     if source_x == source_x:
-                        packed = sample(
-                            pixels, base, pitch, height, width, channels, source_x, source_y, border, fill
-                        )
+                        packed = sample(pixels, base, pitch, height, width, channels, source_x, source_y, border, fill)
                     for channel in range(channels):
                         shift = np.uint32(8 * channel)
                         pixels[target + np.int64(x) * channels + channel] = np.uint8((packed >> shift) & np.uint32(255))
@@ -335,9 +333,7 @@ def move_cpu(sources, targets, image_count, max_height, channels, transpose, mir
             for y in range(first_y, min(first_y + _TILE, out_height)):
                 target = targets[image * 4] + y * targets[image * 4 + 1]
                 for x in range(first_x, min(first_x + _TILE, out_width)):
-                    column, line = moved_from(
-                        np.int32(x), np.int32(y), height, width, transpose, mirror_x, mirror_y
-                    )
+                    column, line = moved_from(np.int32(x), np.int32(y), height, width, transpose, mirror_x, mirror_y)
                     source = sources[image * 4] + line * sources[image * 4 + 1] + np.int64(column) * channels
                     for channel in range(channels):
                         pixels[target + x * channels + channel] = pixels[source + channel]

@@ -11,7 +11,7 @@ import numpy as np
 from numba import cuda, types
 
 from nbvision_kernels.pixel import pixel_function
-from nbvision_kernels.warp import SAMPLERS, moved_from, warp_position, write_coefficients
+from nbvision_kernels.warp import COEFFICIENTS, SAMPLERS, moved_from, warp_position, write_coefficients
 
 __all__ = ["MOVE_LINES", "TILE", "WARP_LINES", "make_move", "make_warp", "warp_coefficients"]
 
@@ -53,7 +53,7 @@ def make_warp(interpolation, channels):
     """The kernel of one interpolation and number of channels. Blocks are of TILE x WARP_LINES threads, one a pixel."""
     sample = SAMPLERS[interpolation]
 
-    def warp(pixels, words, sources, targets, coefficients, step, perspective, border, fill):
+    def warp(pixels, words, sources, targets, coefficients, perspective, border, fill):
         image = np.int64(cuda.blockIdx.z)
         out_height = np.int32(targets[image * 4 + 2])
         out_width = np.int32(targets[image * 4 + 3])
@@ -67,7 +67,7 @@ def make_warp(interpolation, channels):
         y = np.int32(first_y + line)
         packed = np.uint32(fill)
         if x < out_width and y < out_height:
-            at = image * np.int64(step)
+            at = image * np.int64(COEFFICIENTS)
             source_x, source_y = warp_position(coefficients, at, x, y, perspective)
             if source_x == source_x:
                 base, pitch = sources[image * 4], sources[image * 4 + 1]
