@@ -279,8 +279,8 @@ def run_warp(rng: np.random.Generator) -> None:
         table = coefficients[0 if perspective else 2]
         host, device = both.copy(), both.copy()
         warp.pointer_from_address = lambda address, memory=host: memory
-        loop = warp.make_warp_cpu(interpolation)
-        loop(sources, targets, 3, 9, table, perspective, channels, border, fill)
+        loop = warp.make_warp_cpu(interpolation, channels)
+        loop(sources, targets, 3, 9, table, perspective, border, fill)
         kernel = warp_cuda.make_warp(interpolation, channels)
         numbers = (table, perspective, border, fill)
         grid, block = (2, 2, 3), (warp_cuda.TILE, warp_cuda.WARP_LINES)
@@ -300,7 +300,7 @@ def run_move(rng: np.random.Generator) -> None:
         mirrors = (1, 0) if transpose else (0, 1)
         host, device = both.copy(), both.copy()
         warp.pointer_from_address = lambda address, memory=host: memory
-        warp.move_cpu(sources, targets, 3, 64, channels, transpose, *mirrors)
+        warp.make_move_cpu(channels)(sources, targets, 3, 64, transpose, *mirrors)
         grid, block = (2, 2, 3), (warp_cuda.TILE, warp_cuda.MOVE_LINES)
         kernel = warp_cuda.make_move(channels)
         launch(kernel, grid, block, *as_bytes_and_words(device), sources, targets, transpose, *mirrors)

@@ -27,8 +27,8 @@ __all__ = [
     "REPLICATE",
     "SAMPLERS",
     "coefficients_cpu",
+    "make_move_cpu",
     "make_warp_cpu",
-    "move_cpu",
     "moved_from",
     "warp_position",
     "write_coefficients",
@@ -294,11 +294,11 @@ def coefficients_cpu(matrices, count, lines, inverse, coefficients):
         write_coefficients(matrices, row, lines, inverse, coefficients)
 
 
-def make_warp_cpu(interpolation):
-    """The loop of one interpolation over all images, lines in parallel."""
+def make_warp_cpu(interpolation, channels):
+    """The loop of one interpolation and number of channels over all images, lines in parallel."""
     sample = SAMPLERS[interpolation]
 
-    def warp_cpu(sources, targets, image_count, max_height, coefficients, perspective, channels, border, fill):
+    def warp_cpu(sources, targets, image_count, max_height, coefficients, perspective, border, fill):
         for index in prange(image_count * max_height):
             pixels = pointer_from_address(np.int64(0))
             image = index // max_height
@@ -320,20 +320,28 @@ def make_warp_cpu(interpolation):
     return warp_cpu
 
 
-def move_cpu(sources, targets, image_count, max_height, channels, transpose, mirror_x, mirror_y):
-    """Flip or turn all images, tiles of lines in parallel so that a column that is read stays in the cache."""
-    tile_lines = (max_height + _TILE - 1) // _TILE
-    for index in prange(image_count * tile_lines):
-        pixels = pointer_from_address(np.int64(0))
-        image = index // tile_lines
-        first_y = (index - image * tile_lines) * _TILE
-        height, width = np.int32(sources[image * 4 + 2]), np.int32(sources[image * 4 + 3])
-        out_height, out_width = targets[image * 4 + 2], targets[image * 4 + 3]
-        for first_x in range(0, out_width, _TILE):
-            for y in range(first_y, min(first_y + _TILE, out_height)):
-                target = targets[image * 4] + y * targets[image * 4 + 1]
-                for x in range(first_x, min(first_x + _TILE, out_width)):
-                    column, line = moved_from(np.int32(x), np.int32(y), height, width, transpose, mirror_x, mirror_y)
-                    source = sources[image * 4] + line * sources[image * 4 + 1] + np.int64(column) * channels
-                    for channel in range(channels):
-                        pixels[target + x * channels + channel] = pixels[source + channel]
+def make_move_cpu(channels):
+    """The loop that flips and turns pixels of ``channels`` bytes: tiles of lines in parallel, so that a column that is
+    read stays in the cache."""
+
+    def move_cpu(sources, targets, image_count, max_height, transpose, mirror_x, mirror_y):
+        tile_lines = (max_height + _TILE - 1) // _TILE
+        for index in prange(image_count * tile_lines):
+            pixels = pointer_from_address(np.int64(0))
+            image = index // tile_lines
+            first_y = (index - image * tile_lines) * _TILE
+            height, width = np.int32(sources[image * 4 + 2]), np.int32(sources[image * 4 + 3])
+            out_height, out_width = targets[image * 4 + 2], targets[image * 4 + 3]
+            base, pitch = sources[image * 4], sources[image * 4 + 1]
+            for first_x in range(0, out_width, _TILE):
+                for y in range(first_y, min(first_y + _TILE, out_height)):
+                    target = targets[image * 4] + y * targets[image * 4 + 1]
+                    for x in range(first_x, min(first_x + _TILE, out_width)):
+                        column, line = moved_from(
+                            np.int32(x), np.int32(y), height, width, transpose, mirror_x, mirror_y
+                        )
+                        source = base + line * pitch + np.int64(column) * channels
+                        for channel in range(channels):
+                            pixels[target + x * channels + channel] = pixels[source + channel]
+
+    return move_cpu
