@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from nbvision.ops.pixel import PixelFunction, pixel
     from nbvision.ops.preprocess import Preprocess
     from nbvision.ops.rle import mask_to_polygons, mask_to_rle, rle_to_mask
+    from nbvision.ops.warp import flip, rotate, rotation_matrix, warp_affine, warp_perspective
     from nbvision.pipeline import Recognizer
     from nbvision.runtime import memory
     from nbvision.search import Index
@@ -66,6 +67,7 @@ __all__ = [
     "decode",
     "draw",
     "errors",
+    "flip",
     "instance_masks",
     "mask_boxes",
     "mask_centroids",
@@ -77,6 +79,10 @@ __all__ = [
     "paste_masks",
     "pixel",
     "rle_to_mask",
+    "rotate",
+    "rotation_matrix",
+    "warp_affine",
+    "warp_perspective",
 ]
 
 _ROOM_OF = {
@@ -96,6 +102,7 @@ _ROOM_OF = {
     "cut_out_rgba": "nbvision.ops.masks",
     "decode": "nbvision.codecs",
     "draw": "nbvision.ops.draw",
+    "flip": "nbvision.ops.warp",
     "instance_masks": "nbvision.ops.instances",
     "mask_boxes": "nbvision.ops.masks",
     "mask_centroids": "nbvision.ops.masks",
@@ -107,6 +114,10 @@ _ROOM_OF = {
     "paste_masks": "nbvision.ops.masks",
     "pixel": "nbvision.ops.pixel",
     "rle_to_mask": "nbvision.ops.rle",
+    "rotate": "nbvision.ops.warp",
+    "rotation_matrix": "nbvision.ops.warp",
+    "warp_affine": "nbvision.ops.warp",
+    "warp_perspective": "nbvision.ops.warp",
 }
 
 

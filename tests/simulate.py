@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import sys
 from collections.abc import Callable
 
@@ -20,6 +21,8 @@ from nbvision_kernels import (
     preprocess_cuda,
     regions,
     regions_cuda,
+    warp,
+    warp_cuda,
 )
 from numba import cuda
 
@@ -326,6 +329,78 @@ def run_draw(rng: np.random.Generator) -> None:
     assert (results[0][1][size:] != pixels).any()
 
 
+def run_warp(rng: np.random.Generator) -> None:
+    """Every interpolation and number of channels over every border, with a matrix that is NaN; lines that fill words
+    and lines that do not."""
+    warp.fma32 = lambda a, b, c: np.float32(np.float64(a) * np.float64(b) + np.float64(c))
+    matrices = np.eye(3) + rng.normal(0, 0.4, (3, 3, 3)) * [[1, 1, 3], [1, 1, 3], [0.05, 0.05, 0.1]]
+    matrices[2, 1, 1] = np.nan
+    coefficients = []
+    for lines, inverse in ((3, 0), (3, 1), (2, 0), (2, 1)):
+        given = np.ascontiguousarray(matrices[:, :lines]).reshape(-1)
+        host, device = np.zeros(3 * 9, np.float32), np.zeros(3 * 9, np.float32)
+        warp.coefficients_cpu(given, 3, lines, inverse, host)
+        launch(warp_cuda.warp_coefficients, 1, 4, given, 3, lines, inverse, device)
+        np.testing.assert_array_equal(host, device)
+        assert np.isnan(host).tolist() == [False] * 18 + [True] * 9
+        coefficients.append(host)
+    for channels, interpolation in itertools.product((1, 3, 4), warp.SAMPLERS):
+        sources, both = image_table(rng, SIZES, 0, channels)
+        targets, room = image_table(rng, [(9, 33), (2, 32), (3, 5)], len(both), channels)
+        both = np.concatenate([both, room])
+        fill = np.int32(0x04030201) if channels > 1 else np.int32(200)
+        border = (interpolation + channels) % 3  # each interpolation meets each
+        perspective = 1 if border == warp.REPLICATE else 0
+        table = coefficients[0 if perspective else 2]
+        host, device = both.copy(), both.copy()
+        warp.pointer_from_address = lambda address, memory=host: memory
+        loop = warp.make_warp_cpu(interpolation, channels)
+        loop(sources, targets, 3, 9, table, perspective, border, fill)
+        kernel = warp_cuda.make_warp(interpolation, channels)
+        numbers = (table, perspective, border, fill)
+        grid, block = (2, 2, 3), (warp_cuda.TILE, warp_cuda.WARP_LINES)
+        launch(kernel, grid, block, *as_bytes_and_words(device), sources, targets, *numbers)
+        np.testing.assert_array_equal(host, device)
+        assert (host[-64:] == both[-64:]).all()
+        assert (host != both).any()
+
+
+def run_move(rng: np.random.Generator) -> None:
+    sizes = [(33, 40), (1, 5), (32, 64)]
+    for channels, transpose in itertools.product((1, 3, 4), (0, 1)):
+        sources, both = image_table(rng, sizes, 0, channels)
+        shapes = [size[::-1] for size in sizes] if transpose else sizes
+        targets, room = image_table(rng, shapes, len(both), channels)
+        both = np.concatenate([both, room])
+        mirrors = (1, 0) if transpose else (0, 1)
+        host, device = both.copy(), both.copy()
+        warp.pointer_from_address = lambda address, memory=host: memory
+        warp.make_move_cpu(channels)(sources, targets, 3, 64, transpose, *mirrors)
+        grid, block = (2, 2, 3), (warp_cuda.TILE, warp_cuda.MOVE_LINES)
+        kernel = warp_cuda.make_move(channels)
+        launch(kernel, grid, block, *as_bytes_and_words(device), sources, targets, transpose, *mirrors)
+        np.testing.assert_array_equal(host, device)
+        assert (host[-64:] == both[-64:]).all()
+
+
+def as_bytes_and_words(memory: np.ndarray) -> tuple[object, object]:
+    """The same memory twice; of host arrays the simulator would copy each back after the launch."""
+    from numba.cuda.simulator.cudadrv.devicearray import FakeCUDAArray
+
+    return FakeCUDAArray(memory), FakeCUDAArray(memory.view(np.uint32))
+
+
+def image_table(
+    rng: np.random.Generator, sizes: list[tuple[int, int]], start: int, channels: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """Images from address ``start`` on, each from a whole word, and 64 bytes behind them that are nobody's."""
+    rows, first = [], start
+    for height, width in sizes:
+        rows.append([start, width * channels, height, width])
+        start += -(-height * width * channels // 4) * 4
+    return np.array(rows, np.int64).reshape(-1), rng.integers(0, 256, start - first + 64, dtype=np.uint8)
+
+
 if __name__ == "__main__":
     case = sys.argv[1]
     cases = {
@@ -337,6 +412,8 @@ if __name__ == "__main__":
         "mask_extras": run_mask_extras,
         "draw": run_draw,
         "instances": run_instances,
+        "warp": run_warp,
+        "move": run_move,
     }
     cases[case](np.random.default_rng(5))
     print(f"{case}: ok")

@@ -15,9 +15,10 @@ import pytest
 HERE = Path(__file__).parent
 
 
-@pytest.mark.parametrize(
-    "case", ["preprocess", "nv12", "box_regions", "nms", "masks", "mask_extras", "instances", "draw"]
-)
+CASES = ["preprocess", "nv12", "box_regions", "nms", "masks", "mask_extras", "instances", "draw", "warp", "move"]
+
+
+@pytest.mark.parametrize("case", CASES)
 def test_kernels_stay_in_range(case):
     environment = dict(os.environ, NUMBA_ENABLE_CUDASIM="1", NUMBA_DISABLE_JIT="1", NBVISION_DEVICE="cpu")
     environment["PYTHONPATH"] = os.pathsep.join([str(HERE.parent), str(HERE.parent / "kernels"), str(HERE)])

@@ -13,6 +13,7 @@ from numba import types
 from nbvision_kernels import nv12 as planes
 from nbvision_kernels import preprocess as plan
 from nbvision_kernels import read_source, regions
+from nbvision_kernels import warp as warping
 from nbvision_kernels.chain import Chain, make_shade_export
 
 __all__ = [
@@ -33,16 +34,20 @@ __all__ = [
     "mask_boxes_kernel",
     "mask_centroids_kernel",
     "mask_table_kernel",
+    "move_kernel",
     "paint_kernel",
     "paste_masks_kernel",
     "preprocess_kernel",
     "rank_candidates_kernel",
     "suppress_kernel",
+    "warp_coefficients_kernel",
+    "warp_kernel",
 ]
 
 u8, i32, i64, f32 = types.uint8, types.int32, types.int64, types.float32
 u8_pointer, i32_pointer = types.CPointer(u8), types.CPointer(i32)
 i64_pointer, f32_pointer = types.CPointer(i64), types.CPointer(f32)
+f64_pointer = types.CPointer(types.float64)
 u32_pointer, u64_pointer = types.CPointer(types.uint32), types.CPointer(types.uint64)
 _C_TYPES = {i32: "int", i64: "long long", f32: "float"}
 
@@ -323,6 +328,42 @@ def dense_masks_kernel() -> NumbaKernel:
     return NumbaKernel("dense-masks", "dense_masks", _imported("instances_cuda", "dense_masks"), arguments)
 
 
+_INTERPOLATIONS = {warping.NEAREST: "nearest", warping.LINEAR: "linear", warping.CUBIC: "cubic"}
+
+
+def warp_coefficients_kernel() -> NumbaKernel:
+    """Matrices that live on the device, inverted."""
+    make = _imported("warp_cuda", "warp_coefficients")
+    arguments = (f64_pointer, i32, i32, i32, f32_pointer)
+    return NumbaKernel("warp-coefficients", "warp_coefficients", make, arguments, float64=True)
+
+
+def warp_kernel(interpolation: int, channels: int) -> NumbaKernel:
+    """Images through matrices."""
+
+    def make() -> Callable[..., None]:
+        from nbvision_kernels.warp_cuda import make_warp
+
+        function: Callable[..., None] = make_warp(interpolation, channels)
+        return function
+
+    arguments = (u8_pointer, u32_pointer, i64_pointer, i64_pointer, f32_pointer, *(i32,) * 3)
+    return NumbaKernel(f"warp-{_INTERPOLATIONS[interpolation]}-{channels}-bytes", "warp", make, arguments)
+
+
+def move_kernel(channels: int) -> NumbaKernel:
+    """Images flipped and turned."""
+
+    def make() -> Callable[..., None]:
+        from nbvision_kernels.warp_cuda import make_move
+
+        function: Callable[..., None] = make_move(channels)
+        return function
+
+    arguments = (u8_pointer, u32_pointer, i64_pointer, i64_pointer, i32, i32, i32)
+    return NumbaKernel(f"move-{channels}-bytes", "move", make, arguments)
+
+
 def all_kernels() -> Iterator[Kernel]:
     """Every kernel of every type."""
     for sampler, layout, store in itertools.product(_SAMPLERS, _LAYOUTS, _STORES):
@@ -350,6 +391,11 @@ def all_kernels() -> Iterator[Kernel]:
     yield mask_table_kernel()
     yield instance_masks_kernel()
     yield dense_masks_kernel()
+    yield warp_coefficients_kernel()
+    for channels in (1, 3, 4):
+        yield move_kernel(channels)
+        for interpolation in _INTERPOLATIONS:
+            yield warp_kernel(interpolation, channels)
 
 
 def _imported(module: str, name: str) -> Callable[[], Callable[..., None]]:
