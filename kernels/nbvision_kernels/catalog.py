@@ -12,7 +12,7 @@ from numba import types
 
 from nbvision_kernels import nv12 as planes
 from nbvision_kernels import preprocess as plan
-from nbvision_kernels import read_source, regions
+from nbvision_kernels import read_source, regions, resample
 from nbvision_kernels import warp as warping
 from nbvision_kernels.chain import Chain, make_shade_export
 
@@ -28,6 +28,7 @@ __all__ = [
     "cut_out_kernel",
     "cut_out_rgba_kernel",
     "dense_masks_kernel",
+    "fill_taps_kernel",
     "head_candidates_kernel",
     "instance_masks_kernel",
     "lay_out_kernel",
@@ -39,6 +40,7 @@ __all__ = [
     "paste_masks_kernel",
     "preprocess_kernel",
     "rank_candidates_kernel",
+    "resample_kernel",
     "suppress_kernel",
     "warp_coefficients_kernel",
     "warp_kernel",
@@ -188,6 +190,31 @@ def preprocess_kernel(
 def _convert_function(weight: Any) -> DeviceFunctions:
     convert = planes.fast_rgb if weight is f32 else planes.exact_rgb
     return {"nbv_convert": (planes.make_convert_export(convert), types.void, (types.CPointer(weight),) * 3)}
+
+
+def resample_kernel(layout: int, store: int, *, pixel_bytes: int = 3, chain: Chain | None = None) -> CudaFrame:
+    """The plan of the resample family; the filter is in its tap tables."""
+    return CudaFrame(
+        name=f"resample-{_LAYOUTS[layout]}-{_STORES[store][0]}-{pixel_bytes}-bytes"
+        + (f"-{chain.digest}" if chain else ""),
+        entry="resample",
+        source="resample.cu",
+        defines={"PIXEL_BYTES": pixel_bytes, "STORE_TYPE": store, "LAYOUT": layout}
+        | {f"REGION_{name}": getattr(regions, name) for name in _REGION_FIELDS}
+        | _chain_defines(chain),
+        functions={
+            "nbv_round_sum": (resample.round_sum, i32, (i32,)),
+            "nbv_vertical_first": (resample.vertical_first, i32, (i32,) * 4),
+        }
+        | _chain_function(chain),
+    )
+
+
+def fill_taps_kernel() -> NumbaKernel:
+    """Tap tables of the resample family."""
+    arguments = (i32_pointer, i32_pointer, *(i32,) * 4)
+    make = _imported("resample_cuda", "fill_taps")
+    return NumbaKernel("resample-taps", "fill_taps", make, arguments, float64=True)
 
 
 def _chain_defines(chain: Chain | None) -> dict[str, int | str]:
@@ -373,6 +400,10 @@ def all_kernels() -> Iterator[Kernel]:
         if store != plan.STORE_I8:
             yield preprocess_kernel(sampler, layout, store, pixel_bytes=1, nv12=True)
             yield preprocess_kernel(sampler, layout, store, pixel_bytes=1, nv12=True, frame=False)
+    for layout, store in itertools.product(_LAYOUTS, _STORES):
+        for pixel_bytes in (1, 3, 4) if store != plan.STORE_I8 else (3,):
+            yield resample_kernel(layout, store, pixel_bytes=pixel_bytes)
+    yield fill_taps_kernel()
     yield box_regions_kernel()
     yield head_candidates_kernel()
     yield box_candidates_kernel()

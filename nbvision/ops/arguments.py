@@ -10,7 +10,7 @@ from typing import Any, get_args
 import numpy as np
 
 from nbvision.errors import InputError
-from nbvision.image import Color, ImageBatch, as_batch, to_device
+from nbvision.image import Color, ImageBatch, as_batch, interleaved_color, to_device
 from nbvision.runtime import memory
 from nbvision.runtime.device import device_of
 
@@ -123,7 +123,7 @@ def target_for(
         raise InputError("out is images; expected other memory")
     if isinstance(images, ImageBatch):
         if out is None:
-            target = ImageBatch.allocate(sizes, color=batch.color, device=batch.device)
+            target = ImageBatch.allocate(sizes, color=interleaved_color(batch), device=batch.device)
             target.errors = batch.errors
             return target, target
         fits = isinstance(out, ImageBatch) and (out.color, out.device, out.sizes.tolist()) == (
@@ -139,7 +139,7 @@ def target_for(
             raise InputError(
                 f"out came with images of several sizes, {sizes}; leave it out, or make them an ImageBatch"
             )
-        target = ImageBatch.allocate(sizes, color=batch.color, device=batch.device)
+        target = ImageBatch.allocate(sizes, color=interleaved_color(batch), device=batch.device)
         return target, list(target)
     size = sizes[0] if sizes else (0, 0)
     stack_shape = (len(sizes), *size, batch.channels)
@@ -150,7 +150,9 @@ def target_for(
         array = memory.acquire(math.prod(shape), device=batch.device).view(shape)
     else:
         array = _array_of(out, shape, batch)
-    return _writable(ImageBatch.from_arrays(array.reshape(stack_shape), color=batch.color, device=batch.device)), array
+    return _writable(
+        ImageBatch.from_arrays(array.reshape(stack_shape), color=interleaved_color(batch), device=batch.device)
+    ), array
 
 
 def as_given(result: Any, images: Any, out: Any) -> Any:

@@ -1,0 +1,301 @@
+"""The resample family: separable windows of any width, as Pillow resizes.  Antialiased, because a window grows with the
+scale.
+
+An axis has a *tap table*: for each column (or line) of the canvas the first source column, the count, and the weights
+in fixed point.  :func:`write_taps` fills an entry in float64, as Pillow does; the images themselves are integers only.
+Pillow rounds to uint8 between the two passes, and runs the vertical one first when the height shrinks by more than
+twice what the width does (since version 13); :func:`vertical_first` knows.
+"""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+from numba import prange
+
+from nbvision_kernels import regions as region
+from nbvision_kernels.chain import make_shade
+from nbvision_kernels.pixel import clamp, pixel_function, pointer_from_address
+from nbvision_kernels.preprocess import NCHW, make_store
+
+__all__ = [
+    "BOX",
+    "CUBIC",
+    "HAMMING",
+    "LANCZOS",
+    "LINEAR",
+    "SUPPORT",
+    "TAP_GROUP",
+    "fill_taps_cpu",
+    "make_cpu_loop",
+    "round_sum",
+    "vertical_first",
+    "write_taps_of",
+]
+
+BOX, LINEAR, HAMMING, CUBIC, LANCZOS = range(5)
+SUPPORT = {BOX: 0.5, LINEAR: 1.0, HAMMING: 1.0, CUBIC: 2.0, LANCZOS: 3.0}  # half a window, in output pixels
+TAP_GROUP = 4  # tables are padded with zeros to whole groups, which is what the frame reads at once
+WEIGHT_BITS = 22
+STRIP = 16  # lines of a canvas that the CPU makes at a time
+
+
+@pixel_function
+def filter_support(kind):
+    """Half a window, in units of the wider of source and output pixels."""
+    support = np.float64(1.0)
+    if kind == BOX:
+        support = np.float64(0.5)
+    elif kind == CUBIC:
+        support = np.float64(2.0)
+    elif kind == LANCZOS:
+        support = np.float64(3.0)
+    return support
+
+
+@pixel_function
+def sinc(x):
+    """``sin(pi x) / (pi x)``."""
+    result = np.float64(1.0)
+    if x != 0:
+        turned = x * math.pi
+        result = math.sin(turned) / turned
+    return result
+
+
+@pixel_function
+def filter_value(kind, x):
+    """Pillow's windows, operation by operation; ``x`` in units of the support's."""
+    value = np.float64(0.0)
+    distance = abs(x)
+    if kind == BOX:
+        if x > -0.5 and x <= 0.5:
+            value = np.float64(1.0)
+    elif kind == LINEAR:
+        if distance < 1.0:
+            value = 1.0 - distance
+    elif kind == HAMMING:
+        if distance == 0.0:
+            value = np.float64(1.0)
+        elif distance < 1.0:
+            turned = distance * math.pi
+            value = math.sin(turned) / turned * (0.54 + 0.46 * math.cos(turned))
+    elif kind == CUBIC:  # Keys' a = -0.5
+        if distance < 1.0:
+            value = (1.5 * distance - 2.5) * distance * distance + 1.0
+        elif distance < 2.0:
+            value = (((distance - 5.0) * distance + 8.0) * distance - 4.0) * -0.5
+    elif x >= -3.0 and x < 3.0:
+        value = sinc(x) * sinc(x / 3.0)
+    return value
+
+
+@pixel_function
+def write_taps(table, at, to_next, limit, index, source_length, length, kind):
+    """Entry ``at`` of a tap table: first and count, then ``limit`` weights, each ``to_next`` behind the one before."""
+    scale = np.float64(source_length) / np.float64(length)
+    widening = max(scale, np.float64(1.0))
+    support = filter_support(kind) * widening
+    narrowing = np.float64(1.0) / widening
+    center = (np.float64(index) + 0.5) * scale
+    first = max(np.int64(center - support + 0.5), np.int64(0))
+    stop = min(np.int64(center + support + 0.5), np.int64(source_length))
+    count = clamp(stop - first, np.int64(0), np.int64(limit))
+    total = np.float64(0.0)
+    for tap in range(count):
+        total += filter_value(kind, (np.float64(tap + first) - center + 0.5) * narrowing)
+    table[at] = np.int32(first)
+    table[at + to_next] = np.int32(count)
+    for tap in range(limit):
+        weight = np.float64(0.0)
+        if tap < count:
+            weight = filter_value(kind, (np.float64(tap + first) - center + 0.5) * narrowing)
+            if total != 0.0:
+                weight = weight / total
+        fixed = weight * np.float64(1 << WEIGHT_BITS)
+        table[at + (tap + 2) * to_next] = np.int32(fixed - 0.5 if fixed < 0 else fixed + 0.5)
+
+
+@pixel_function
+def write_taps_of(table, regions, item, across, canvas_length, limit, vertical, kind):
+    """The entry of column (or line) ``across`` of canvas ``item``; outside the image it has no taps."""
+    row = np.int64(item) * region.FIELDS
+    place = regions[row + (region.TOP if vertical else region.LEFT)]
+    length = regions[row + (region.OUT_HEIGHT if vertical else region.OUT_WIDTH)]
+    source_length = regions[row + (region.HEIGHT if vertical else region.WIDTH)]
+    at = np.int64(item) * np.int64(limit + 2) * np.int64(canvas_length) + np.int64(across)
+    index = np.int32(across - place)
+    if index >= 0 and index < length:
+        write_taps(table, at, np.int64(canvas_length), limit, index, source_length, length, kind)
+    else:
+        for field in range(limit + 2):
+            table[at + field * np.int64(canvas_length)] = np.int32(0)
+
+
+def fill_taps_cpu(table, regions, canvas_length, limit, vertical, kind):
+    """The tap tables of one axis, of all canvases."""
+    items = regions.size // region.FIELDS
+    for entry in prange(items * canvas_length):
+        item = entry // canvas_length
+        write_taps_of(table, regions, item, entry - item * canvas_length, canvas_length, limit, vertical, kind)
+
+
+@pixel_function
+def vertical_first(width, height, out_width, out_height):
+    """Whether Pillow 13 shrinks the height before the width."""
+    shrinks = np.int32(height - out_height)
+    return shrinks > 0 and shrinks > 2 * np.int32(width - out_width)
+
+
+@pixel_function
+def round_sum(total):
+    """A weighted sum in fixed point as uint8, saturated."""
+    return clamp(np.int32(np.int32(total + (1 << (WEIGHT_BITS - 1))) >> WEIGHT_BITS), np.int32(0), np.int32(255))
+
+
+@pixel_function
+def sum_of_taps(values, at, to_next, table, taps_at, taps_to_next, count):
+    """Weighted sum of ``count`` bytes, each ``to_next`` behind the one before, rounded."""
+    total = np.int32(0)
+    for tap in range(count):
+        total += np.int32(np.int32(values[at + tap * to_next]) * table[taps_at + (tap + 2) * taps_to_next])
+    return round_sum(total)
+
+
+def make_cpu_loop(layout, store, chain=None):
+    """The plan as a parallel CPU loop over strips of output lines; see ``preprocess.make_cpu_loop``."""
+    shade = make_shade(chain)
+    save = make_store(store)
+
+    def loop(
+        base,
+        sources,
+        regions,
+        x_table,
+        y_table,
+        x_limit,
+        y_limit,
+        out,
+        items,
+        height,
+        width,
+        pixel_bytes,
+        gray,
+        swap,
+        gain,
+        bias,
+        fill,
+        bgr,
+        numbers,
+    ):
+        strips = (height + STRIP - 1) // STRIP
+        channels = 1 if gray else 3
+        to_line = np.int64(width)
+        to_column = np.int64(height)
+        for job in prange(items * strips):
+            pixels = pointer_from_address(base)
+            item = job // strips
+            y_first = (job - item * strips) * STRIP
+            y_stop = min(y_first + STRIP, height)
+            row = np.int64(item) * region.FIELDS
+            source = np.int64(regions[row + region.IMAGE]) * 4
+            pitch = sources[source + 1]
+            origin = sources[source] + regions[row + region.Y] * pitch + np.int64(regions[row + region.X] * pixel_bytes)
+            x_taps = np.int64(item) * np.int64(x_limit + 2) * to_line
+            y_taps = np.int64(item) * np.int64(y_limit + 2) * to_column
+            # What the strip needs of the source.
+            low = np.int64(1 << 40)
+            high = np.int64(0)
+            for y in range(y_first, y_stop):
+                if y_table[y_taps + to_column + y] > 0:
+                    low = min(low, np.int64(y_table[y_taps + y]))
+                    high = max(high, np.int64(y_table[y_taps + y] + y_table[y_taps + to_column + y]))
+            left = np.int64(1 << 40)
+            right = np.int64(0)
+            for x in range(width):
+                if x_table[x_taps + to_line + x] > 0:
+                    left = min(left, np.int64(x_table[x_taps + x]))
+                    right = max(right, np.int64(x_table[x_taps + x] + x_table[x_taps + to_line + x]))
+            anything = high > 0 and right > 0
+            first_vertical = vertical_first(
+                regions[row + region.WIDTH],
+                regions[row + region.HEIGHT],
+                regions[row + region.OUT_WIDTH],
+                regions[row + region.OUT_HEIGHT],
+            )
+            between = np.empty(0, np.uint8)
+            if anything and first_vertical:
+                columns = right - left
+                between = np.empty((y_stop - y_first) * columns * channels, np.uint8)
+                for y in range(y_first, y_stop):
+                    count = y_table[y_taps + to_column + y]
+                    start = origin + np.int64(y_table[y_taps + y]) * pitch
+                    for column in range(columns):
+                        for channel in range(channels):
+                            at = start + (left + column) * pixel_bytes + channel
+                            value = sum_of_taps(pixels, at, pitch, y_table, y_taps + y, to_column, count)
+                            between[((y - y_first) * columns + column) * channels + channel] = value
+            elif anything:
+                between = np.empty((high - low) * width * channels, np.uint8)
+                for line in range(high - low):
+                    start = origin + (low + line) * pitch
+                    for x in range(width):
+                        count = x_table[x_taps + to_line + x]
+                        for channel in range(channels):
+                            at = start + np.int64(x_table[x_taps + x]) * pixel_bytes + channel
+                            value = sum_of_taps(pixels, at, np.int64(pixel_bytes), x_table, x_taps + x, to_line, count)
+                            between[(line * width + x) * channels + channel] = value
+            plane = np.int64(height) * np.int64(width)
+            to_channel = plane if layout == NCHW else np.int64(1)
+            to_pixel = np.int64(1) if layout == NCHW else np.int64(3)
+            canvas = np.int64(item) * 3 * plane
+            for y in range(y_first, y_stop):
+                y_count = y_table[y_taps + to_column + y]
+                for x in range(width):
+                    x_count = x_table[x_taps + to_line + x]
+                    value_0 = fill[0]
+                    value_1 = fill[1]
+                    value_2 = fill[2]
+                    if x_count > 0 and y_count > 0:
+                        at = np.int64(0)
+                        to_next = np.int64(0)
+                        if first_vertical:
+                            start_column = np.int64(x_table[x_taps + x]) - left
+                            at = ((y - y_first) * (right - left) + start_column) * channels
+                            value_0 = np.float32(
+                                sum_of_taps(between, at, np.int64(channels), x_table, x_taps + x, to_line, x_count)
+                            )
+                        else:
+                            at = ((np.int64(y_table[y_taps + y]) - low) * width + x) * channels
+                            to_next = np.int64(width) * channels
+                            value_0 = np.float32(
+                                sum_of_taps(between, at, to_next, y_table, y_taps + y, to_column, y_count)
+                            )
+                        value_1 = value_0
+                        value_2 = value_0
+                        if not gray:
+                            if first_vertical:
+                                to_next = np.int64(channels)
+                                value_1 = np.float32(
+                                    sum_of_taps(between, at + 1, to_next, x_table, x_taps + x, to_line, x_count)
+                                )
+                                value_2 = np.float32(
+                                    sum_of_taps(between, at + 2, to_next, x_table, x_taps + x, to_line, x_count)
+                                )
+                            else:
+                                value_1 = np.float32(
+                                    sum_of_taps(between, at + 1, to_next, y_table, y_taps + y, to_column, y_count)
+                                )
+                                value_2 = np.float32(
+                                    sum_of_taps(between, at + 2, to_next, y_table, y_taps + y, to_column, y_count)
+                                )
+                        if swap:
+                            value_0, value_2 = value_2, value_0
+                    value_0, value_1, value_2 = shade(value_0, value_1, value_2, x, y, bgr, numbers)
+                    to = canvas + (np.int64(y) * width + x) * to_pixel
+                    save(out, to, value_0 * gain[0] + bias[0])
+                    save(out, to + to_channel, value_1 * gain[1] + bias[1])
+                    save(out, to + 2 * to_channel, value_2 * gain[2] + bias[2])
+
+    return loop

@@ -1,0 +1,16 @@
+"""Tap tables on the device: one thread an entry. The frame that reads them is ``resample.cu``."""
+
+from __future__ import annotations
+
+from numba import cuda
+
+from nbvision_kernels.resample import write_taps_of
+
+__all__ = ["fill_taps"]
+
+
+def fill_taps(table, regions, canvas_length, limit, vertical, kind):
+    """The tap tables of one axis. Grid: columns or lines of a canvas, canvases."""
+    across = cuda.blockIdx.x * cuda.blockDim.x + cuda.threadIdx.x
+    if across < canvas_length:
+        write_taps_of(table, regions, cuda.blockIdx.y, across, canvas_length, limit, vertical, kind)
