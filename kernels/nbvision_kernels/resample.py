@@ -12,7 +12,7 @@ from __future__ import annotations
 import math
 
 import numpy as np
-from numba import prange
+from numba import njit, prange
 
 from nbvision_kernels import regions as region
 from nbvision_kernels.chain import make_shade
@@ -154,7 +154,7 @@ def round_sum(total):
     return clamp(np.int32(np.int32(total + (1 << (WEIGHT_BITS - 1))) >> WEIGHT_BITS), np.int32(0), np.int32(255))
 
 
-@pixel_function
+@njit(error_model="numpy")  # not inlined: the loop calls it in five places, and would compile for 20 seconds
 def sum_of_taps(values, at, to_next, table, taps_at, taps_to_next, count):
     """Weighted sum of ``count`` bytes, each ``to_next`` behind the one before, rounded."""
     total = np.int32(0)
@@ -258,38 +258,20 @@ def make_cpu_loop(layout, store, chain=None):
                     value_1 = fill[1]
                     value_2 = fill[2]
                     if x_count > 0 and y_count > 0:
-                        at = np.int64(0)
-                        to_next = np.int64(0)
-                        if first_vertical:
-                            start_column = np.int64(x_table[x_taps + x]) - left
-                            at = ((y - y_first) * (right - left) + start_column) * channels
-                            value_0 = np.float32(
-                                sum_of_taps(between, at, np.int64(channels), x_table, x_taps + x, to_line, x_count)
-                            )
+                        if first_vertical:  # what is left to do is along the line, or across the lines
+                            table, taps, to_tap, count = x_table, x_taps + x, to_line, x_count
+                            at = ((y - y_first) * (right - left) + x_table[x_taps + x] - left) * channels
+                            to_next = np.int64(channels)
                         else:
-                            at = ((np.int64(y_table[y_taps + y]) - low) * width + x) * channels
+                            table, taps, to_tap, count = y_table, y_taps + y, to_column, y_count
+                            at = ((y_table[y_taps + y] - low) * width + x) * channels
                             to_next = np.int64(width) * channels
-                            value_0 = np.float32(
-                                sum_of_taps(between, at, to_next, y_table, y_taps + y, to_column, y_count)
-                            )
+                        value_0 = np.float32(sum_of_taps(between, at, to_next, table, taps, to_tap, count))
                         value_1 = value_0
                         value_2 = value_0
                         if not gray:
-                            if first_vertical:
-                                to_next = np.int64(channels)
-                                value_1 = np.float32(
-                                    sum_of_taps(between, at + 1, to_next, x_table, x_taps + x, to_line, x_count)
-                                )
-                                value_2 = np.float32(
-                                    sum_of_taps(between, at + 2, to_next, x_table, x_taps + x, to_line, x_count)
-                                )
-                            else:
-                                value_1 = np.float32(
-                                    sum_of_taps(between, at + 1, to_next, y_table, y_taps + y, to_column, y_count)
-                                )
-                                value_2 = np.float32(
-                                    sum_of_taps(between, at + 2, to_next, y_table, y_taps + y, to_column, y_count)
-                                )
+                            value_1 = np.float32(sum_of_taps(between, at + 1, to_next, table, taps, to_tap, count))
+                            value_2 = np.float32(sum_of_taps(between, at + 2, to_next, table, taps, to_tap, count))
                         if swap:
                             value_0, value_2 = value_2, value_0
                     value_0, value_1, value_2 = shade(value_0, value_1, value_2, x, y, bgr, numbers)

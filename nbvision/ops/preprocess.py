@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import math
 import operator
 from collections import OrderedDict
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
@@ -34,15 +36,25 @@ if TYPE_CHECKING:
 __all__ = ["DType", "Fit", "Interpolation", "Layout", "Parity", "Preprocess", "affine", "checked_host_boxes"]
 
 Fit = Literal["cover", "letterbox", "stretch"]
-Interpolation = Literal["linear", "nearest"]
+Interpolation = Literal["box", "cubic", "hamming", "lanczos", "linear", "nearest"]
 Layout = Literal["NCHW", "NHWC"]
 DType = Literal["uint8", "int8", "float16", "float32"]
-Parity = Literal["cv2", "fast"]
+Parity = Literal["cv2", "fast", "pil"]
 
 _KNOWN_SIZES = 64  # sets of image sizes whose regions are kept; video has one, a shop's batches many
 _MAX_GRID_Z = 65535
 _FRAME_BLOCK = (32, 4, 1)
 _FRAME_PIXELS = 4  # side by side a thread
+
+
+@dataclass(frozen=True)
+class TapTables:
+    """Windows of the resample family: ``x`` is (N, taps + 2, width) int32, ``y`` (N, taps + 2, height), with first,
+    count and weights of each column or line along the second axis; ``limits`` are the taps of x and y."""
+
+    x: Any
+    y: Any
+    limits: tuple[np.int32, np.int32]
 
 
 class Preprocess:
@@ -76,11 +88,13 @@ class Preprocess:
     dtype : {"uint8", "int8", "float16", "float32"}
         Integers are rounded half to even and saturated.
     layout : {"NCHW", "NHWC"}
-    interpolation : {"linear", "nearest"}
-        Pixel-centre aligned bilinear without antialiasing, or OpenCV's ``INTER_NEAREST``.
-    parity : {"cv2", "fast"}
+    interpolation : {"linear", "nearest", "box", "hamming", "cubic", "lanczos"}
+        With ``parity="cv2"`` and ``"fast"``: pixel-centre aligned bilinear without antialiasing, or OpenCV's
+        ``INTER_NEAREST``. With ``parity="pil"`` any but ``"nearest"``, antialiased.
+    parity : {"cv2", "fast", "pil"}
         ``"cv2"`` gives the very uint8 values of ``cv2.resize`` before normalising; ``"fast"`` samples in float32 and
-        does not round in between (at most one level away). Nearest is always OpenCV's. NV12 pixels are converted as
+        does not round in between (at most one level away). Nearest is always OpenCV's. ``"pil"`` gives the very
+        values of Pillow 13's ``Image.resize``, which antialiases. NV12 pixels are converted as
         ``cv2.cvtColor`` does and then resized; ``"fast"`` blends Y, U and V and converts once, which differs by more
         than a level where a colour saturates.
     scaleup : bool
@@ -132,6 +146,11 @@ class Preprocess:
         self.layout = one_of("layout", layout, Layout)
         self.interpolation = one_of("interpolation", interpolation, Interpolation)
         self.parity = one_of("parity", parity, Parity)
+        self._resamples = self.parity == "pil"
+        if self._resamples and interpolation == "nearest":
+            raise InputError("parity is 'pil', which has no nearest here; give parity='cv2', which is OpenCV's nearest")
+        if not self._resamples and interpolation not in ("linear", "nearest"):
+            raise InputError(f"interpolation is {interpolation!r} with parity {parity!r}; give parity='pil' for it")
         self.scaleup = bool(scaleup)
         self.center = bool(center)
         if finite("box_margin", box_margin) < 0:
@@ -152,8 +171,8 @@ class Preprocess:
         )
         self._fill = tuple(np.float32(value) for value in three_numbers("fill", fill))
         self._int_size = (np.int32(self.size[0]), np.int32(self.size[1]))
-        self._frames: dict[tuple[int, int, bool, str | None], tuple[Any, tuple[int, int], tuple[Any, ...]]] = {}
-        self._known_regions: OrderedDict[tuple[bytes, int], Geometry] = OrderedDict()
+        self._frames: dict[tuple[int, int, bool, str | None], Any] = {}
+        self._known_regions: OrderedDict[tuple[bytes, int], tuple[Geometry, TapTables | None]] = OrderedDict()
 
     def __call__(
         self,
@@ -227,12 +246,10 @@ class Preprocess:
         CompileError, MissingExtraError
             If the kernel does not compile, or there is no compiler.
         """
-        from nbvision_kernels.catalog import preprocess_kernel
-
         batch = as_batch(np.zeros((1, 1, 3), np.uint8) if images is None else images)
         cc = cc or (compute_capability() if cuda_unavailable_because() is None else (9, 0))
         nv12 = batch.color == "nv12"
-        spec = preprocess_kernel(*self._types("cuda"), pixel_bytes=batch.channels, nv12=nv12, chain=self._chain)
+        spec = self._spec(batch)
         compiled = compile_without_spills(spec, cc)
         lines = [
             f"region   {self.fit} to {self.size[0]} x {self.size[1]}, fill {[float(value) for value in self._fill]}",
@@ -261,6 +278,8 @@ class Preprocess:
         """At least: each source line that a sampler touches once, each output value once."""
         regions = self._image_regions_on_host(batch.sizes).regions.astype(np.int64)
         taps = 1 if self.interpolation == "nearest" else 2
+        if self._resamples:
+            taps = 2**31  # every line
         lines = np.minimum(regions[:, 4], taps * np.minimum(regions[:, 8], self.size[0]))
         read = int((lines * regions[:, 3]).sum()) * batch.channels
         if batch.color == "nv12":  # half a byte of chroma a pixel, but each line of it serves two
@@ -276,21 +295,19 @@ class Preprocess:
         else:
             geometry = self._box_regions_on_host(batch.sizes, *checked_host_boxes(boxes, box_images, batch.sizes))
         tensor, flat = self._output(len(geometry), out, "cpu")
-        if len(geometry):
+        if not len(geometry):
+            return tensor, geometry
+        images = (np.int64(0), batch.table.reshape(-1))
+        values = (self._gain, self._bias, self._fill, self.color == "bgr")
+        numbers = self._numbers or (np.float32(0),)  # Numba types no empty tuple
+        canvases = (flat, len(geometry), *self._int_size, *self._channels(batch))
+        if self._resamples:
+            taps = self._taps(geometry, self._tap_limits(geometry.regions))
+            tables = (geometry.regions.reshape(-1), taps.x.reshape(-1), taps.y.reshape(-1), *taps.limits)
+            _resample_loop(self._layout, self._store("cpu"), self._chain)(*images, *tables, *canvases, *values, numbers)
+        else:
             _plan_loop(*self._types("cpu"), self._chain, batch.color == "nv12")(
-                np.int64(0),
-                batch.table.reshape(-1),
-                *_flat(geometry),
-                flat,
-                len(geometry),
-                *self._int_size,
-                *self._channels(batch),
-                self._gain,
-                self._bias,
-                self._fill,
-                self.color == "bgr",
-                self._numbers or (np.float32(0),),  # Numba types no empty tuple
-                self._matrix(batch),
+                *images, *_flat(geometry), *canvases, *values, numbers, self._matrix(batch)
             )
         return tensor, geometry
 
@@ -298,50 +315,123 @@ class Preprocess:
 
     def _run_cuda(self, batch: ImageBatch, boxes: Any, box_images: Any, out: Any) -> tuple[Any, Geometry]:
         stream = batch.use_on_current_stream()
+        taps = None
         if boxes is None:
-            geometry = self._image_regions_on_device(batch.sizes, stream.ptr)
+            geometry, taps = self._image_regions_on_device(batch.sizes, stream.ptr)
         elif device_of(boxes) == "cuda":
             geometry = self._box_regions_on_device(batch, boxes, box_images)
+            if self._resamples:
+                taps = self._taps(geometry, self._most_taps(batch.sizes))
         else:
             host = self._box_regions_on_host(batch.sizes, *checked_host_boxes(boxes, box_images, batch.sizes))
             geometry = _on_device(host)
+            if self._resamples:
+                taps = self._taps(geometry, self._tap_limits(host.regions))
         count = len(geometry)
         tensor, flat = self._output(count, out, "cuda")
         if count:
-            self._launch(batch, geometry, flat, count)
+            self._launch(batch, geometry, taps, flat, count)
         return tensor, geometry
 
-    def _launch(self, batch: ImageBatch, geometry: Geometry, flat: Any, count: int) -> None:
-        kernel, (columns, lines), numbers = self._frame(flat.device.id, batch)
-        tables = (*_tables(geometry), flat)
-        if count <= _MAX_GRID_Z:
-            kernel((columns, lines, count), _FRAME_BLOCK, (0, batch.table, *tables, *numbers))
-            return
+    def _launch(self, batch: ImageBatch, geometry: Geometry, taps: TapTables | None, flat: Any, count: int) -> None:
+        kernel, grid, block, numbers = self._frame(flat.device.id, batch)
+        tables = _tables(geometry) if taps is None else (geometry.regions, taps.x, taps.y)
+        limits = () if taps is None else taps.limits
         for first in range(0, count, _MAX_GRID_Z):
-            part = [table[first : first + _MAX_GRID_Z] for table in tables]
-            kernel((columns, lines, len(part[0])), _FRAME_BLOCK, (0, batch.table, *part, *numbers))
+            part = slice(first, first + _MAX_GRID_Z)
+            parts = tables if count <= _MAX_GRID_Z else [table[part] for table in tables]
+            target = flat if count <= _MAX_GRID_Z else flat[part]
+            kernel((*grid, len(target)), block, (0, batch.table, *parts, *limits, target, *numbers))
 
-    def _frame(self, device_id: int, batch: ImageBatch) -> tuple[Any, tuple[int, int], tuple[Any, ...]]:
-        """The kernel for images like these, the blocks of a canvas, and the launch's numbers; kept."""
+    def _frame(
+        self, device_id: int, batch: ImageBatch
+    ) -> tuple[Any, tuple[int, int], tuple[int, int, int], tuple[Any, ...]]:
+        """The kernel for images like these, the blocks of a canvas, their threads, and the launch's numbers; kept."""
         _, _, swap = self._channels(batch)
         key = (device_id, batch.channels, bool(swap), batch.yuv)
         if key not in self._frames:
-            from nbvision_kernels.catalog import preprocess_kernel
-
-            nv12 = batch.color == "nv12"
-            spec = preprocess_kernel(*self._types("cuda"), pixel_bytes=batch.channels, nv12=nv12, chain=self._chain)
+            spec = self._spec(batch)
             height, width = self.size
-            columns = -(-width // (_FRAME_BLOCK[0] * _FRAME_PIXELS))
-            lines = -(-height // (_FRAME_BLOCK[1] * int(spec.defines["LINES"])))
             in_source_order = slice(None, None, -1 if swap else 1)
             numbers = [number for group in (self._gain, self._bias, self._fill) for number in group[in_source_order]]
             launch_numbers = (*self._int_size, swap, *numbers)
-            if nv12:
+            if batch.color == "nv12":
                 launch_numbers += self._matrix(batch)
             if self._chain is not None:
                 launch_numbers += (np.int32((self.color == "bgr") != bool(swap)), *self._numbers)
-            self._frames[key] = load_kernel(spec, device_id), (columns, lines), launch_numbers
-        return self._frames[key]
+            if self._resamples:
+                block, tile = (32, 8, 1), (32, 16)
+            else:
+                block = _FRAME_BLOCK
+                tile = (_FRAME_BLOCK[0] * _FRAME_PIXELS, _FRAME_BLOCK[1] * int(spec.defines["LINES"]))
+            grid = (-(-width // tile[0]), -(-height // tile[1]))
+            self._frames[key] = load_kernel(spec, device_id), grid, block, launch_numbers
+        kept: tuple[Any, tuple[int, int], tuple[int, int, int], tuple[Any, ...]] = self._frames[key]
+        return kept
+
+    def _spec(self, batch: ImageBatch) -> Any:
+        """The kernel for images like these, in the catalogue's words."""
+        from nbvision_kernels.catalog import preprocess_kernel, resample_kernel
+
+        nv12 = batch.color == "nv12"
+        if self._resamples:
+            if nv12:
+                raise InputError("the images are NV12, which parity 'pil' does not take; give parity='cv2' or 'fast'")
+            return resample_kernel(self._layout, self._store("cuda"), pixel_bytes=batch.channels, chain=self._chain)
+        return preprocess_kernel(*self._types("cuda"), pixel_bytes=batch.channels, nv12=nv12, chain=self._chain)
+
+    # -- tap tables --------------------------------------------------------------------------------------------
+
+    def _tap_limits(self, regions: npt.NDArray[np.int32]) -> tuple[np.int32, np.int32]:
+        """Taps that the widest window of these regions can have, along x and y, in whole groups."""
+        from nbvision_kernels.regions import HEIGHT, OUT_HEIGHT, OUT_WIDTH, WIDTH
+
+        scales = regions[:, [WIDTH, HEIGHT]] / np.maximum(regions[:, [OUT_WIDTH, OUT_HEIGHT]], 1)
+        x_scale, y_scale = scales.max(axis=0, initial=1)
+        return self._taps_at(x_scale), self._taps_at(y_scale)
+
+    def _most_taps(self, sizes: npt.NDArray[np.int32]) -> tuple[np.int32, np.int32]:
+        """The same for any regions of images of these sizes: what is known of boxes that live on the device.
+
+        A side that a fit rounds to one pixel is scaled by at most twice its ratio.
+        """
+        y_scale, x_scale = sizes.max(axis=0, initial=1) / np.array(self.size)
+        if self.fit != "stretch":
+            x_scale = y_scale = 2 * max(x_scale, y_scale)
+        return self._taps_at(x_scale), self._taps_at(y_scale)
+
+    def _taps_at(self, scale: float) -> np.int32:
+        from nbvision_kernels.resample import SUPPORT, TAP_GROUP
+
+        taps = math.ceil(SUPPORT[self._filter] * max(float(scale), 1.0)) * 2 + 1
+        groups: int = -(-taps // TAP_GROUP)
+        return np.int32(groups * TAP_GROUP)
+
+    def _taps(self, geometry: Geometry, limits: tuple[np.int32, np.int32]) -> TapTables:
+        """Windows and weights for every column and line of every canvas, made on the geometry's device."""
+        from nbvision_kernels.catalog import fill_taps_kernel
+
+        tables = []
+        for vertical, (length, limit) in enumerate(zip(self.size[::-1], limits, strict=True)):
+            shape = (len(geometry), int(limit) + 2, length)
+            table = memory.acquire(math.prod(shape) * 4, device=geometry.device).view(shape, dtype=np.int32)
+            numbers = [np.int32(number) for number in (length, limit, vertical, self._filter)]
+            if geometry.device == "cpu":
+                _taps_loop()(table.reshape(-1), geometry.regions.reshape(-1), *numbers)
+            else:
+                kernel = load_kernel(fill_taps_kernel(), table.device.id)
+                for first in range(0, len(geometry), _MAX_GRID_Z):
+                    part = slice(first, first + _MAX_GRID_Z)
+                    grid = (-(-length // 64), len(table[part]))
+                    kernel(grid, (64,), (table[part], geometry.regions[part], *numbers))
+            tables.append(table)
+        return TapTables(tables[0], tables[1], limits)
+
+    @property
+    def _filter(self) -> int:
+        from nbvision_kernels import resample
+
+        return int(getattr(resample, self.interpolation.upper()))
 
     # -- regions -----------------------------------------------------------------------------------------------
 
@@ -352,17 +442,19 @@ class Preprocess:
         _region_loop("fill_regions_cpu")(sources.reshape(-1), *_flat(geometry), *self._fit_numbers())
         return geometry
 
-    def _image_regions_on_device(self, sizes: npt.NDArray[np.int32], stream: int) -> Geometry:
+    def _image_regions_on_device(self, sizes: npt.NDArray[np.int32], stream: int) -> tuple[Geometry, TapTables | None]:
         """Kept per set of sizes, so that a film or a repeated batch uploads nothing; and per stream, so that no
         stream reads a table before another's upload of it is done."""
         key = (sizes.tobytes(), stream)
-        geometry = self._known_regions.get(key)
-        if geometry is None:
-            geometry = _on_device(self._image_regions_on_host(sizes))
-            self._known_regions[key] = geometry
+        known = self._known_regions.get(key)
+        if known is None:
+            host = self._image_regions_on_host(sizes)
+            geometry = _on_device(host)
+            known = geometry, self._taps(geometry, self._tap_limits(host.regions)) if self._resamples else None
+            self._known_regions[key] = known
             if len(self._known_regions) > _KNOWN_SIZES:
                 self._known_regions.popitem(last=False)
-        return geometry
+        return known
 
     def _box_regions_on_host(self, sizes: npt.NDArray[np.int32], boxes: Any, box_images: Any) -> Geometry:
         sources = np.zeros((len(sizes), 4), np.int64)
@@ -474,6 +566,22 @@ def _region_loop(name: str) -> Any:
     if name not in _region_loops:
         _region_loops[name] = cpu_loop(name, getattr(regions, name), parallel=False)
     return _region_loops[name]
+
+
+@functools.cache
+def _resample_loop(layout: int, store: int, chain: Chain | None) -> Any:
+    """The CPU loop of one type of the resample family."""
+    from nbvision_kernels.resample import make_cpu_loop
+
+    name = f"resample-{layout}-{store}" + (f"-{chain.digest}" if chain else "")
+    return cpu_loop(name, make_cpu_loop(layout, store, chain))
+
+
+@functools.cache
+def _taps_loop() -> Any:
+    from nbvision_kernels.resample import fill_taps_cpu
+
+    return cpu_loop("fill_taps_cpu", fill_taps_cpu)
 
 
 _plan_loops: dict[tuple[int, int, int, Chain | None, bool], Any] = {}
