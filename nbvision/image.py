@@ -1,7 +1,8 @@
 """The noun every room shares: a ragged batch of images.
 
 Images are height x width x channels ("HWC"), 8 bits a channel, channels interleaved, rows at any pitch; or NV12, as
-video decoders give it.  Sizes are (height, width).  Boxes are ``x1, y1, x2, y2`` in pixels, half-open: a box covers columns ``x1 <= x < x2``.
+video decoders give it.  Sizes are (height, width).  Boxes are ``x1, y1, x2, y2`` in pixels, half-open: a box covers
+columns ``x1 <= x < x2``.
 """
 
 from __future__ import annotations
@@ -150,7 +151,8 @@ class ImageBatch:
         return len(self._arrays)
 
     def __getitem__(self, index: int) -> Any:
-        """The image as an (H, W, C), of NV12 (H * 3 / 2, W), uint8 array that shares the batch's memory; raises its error if it is missing."""
+        """The image as an (H, W, C) uint8 array, of NV12 (H * 3 / 2, W), that shares the batch's memory; raises its
+        error if it is missing."""
         error = self.errors[index]
         if error is not None:
             raise _twin(error)  # raised itself, it would keep this frame, and so the batch's memory

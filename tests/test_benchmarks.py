@@ -90,15 +90,16 @@ def test_scenery_has_the_detail_of_a_photograph():
 @pytest.fixture
 def reduced(monkeypatch, tmp_path):
     """The suite at a size for tests, on the CPU alone."""
-    from benchmarks import common, decode, draw, pipeline, preprocess
+    from benchmarks import common, decode, draw, nv12, pipeline, preprocess
 
-    for module in (decode, draw, pipeline, preprocess):
+    for module in (decode, draw, nv12, pipeline, preprocess):
         monkeypatch.setattr(module, "wall_us", lambda call, **_: common.wall_us(call, seconds=0))
         monkeypatch.setattr(module, "need_cuda", _no_cuda, raising=False)
     monkeypatch.setattr(decode, "SIZES", {"500x375": (37, 51), "1920x1080": (109, 191)})
     monkeypatch.setattr(decode, "BATCH", 3)
     monkeypatch.setattr(decode, "files", decode.files.__wrapped__)  # not those of another test
     monkeypatch.setattr(preprocess.LetterboxOnCPU, "side", 64)
+    monkeypatch.setattr(nv12.NV12OnCPU, "side", 64)
     monkeypatch.setattr(draw.DrawOnCPU, "size", (109, 191))
     monkeypatch.setattr(pipeline.Recognize, "images", {"cpu": 2})
     monkeypatch.setattr(pipeline.RecognizeRatio, "images", {"cpu": 2})
@@ -119,7 +120,7 @@ def _drawn_at(files, count, directory, monkeypatch):
     return drawn
 
 
-@pytest.mark.parametrize("module", ["preprocess", "draw", "decode", "pipeline"])
+@pytest.mark.parametrize("module", ["preprocess", "nv12", "draw", "decode", "pipeline"])
 def test_every_benchmark_runs(module, reduced, capsys):
     import run_gpu
 

@@ -89,7 +89,10 @@ def test_cv2_parity_at_sizes_people_use(device, rng, size):
 def test_regions_of_any_origin(device, rng, boxes_on, interpolation):
     """Odd and even corners and lengths, down to one pixel at each border: the chroma stays the picture's."""
     frame = random_frame(rng, 20, 24)
-    corners = [(x, y, x + width, y + height) for x, y, width, height in itertools.product(range(5), range(3), (1, 2, 5), (1, 4))]
+    corners = [
+        (x, y, x + width, y + height)
+        for x, y, width, height in itertools.product(range(5), range(3), (1, 2, 5), (1, 4))
+    ]
     corners += [(24 - width, 20 - height, 24, 20) for width in (1, 2, 3, 7) for height in (1, 2, 3)]
     boxes = np.array(corners, np.float32)
     pre = Preprocess((13, 11), fit="stretch", interpolation=interpolation, dtype="uint8", layout="NHWC")

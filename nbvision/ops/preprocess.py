@@ -438,7 +438,8 @@ class Preprocess:
         from nbvision_kernels.nv12 import matrix_numbers
         from nbvision_kernels.preprocess import LINEAR_FAST
 
-        return matrix_numbers(batch.yuv or "bt601", exact=self._sampler != LINEAR_FAST)
+        numbers: tuple[Any, ...] = matrix_numbers(batch.yuv or "bt601", exact=self._sampler != LINEAR_FAST)
+        return numbers
 
     def _output(self, count: int, out: Any, device: Device) -> tuple[Any, Any]:
         """What the caller gets, and the array over the same bytes that the kernel writes."""
