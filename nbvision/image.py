@@ -151,10 +151,8 @@ class ImageBatch:
         return len(self._arrays)
 
     def __getitem__(self, index: int) -> Any:
-        """The image as an (H, W, C), of NV12 (H * 3 / 2, W), uint8 array that shares the batch's memory.
-
-        Raises its error if it is missing.
-        """
+        """The image as an (H, W, C) uint8 array, of NV12 (H * 3 / 2, W), that shares the batch's memory; raises its
+        error if it is missing."""
         error = self.errors[index]
         if error is not None:
             raise _twin(error)  # raised itself, it would keep this frame, and so the batch's memory

@@ -45,7 +45,7 @@ def matrix_numbers(name, *, exact):
 @pixel_function
 def level(value):
     """A fixed-point value rounded down and saturated to 0..255."""
-    return max(min(np.int32(value >> SHIFT), np.int32(255)), np.int32(0))
+    return max(min(np.int32(value >> SHIFT), np.int32(255)), np.int32(0))  # in this order sm_90 has one instruction
 
 
 @pixel_function

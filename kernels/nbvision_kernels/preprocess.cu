@@ -195,14 +195,14 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
             const unsigned char *above = origin + lines[0] * source.pitch, *below = origin + lines[1] * source.pitch;
 #if NV12
             // Frames start at even addresses and have even pitches, so the two bytes of a chroma are loaded at once.
-            const unsigned short *chroma_above = chroma + (region_y + lines[0] >> 1) * chroma_pitch;
-            const unsigned short *chroma_below = chroma + (region_y + lines[1] >> 1) * chroma_pitch;
+            const unsigned short *chroma_above = chroma + ((region_y + lines[0]) >> 1) * chroma_pitch;
+            const unsigned short *chroma_below = chroma + ((region_y + lines[1]) >> 1) * chroma_pitch;
 #if PAIRS
             int luma[PIXELS][4], pairs[PIXELS][4];
 #pragma unroll
             for (int i = 0; i < PIXELS; ++i) {
                 // Past the region's last column lies another, or the chroma plane: a byte to read, of weight 0.
-                const int at = columns[i][0], first = region_x + at >> 1, second = region_x + columns[i][1] >> 1;
+                const int at = columns[i][0], first = (region_x + at) >> 1, second = (region_x + columns[i][1]) >> 1;
                 luma[i][0] = __ldg(above + at);
                 luma[i][1] = __ldg(above + at + 1);
                 luma[i][2] = __ldg(below + at);
@@ -222,7 +222,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
 #else
 #pragma unroll
             for (int i = 0; i < PIXELS; ++i) {
-                const int pair = __ldg(chroma_above + (region_x + columns[i][0] >> 1));
+                const int pair = __ldg(chroma_above + ((region_x + columns[i][0]) >> 1));
                 const int yuv[3] = {__ldg(above + columns[i][0]), pair & 255, pair >> 8};
                 int rgb[3];
                 nbv_convert(yuv, matrix, rgb);
