@@ -354,6 +354,7 @@ def run_warp(rng: np.random.Generator) -> None:
         table = coefficients[0 if perspective else 2]
         host, device = both.copy(), both.copy()
         warp.pointer_from_address = lambda address, memory=host: memory
+        warp.words_from_address = lambda address, memory=host: memory.view(np.uint32)
         loop = warp.make_warp_cpu(interpolation, channels)
         loop(sources, targets, 3, 9, table, perspective, border, fill)
         kernel = warp_cuda.make_warp(interpolation, channels)

@@ -9,6 +9,7 @@ from reference import random_image, to_host
 from nbvision.image import ImageBatch, as_batch
 from nbvision.ops.boxes import nms
 from nbvision.ops.preprocess import Preprocess
+from nbvision.ops.warp import flip, rotate, warp_affine
 
 
 def test_tensor_in_shares_memory(device, rng):
@@ -47,3 +48,19 @@ def test_predictions_and_boxes_of_torch(device, rng):
         [random_image(rng, 32, 32)], boxes=torch.tensor([[12.0, 12, 20, 20]]), box_images=torch.tensor([0])
     )
     assert crops.shape == (1, 3, 8, 8)
+
+
+def test_tensors_become_tensors(device, rng):
+    image = random_image(rng, 20, 30)
+    tensor = torch.from_numpy(image).to(device)
+    turned = rotate(tensor, 1)
+    assert isinstance(turned, torch.Tensor)
+    assert turned.device == tensor.device
+    np.testing.assert_array_equal(turned.cpu().numpy(), np.rot90(image))
+    moved = warp_affine([tensor, tensor], [[1, 0, 2], [0, 1, 1]], (21, 32))
+    np.testing.assert_array_equal(moved[1, 1:, 2:].cpu().numpy(), image)
+    for flipped, length in zip(flip([tensor, tensor[:9]], vertical=True), (20, 9), strict=True):
+        np.testing.assert_array_equal(flipped.cpu().numpy(), image[:length][::-1])
+    out = torch.empty_like(tensor)
+    assert flip(tensor, horizontal=True, out=out) is out
+    np.testing.assert_array_equal(out.cpu().numpy(), image[:, ::-1])

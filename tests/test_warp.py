@@ -283,6 +283,7 @@ def test_matrices_on_the_device(rng):
         given = np.ascontiguousarray(matrices[:, :lines])
         expected = warp(images, given, (40, 96))
         there = [cupy.asarray(image) for image in images]
+        cupy.cuda.Device().synchronize()  # the stream below does not wait for the uploads
         with cupy.cuda.Stream(non_blocking=True) as stream:
             np.testing.assert_array_equal(warp(there, cupy.asarray(given), (40, 96)).get(), expected)
         np.testing.assert_array_equal(warp(there, given, (40, 96), stream=stream).get(stream=stream), expected)

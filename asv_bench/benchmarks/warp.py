@@ -33,6 +33,7 @@ def interpolation_of(what: str) -> str:
 
 
 def nbvision_call(images: Any, out: Any, what: str, height: int, width: int) -> Callable[[], Any]:
+    """Of an array, or of a batch on the GPU, with a matrix that is there too."""
     import nbvision as nbv
 
     if what == TURN:
@@ -40,7 +41,12 @@ def nbvision_call(images: Any, out: Any, what: str, height: int, width: int) -> 
     if what == FLIP:
         return lambda: nbv.flip(images, horizontal=True, out=out)
     warp = nbv.warp_perspective if what == PERSPECTIVE else nbv.warp_affine
-    matrix, options = matrix_of(what, height, width), {"interpolation": interpolation_of(what)}
+    matrix: Any = matrix_of(what, height, width)
+    if isinstance(images, nbv.ImageBatch):
+        import cupy
+
+        matrix = cupy.asarray(matrix)
+    options: Any = {"interpolation": interpolation_of(what)}
     return lambda: warp(images, matrix, (height, width), out=out, **options)
 
 
@@ -66,11 +72,13 @@ class WarpOnGPU:
         need_cuda()
         import cupy
 
+        from nbvision import as_batch
+
         images = cupy.asarray(np.stack(frames(IMAGES, HEIGHT, WIDTH)))
         self.on_host = how.startswith("OpenCV")
         shape = (IMAGES, WIDTH, HEIGHT, 3) if what == TURN else images.shape
         expected = cupy.empty(shape, np.uint8)
-        ours = nbvision_call(images, expected, what, HEIGHT, WIDTH)
+        ours = nbvision_call(as_batch(images), as_batch(expected), what, HEIGHT, WIDTH)
         ours()
         if how == "nbvision":
             self.call: Callable[[], Any] = ours

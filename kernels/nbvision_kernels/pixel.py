@@ -29,6 +29,17 @@ def pointer_from_address(typing_context: Any, address: Any) -> Any:
 
 
 @intrinsic
+def words_from_address(typing_context: Any, address: Any) -> Any:
+    """The same in whole words: ``words[address >> 2]`` is the one with the byte at ``address``. CPU only."""
+    signature = types.CPointer(types.uint32)(types.int64)
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        return builder.inttoptr(arguments[0], context.get_value_type(signature.return_type))
+
+    return signature, generate
+
+
+@intrinsic
 def fma32(typing_context: Any, a: Any, b: Any, c: Any) -> Any:
     """``a * b + c`` of float32 rounded once, on both targets: what OpenCV's vector kernels compute."""
     signature = types.float32(types.float32, types.float32, types.float32)

@@ -4,8 +4,9 @@ A warp reads nine float32 *coefficients* an image, which map output to source.  
 5's vector kernels, roundings and fused multiply-adds included, so nearest and linear give its very bytes: the part of
 a line is rounded twice, the part of a column once.
 
-Taps are separable: four *columns* and four *lines* at most cross in sixteen pixels.  A column is an offset in bytes, a
-line an address; one that lies outside is -1 where the border is constant.
+A *packed* pixel is its channels in 32 bits, the first in the lowest byte, and a *pair* two of them back to back, as
+they lie in memory.  Where all taps are inside, pairs are read in whole words.  Elsewhere a *column* is an offset in
+bytes and a *line* an address; one that lies outside is -1 where the border is constant.
 """
 
 from __future__ import annotations
@@ -15,7 +16,15 @@ import math
 import numpy as np
 from numba import prange
 
-from nbvision_kernels.pixel import clamp, fma32, pixel_function, pointer_from_address, rint32, round_to_u8
+from nbvision_kernels.pixel import (
+    clamp,
+    fma32,
+    pixel_function,
+    pointer_from_address,
+    rint32,
+    round_to_u8,
+    words_from_address,
+)
 
 __all__ = [
     "COEFFICIENTS",
@@ -148,12 +157,44 @@ def tap_line(index, height, border, base, pitch):
 
 
 @pixel_function
-def tap(pixels, line, column, channel, fill):
-    """One channel of the pixel where a line and a column cross, as float32."""
-    value = fill
+def packed_pixel(pixels, line, column, channels, fill):
+    """All channels of the pixel where a line and a column cross, the first in the lowest byte."""
+    packed = np.uint32(fill)
     if line >= 0 and column >= 0:
-        value = np.int32(pixels[line + np.int64(column) + np.int64(channel)])
-    return np.float32(value)
+        packed = np.uint32(0)
+        for channel in range(channels):
+            value = np.uint32(pixels[line + np.int64(column) + np.int64(channel)])
+            packed = np.uint32(packed | np.uint32(value << np.uint32(8 * channel)))
+    return packed
+
+
+@pixel_function
+def border_pair(pixels, line, first, second, channels, fill):
+    """Two packed pixels of a line."""
+    low = np.uint64(packed_pixel(pixels, line, first, channels, fill))
+    high = np.uint64(packed_pixel(pixels, line, second, channels, fill))
+    return low | (high << np.uint64(8 * channels))
+
+
+@pixel_function
+def inner_pair(words, address, channels):
+    """Two packed pixels side by side, read in as few words as hold a byte of them."""
+    at = address >> np.int64(2)
+    offset = np.int32(address & np.int64(3))
+    stop = np.int32(offset + 2 * channels)
+    shift = np.uint64(8 * offset)
+    pair = np.uint64(words[at]) >> shift
+    if stop > 4:
+        pair = pair | (np.uint64(words[at + 1]) << (np.uint64(32) - shift))
+    if stop > 8:
+        pair = pair | (np.uint64(words[at + 2]) << (np.uint64(64) - shift))
+    return pair
+
+
+@pixel_function
+def of_pair(pair, pixel, channel, channels):
+    """One channel of the first or the second pixel of a pair, as float32."""
+    return np.float32(np.int32((pair >> np.uint64(8 * (pixel * channels + channel))) & np.uint64(255)))
 
 
 # --- samplers: all channels of a pixel, packed into 32 bits -----------------------------------------------------------
@@ -183,52 +224,43 @@ def cubic_far(distance):
 
 
 @pixel_function
-def nearest_sample(pixels, base, pitch, height, width, channels, x, y, border, fill):
+def nearest_sample(pixels, words, base, pitch, height, width, channels, x, y, border, fill):
     """The pixel nearest to a position; halves go to the even one."""
     column = tap_column(np.int32(rint32(x)), width, border, channels)
     line = tap_line(np.int32(rint32(y)), height, border, base, pitch)
-    packed = np.uint32(fill)
-    if line >= 0 and column >= 0:
-        packed = np.uint32(0)
-        for channel in range(channels):
-            value = np.uint32(pixels[line + np.int64(column) + np.int64(channel)])
-            packed = np.uint32(packed | np.uint32(value << np.uint32(8 * channel)))
-    return packed
+    return packed_pixel(pixels, line, column, channels, fill)
 
 
 @pixel_function
-def linear_sample(pixels, base, pitch, height, width, channels, x, y, border, fill):
+def linear_sample(pixels, words, base, pitch, height, width, channels, x, y, border, fill):
     """Bilinear between the four pixels around a position, rounded half to even."""
     first_x = np.int32(math.floor(x))
     first_y = np.int32(math.floor(y))
     share_x = x - np.float32(first_x)
     share_y = y - np.float32(first_y)
-    left = tap_column(first_x, width, border, channels)
-    right = tap_column(np.int32(first_x + 1), width, border, channels)
-    top = tap_line(first_y, height, border, base, pitch)
-    bottom = tap_line(np.int32(first_y + 1), height, border, base, pitch)
+    if first_x >= 0 and first_x < width - 1 and first_y >= 0 and first_y < height - 1:
+        start = base + np.int64(first_y) * pitch + np.int64(first_x * channels)
+        top = inner_pair(words, start, channels)
+        bottom = inner_pair(words, start + pitch, channels)
+    else:
+        left = tap_column(first_x, width, border, channels)
+        right = tap_column(np.int32(first_x + 1), width, border, channels)
+        line = tap_line(first_y, height, border, base, pitch)
+        top = border_pair(pixels, line, left, right, channels, fill)
+        line = tap_line(np.int32(first_y + 1), height, border, base, pitch)
+        bottom = border_pair(pixels, line, left, right, channels, fill)
     packed = np.uint32(0)
     for channel in range(channels):
-        outside = np.int32((fill >> np.int32(8 * channel)) & np.int32(255))
         value = linear_value(
-            tap(pixels, top, left, channel, outside),
-            tap(pixels, top, right, channel, outside),
-            tap(pixels, bottom, left, channel, outside),
-            tap(pixels, bottom, right, channel, outside),
+            of_pair(top, 0, channel, channels),
+            of_pair(top, 1, channel, channels),
+            of_pair(bottom, 0, channel, channels),
+            of_pair(bottom, 1, channel, channels),
             share_x,
             share_y,
         )
         packed = np.uint32(packed | np.uint32(np.uint32(round_to_u8(value)) << np.uint32(8 * channel)))
     return packed
-
-
-@pixel_function
-def cubic_line(pixels, line, columns, weights, channel, outside):
-    """Four pixels of a line, weighted."""
-    total = tap(pixels, line, columns[0], channel, outside) * weights[0]
-    total = fma32(tap(pixels, line, columns[1], channel, outside), weights[1], total)
-    total = fma32(tap(pixels, line, columns[2], channel, outside), weights[2], total)
-    return fma32(tap(pixels, line, columns[3], channel, outside), weights[3], total)
 
 
 @pixel_function
@@ -239,30 +271,53 @@ def cubic_weights(share):
 
 
 @pixel_function
-def cubic_sample(pixels, base, pitch, height, width, channels, x, y, border, fill):
+def cubic_line(left, right, weights, channel, channels):
+    """Four pixels of a line, weighted."""
+    total = of_pair(left, 0, channel, channels) * weights[0]
+    total = fma32(of_pair(left, 1, channel, channels), weights[1], total)
+    total = fma32(of_pair(right, 0, channel, channels), weights[2], total)
+    return fma32(of_pair(right, 1, channel, channels), weights[3], total)
+
+
+@pixel_function
+def cubic_sample(pixels, words, base, pitch, height, width, channels, x, y, border, fill):
     """Bicubic over the sixteen pixels around a position, rounded half to even and saturated."""
     first_x = np.int32(math.floor(x))
     first_y = np.int32(math.floor(y))
     across = cubic_weights(x - np.float32(first_x))
     down = cubic_weights(y - np.float32(first_y))
-    columns = (
-        tap_column(np.int32(first_x - 1), width, border, channels),
-        tap_column(first_x, width, border, channels),
-        tap_column(np.int32(first_x + 1), width, border, channels),
-        tap_column(np.int32(first_x + 2), width, border, channels),
-    )
-    first = tap_line(np.int32(first_y - 1), height, border, base, pitch)
-    second = tap_line(first_y, height, border, base, pitch)
-    third = tap_line(np.int32(first_y + 1), height, border, base, pitch)
-    fourth = tap_line(np.int32(first_y + 2), height, border, base, pitch)
-    packed = np.uint32(0)
-    for channel in range(channels):
-        outside = np.int32((fill >> np.int32(8 * channel)) & np.int32(255))
-        total = cubic_line(pixels, first, columns, across, channel, outside) * down[0]
-        total = fma32(cubic_line(pixels, second, columns, across, channel, outside), down[1], total)
-        total = fma32(cubic_line(pixels, third, columns, across, channel, outside), down[2], total)
-        total = fma32(cubic_line(pixels, fourth, columns, across, channel, outside), down[3], total)
-        packed = np.uint32(packed | np.uint32(np.uint32(round_to_u8(total)) << np.uint32(8 * channel)))
+    inside = first_x >= 1 and first_x < width - 2 and first_y >= 1 and first_y < height - 2
+    start = base + np.int64(first_y - 1) * pitch + np.int64((first_x - 1) * channels)
+    red = green = blue = alpha = np.float32(0)
+    for row in range(4):
+        if inside:
+            left = inner_pair(words, start, channels)
+            right = inner_pair(words, start + np.int64(2 * channels), channels)
+            start += pitch
+        else:
+            line = tap_line(np.int32(first_y + row - 1), height, border, base, pitch)
+            columns = (
+                tap_column(np.int32(first_x - 1), width, border, channels),
+                tap_column(first_x, width, border, channels),
+                tap_column(np.int32(first_x + 1), width, border, channels),
+                tap_column(np.int32(first_x + 2), width, border, channels),
+            )
+            left = border_pair(pixels, line, columns[0], columns[1], channels, fill)
+            right = border_pair(pixels, line, columns[2], columns[3], channels, fill)
+        # Not down[row]: tuples cannot be indexed by a variable on the GPU.
+        weight = down[0] if row == 0 else down[1] if row == 1 else down[2] if row == 2 else down[3]
+        red = fma32(cubic_line(left, right, across, 0, channels), weight, red)
+        if channels > 1:
+            green = fma32(cubic_line(left, right, across, 1, channels), weight, green)
+            blue = fma32(cubic_line(left, right, across, 2, channels), weight, blue)
+        if channels > 3:
+            alpha = fma32(cubic_line(left, right, across, 3, channels), weight, alpha)
+    packed = np.uint32(round_to_u8(red))
+    if channels > 1:
+        packed = np.uint32(packed | np.uint32(np.uint32(round_to_u8(green)) << np.uint32(8)))
+        packed = np.uint32(packed | np.uint32(np.uint32(round_to_u8(blue)) << np.uint32(16)))
+    if channels > 3:
+        packed = np.uint32(packed | np.uint32(np.uint32(round_to_u8(alpha)) << np.uint32(24)))
     return packed
 
 
@@ -306,13 +361,16 @@ def make_warp_cpu(interpolation, channels):
             if y < targets[image * 4 + 2]:
                 base, pitch = sources[image * 4], sources[image * 4 + 1]
                 height, width = np.int32(sources[image * 4 + 2]), np.int32(sources[image * 4 + 3])
+                words = words_from_address(np.int64(0))
                 target = targets[image * 4] + y * targets[image * 4 + 1]
                 at = np.int64(image) * np.int64(COEFFICIENTS)
                 for x in range(np.int32(targets[image * 4 + 3])):
                     source_x, source_y = warp_position(coefficients, at, np.int32(x), y, perspective)
                     packed = np.uint32(fill)
                     if source_x == source_x:
-                        packed = sample(pixels, base, pitch, height, width, channels, source_x, source_y, border, fill)
+                        packed = sample(
+                            pixels, words, base, pitch, height, width, channels, source_x, source_y, border, fill
+                        )
                     for channel in range(channels):
                         shift = np.uint32(8 * channel)
                         pixels[target + np.int64(x) * channels + channel] = np.uint8((packed >> shift) & np.uint32(255))

@@ -72,7 +72,7 @@ def make_warp(interpolation, channels):
             if source_x == source_x:
                 base, pitch = sources[image * 4], sources[image * 4 + 1]
                 height, width = np.int32(sources[image * 4 + 2]), np.int32(sources[image * 4 + 3])
-                packed = sample(pixels, base, pitch, height, width, channels, source_x, source_y, border, fill)
+                packed = sample(pixels, words, base, pitch, height, width, channels, source_x, source_y, border, fill)
         tile = cuda.shared.array(_WARP_TILE, types.uint32)
         at_line = np.int32(line * _PITCH)
         tile[at_line + lane] = packed
