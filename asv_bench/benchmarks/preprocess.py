@@ -121,6 +121,42 @@ class BatchesOnGPU:
     track_us.unit = "us"
 
 
+class AntialiasOnGPU:
+    """64 x 1080p to 224 x 224 float16, antialiased and normalised as ImageNet's: the input of a classifier."""
+
+    params = (["nbvision, Pillow's bits", "torchvision v2", "torch interpolate", "CV-CUDA hq_resize"],)
+    param_names = ("how",)
+    side = 224
+
+    def setup(self, how: str) -> None:
+        need_cuda()
+        from nbvision import Preprocess, as_batch
+
+        images = images_on_gpu(EXACT)
+        batch = as_batch(images)
+        options: Any = {"fit": "stretch", "parity": "pil", "dtype": "float16", "scale": 1 / 255}
+        pre = Preprocess((self.side, self.side), **options)
+        expected, _ = pre(batch)
+        self.moved_bytes = expected.nbytes + images.nbytes
+        if how.startswith("nbvision"):
+            self.call: Callable[[], Any] = lambda: pre(batch, out=expected)
+        else:
+            self.call = _antialias_peer(how, images, self.side)
+            _check_close(self.call(), expected)
+
+    def track_us(self, how: str) -> float:
+        """The GPU's time."""
+        return gpu_us(self.call)
+
+    track_us.unit = "us"
+
+    def track_copy_bounds(self, how: str) -> float:
+        """The same, as a multiple of the time that a copy of all images and of the output takes."""
+        return gpu_us(self.call) / (self.moved_bytes / copied_bytes_per_us())
+
+    track_copy_bounds.unit = "x the copy bound"
+
+
 class CropsOnGPU:
     """Boxes on the GPU, of 64 images, to 224 x 224 float16: from a detector to a classifier."""
 
@@ -265,6 +301,28 @@ def _cvcuda(sources: str, side: int, places: Places) -> Callable[[], Any]:
         return cvcuda.reformat(cvcuda.convertto(images, np.float32, scale=1 / 255), "NCHW").cuda()
 
     return call  # it has no float16 here, so it writes twice the bytes
+
+
+def _antialias_peer(how: str, images: Any, side: int) -> Callable[[], Any]:
+    size = (side, side)
+    if how == "CV-CUDA hq_resize":
+        cvcuda = need("cvcuda")
+        batch = cvcuda.as_tensor(images, "NHWC")
+
+        def hq_resize() -> Any:
+            small = cvcuda.hq_resize(batch, size, antialias=True, interpolation=cvcuda.Interp.LINEAR)
+            return cvcuda.reformat(cvcuda.convertto(small, np.float32, scale=1 / 255), "NCHW").cuda()
+
+        return hq_resize
+    torch = need("torch")
+    pictures = torch.from_dlpack(images).permute(0, 3, 1, 2)
+    if how == "torchvision v2":
+        v2 = need("torchvision.transforms.v2.functional")
+        return lambda: v2.to_dtype(
+            v2.resize(pictures, list(size), antialias=True), torch.float16, scale=True
+        ).contiguous()
+    interpolate = torch.nn.functional.interpolate
+    return lambda: interpolate(pictures.half(), size, mode="bilinear", antialias=True).div_(255).contiguous()
 
 
 def _warmer() -> Any:

@@ -404,8 +404,8 @@ class Preprocess:
         from nbvision_kernels.resample import SUPPORT, TAP_GROUP
 
         taps = math.ceil(SUPPORT[self._filter] * max(float(scale), 1.0)) * 2 + 1
-        groups: int = -(-taps // TAP_GROUP)
-        return np.int32(groups * TAP_GROUP)
+        in_groups: int = -(-taps // TAP_GROUP) * TAP_GROUP
+        return np.int32(in_groups)
 
     def _taps(self, geometry: Geometry, limits: tuple[np.int32, np.int32]) -> TapTables:
         """Windows and weights for every column and line of every canvas, made on the geometry's device."""
