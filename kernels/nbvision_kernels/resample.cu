@@ -110,7 +110,14 @@ __device__ __forceinline__ void sum_far_line(const unsigned char *line, int firs
             sums[c] += line[(first + tap) * PIXEL_BYTES + c] * weights[tap * to_next];
 }
 
-extern "C" __global__ void __launch_bounds__(THREADS, 4)
+// The newest compilers' targets take more registers for the same code.
+#if __CUDA_ARCH__ >= 1000
+constexpr int BLOCKS = 3;
+#else
+constexpr int BLOCKS = 4;
+#endif
+
+extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
     resample(const unsigned char *pixels, const long long *__restrict__ sources, const int *__restrict__ regions,
              const int *__restrict__ x_table, const int *__restrict__ y_table, int x_limit, int y_limit,
              Stored *__restrict__ out, int height, int width, int swap, float gain_0, float gain_1, float gain_2,

@@ -403,9 +403,9 @@ class Preprocess:
     def _taps_at(self, scale: float) -> np.int32:
         from nbvision_kernels.resample import SUPPORT, TAP_GROUP
 
-        taps = math.ceil(SUPPORT[self._filter] * max(float(scale), 1.0)) * 2 + 1
-        in_groups: int = -(-taps // TAP_GROUP) * TAP_GROUP
-        return np.int32(in_groups)
+        taps = math.ceil(SUPPORT[self._filter] * max(scale, 1.0)) * 2 + 1
+        limit: np.int32 = np.int32(math.ceil(taps / TAP_GROUP) * TAP_GROUP)
+        return limit
 
     def _taps(self, geometry: Geometry, limits: tuple[np.int32, np.int32]) -> TapTables:
         """Windows and weights for every column and line of every canvas, made on the geometry's device."""
