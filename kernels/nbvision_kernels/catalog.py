@@ -127,9 +127,8 @@ _STORES = {
 _REGION_FIELDS = ["IMAGE", "X", "Y", "WIDTH", "HEIGHT", "LEFT", "TOP", "OUT_WIDTH", "OUT_HEIGHT", "FIELDS"]
 _REGION_FIELDS += ["UNIT_X", "UNIT_Y", "SCALES"]
 # sampler -> lines a thread of the frame, and blocks of 128 threads that shall fit on a multiprocessor: what was fastest
-# on sm_90 for three bytes a pixel; docs/preprocess.md has more. Where one more block spills no register, it gets it.
+# on sm_90 for three bytes a pixel; the others get two blocks less, or some spill. docs/preprocess.md has more.
 _FRAME_SHAPES = {plan.NEAREST: (4, 8), plan.LINEAR_EXACT: (3, 8), plan.LINEAR_FAST: (3, 8)}
-_ONE_MORE_BLOCK = {(plan.LINEAR_EXACT, plan.NCHW), (plan.LINEAR_EXACT, plan.NHWC), (plan.LINEAR_FAST, plan.NCHW)}
 # The most blocks without spills: not yet chosen by measurement.
 _NV12_SHAPES = {plan.NEAREST: (4, 8), plan.LINEAR_EXACT: (3, 7), plan.LINEAR_FAST: (3, 7)}
 
@@ -153,10 +152,7 @@ def preprocess_kernel(
         along_x, along_y, blend = plan.SAMPLERS[sampler]
         taps = (i32, i64, i64, f32, i32, i32_pointer, types.CPointer(weight))
         lines, min_blocks = (_NV12_SHAPES if nv12 else _FRAME_SHAPES)[sampler]
-        if pixel_bytes != 3 and not nv12:
-            min_blocks -= 2
-        elif (sampler, layout) in _ONE_MORE_BLOCK and not nv12:
-            min_blocks += 1
+        min_blocks -= 2 * (pixel_bytes != 3 and not nv12)
         types_of_plan = {"PIXEL_BYTES": pixel_bytes, "STORE_TYPE": store, "LAYOUT": layout}
         types_of_plan |= {"PAIRS": int(sampler != plan.NEAREST), "WEIGHT": int(weight is f32), "NV12": int(nv12)}
         return CudaFrame(

@@ -1,6 +1,7 @@
 // The resample family's frame: a block makes 32 columns by 16 lines of one canvas. It brings the lines of the source that
 // it needs into shared memory by whole words, sums along them, and then across them; or, where Pillow does, first across.
-// Weights come from the tap tables of resample.py; the rounding and the chain are Python functions, linked in.
+// Weights come from the tap tables of resample.py, along lines as bytes, so that one instruction multiplies four pixels;
+// the rounding and the chain are Python functions, linked in.
 //
 // Compiled with -D: PIXEL_BYTES of the source (1 gray, 3, 4), STORE_TYPE (0 u8, 1 f16, 2 f32, 4 i8), LAYOUT (0 NCHW,
 // 1 NHWC), the fields of regions.py, and for a chain of pixel functions CHAIN, CHAIN_PARAMETERS and CHAIN_NUMBERS.
@@ -39,83 +40,114 @@ __device__ __forceinline__ Stored to_stored(float value) { return value; }
 constexpr int COLUMNS = 32, LINES = 16, WARPS = 8, THREADS = 32 * WARPS;
 constexpr int OWN = LINES / WARPS;       // output lines of a thread
 constexpr int RAW_BYTES = 30 * 1024;     // of source lines at a time
-constexpr int AHEAD = 4;                 // of those lines a warp sums at once
-constexpr int MAX_LINES = AHEAD * WARPS;
-constexpr int BETWEEN = MAX_LINES * COLUMNS;
+constexpr int MAX_LINES = 32;            // of those, at most: one for each lane
+constexpr int BETWEEN_PITCH = COLUMNS + 1;
 
 struct alignas(16) Source {
     unsigned long long address;
     long long pitch;
 };
 
-// Channel c of pixel k of four pixels in words.
-template <int k, int c>
-__device__ __forceinline__ int byte_of(const unsigned *words) {
-    constexpr int index = k * PIXEL_BYTES + c;
-    return (int)(words[index / 4] >> 8 * (index % 4) & 255);
-}
+// Bytes times weights, four at once. A weight is three bytes, of which the highest has the sign.
+struct Sums {
+    unsigned low = 0, middle = 0;
+    int high = 0;
+    __device__ __forceinline__ void add(unsigned four, const uint4 &weights) {
+        low = __dp4a(four, weights.x, low);
+        middle = __dp4a(four, weights.y, middle);
+        asm("dp4a.u32.s32 %0, %1, %2, %0;" : "+r"(high) : "r"(four), "r"(weights.z));
+    }
+    __device__ __forceinline__ int total() const { return (int)(low + (middle << 8)) + (high << 16); }
+};
 
-template <int k>
-__device__ __forceinline__ void add_pixel(const unsigned *words, int weight, int *sums) {
-    sums[0] += byte_of<k, 0>(words) * weight;
-#if CHANNELS == 3
-    sums[1] += byte_of<k, 1>(words) * weight;
-    sums[2] += byte_of<k, 2>(words) * weight;
+// Four pixels in words, sorted by channel.
+__device__ __forceinline__ void sort_channels(const unsigned *words, unsigned *channels) {
+#if PIXEL_BYTES == 1
+    channels[0] = words[0];
+#elif PIXEL_BYTES == 3
+    channels[0] = __byte_perm(__byte_perm(words[0], words[1], 0x0630), words[2], 0x5210);
+    channels[1] = __byte_perm(__byte_perm(words[0], words[1], 0x0741), words[2], 0x6210);
+    channels[2] = __byte_perm(__byte_perm(words[0], words[1], 0x0052), words[2], 0x7410);
+#else
+#pragma unroll
+    for (int c = 0; c < 3; ++c) {
+        const unsigned pick = c | (4 + c) << 4;
+        channels[c] = __byte_perm(__byte_perm(words[0], words[1], pick), __byte_perm(words[2], words[3], pick), 0x5410);
+    }
 #endif
 }
 
-// Sums along N lines in shared memory; line n's pixel 0 is `starts[n]` bytes into `words`. A weight serves all lines;
-// tables are padded to groups of four.
-template <int N>
-__device__ __forceinline__ void sum_lines(const unsigned *words, const int *starts, int first, int count,
-                                          const int *weights, int to_next, int (*sums)[CHANNELS]) {
-    const unsigned *at[N];
-    int bits[N];
-    unsigned carried[N];
-#pragma unroll
-    for (int n = 0; n < N; ++n) {
-        const int start = starts[n] + first * PIXEL_BYTES;
-        at[n] = words + start / 4;
-        bits[n] = 8 * (start & 3);
-        carried[n] = at[n][0];
-    }
+// Sums along a line in shared memory, from byte `start` of `words`; tables are padded to groups of four.
+__device__ __forceinline__ void sum_line(const unsigned *words, int start, const int *entry, int *totals) {
+    const unsigned *at = words + start / 4;
+    const int bits = 8 * (start & 3), count = entry[1];
+    const uint4 *weights = reinterpret_cast<const uint4 *>(entry + 4);
+    Sums sums[CHANNELS];
+    unsigned carried = at[0];
     for (int tap = 0; tap < count; tap += 4) {
-        const int weight_0 = weights[0], weight_1 = weights[to_next];
-        const int weight_2 = weights[2 * to_next], weight_3 = weights[3 * to_next];
-        weights += 4 * to_next;
+        unsigned group[PIXEL_BYTES], channels[CHANNELS];
 #pragma unroll
-        for (int n = 0; n < N; ++n) {
-            unsigned group[PIXEL_BYTES];
+        for (int i = 0; i < PIXEL_BYTES; ++i) {
+            const unsigned next = at[i + 1];
+            group[i] = __funnelshift_r(carried, next, bits);
+            carried = next;
+        }
+        at += PIXEL_BYTES;
+        sort_channels(group, channels);
+        const uint4 four = __ldg(weights++);
 #pragma unroll
-            for (int i = 0; i < PIXEL_BYTES; ++i) {
-                const unsigned next = at[n][i + 1];
-                group[i] = __funnelshift_r(carried[n], next, bits[n]);
-                carried[n] = next;
-            }
-            at[n] += PIXEL_BYTES;
-            add_pixel<0>(group, weight_0, sums[n]);
-            add_pixel<1>(group, weight_1, sums[n]);
-            add_pixel<2>(group, weight_2, sums[n]);
-            add_pixel<3>(group, weight_3, sums[n]);
+        for (int c = 0; c < CHANNELS; ++c) sums[c].add(channels[c], four);
+    }
+#pragma unroll
+    for (int c = 0; c < CHANNELS; ++c) totals[c] = sums[c].total();
+}
+
+// One weight of a packed entry.
+__device__ __forceinline__ int weight_of(const int *entry, int tap) {
+    const int *four = entry + 4 + (tap & ~3);
+    const int shift = 8 * (tap & 3);
+    return (int)((unsigned)four[0] >> shift & 255) | (int)((unsigned)four[1] >> shift & 255) << 8 |
+           (int)(signed char)((unsigned)four[2] >> shift & 255) << 16;
+}
+
+// The same straight from the source, for windows that shared memory does not hold.
+__device__ __forceinline__ void sum_far_line(const unsigned char *line, const int *entry, int *totals) {
+#pragma unroll
+    for (int c = 0; c < CHANNELS; ++c) totals[c] = 0;
+    for (int tap = 0; tap < entry[1]; ++tap) {
+        const int weight = weight_of(entry, tap);
+#pragma unroll
+        for (int c = 0; c < CHANNELS; ++c) totals[c] += line[(entry[0] + tap) * PIXEL_BYTES + c] * weight;
+    }
+}
+
+// And the same where the source is summed across first: as many products as the window has pixels.
+__device__ __forceinline__ void sum_far_column(const unsigned char *origin, long long pitch, const int *x_entry,
+                                               const int *y_entry, int *totals) {
+#pragma unroll
+    for (int c = 0; c < CHANNELS; ++c) totals[c] = 0;
+    for (int tap = 0; tap < x_entry[1]; ++tap) {
+        const unsigned char *column = origin + y_entry[0] * pitch + (long long)(x_entry[0] + tap) * PIXEL_BYTES;
+        const int weight = weight_of(x_entry, tap);
+#pragma unroll
+        for (int c = 0; c < CHANNELS; ++c) {
+            int total = 0;
+            for (int line = 0; line < y_entry[1]; ++line) total += column[line * pitch + c] * y_entry[4 + line];
+            totals[c] += nbv_round_sum(total) * weight;
         }
     }
 }
 
-// The same straight from the source, for windows that shared memory does not hold.
-__device__ __forceinline__ void sum_far_line(const unsigned char *line, int first, int count, const int *weights,
-                                             int to_next, int *sums) {
-    for (int tap = 0; tap < count; ++tap)
-#pragma unroll
-        for (int c = 0; c < CHANNELS; ++c)
-            sums[c] += line[(first + tap) * PIXEL_BYTES + c] * weights[tap * to_next];
+__device__ __forceinline__ unsigned rounded(const int *totals) {
+    unsigned pixel = nbv_round_sum(totals[0]);
+#if CHANNELS == 3
+    pixel |= nbv_round_sum(totals[1]) << 8 | nbv_round_sum(totals[2]) << 16;
+#endif
+    return pixel;
 }
 
-// The newest compilers' targets take more registers for the same code.
-#if __CUDA_ARCH__ >= 1000
-constexpr int BLOCKS = 3;
-#else
-constexpr int BLOCKS = 4;
-#endif
+// For the newest targets the compiler wants more registers for the same code.
+constexpr int BLOCKS = __CUDA_ARCH__ >= 1000 ? 2 : 3;
 
 extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
     resample(const unsigned char *pixels, const long long *__restrict__ sources, const int *__restrict__ regions,
@@ -123,7 +155,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
              Stored *__restrict__ out, int height, int width, int swap, float gain_0, float gain_1, float gain_2,
              float bias_0, float bias_1, float bias_2, float fill_0, float fill_1, float fill_2 CHAIN_PARAMETERS) {
     __shared__ unsigned raw[RAW_BYTES / 4 + 8];
-    __shared__ unsigned between[CHANNELS == 3 ? BETWEEN : BETWEEN / 4];  // a pixel a word, or gray in bytes
+    __shared__ unsigned between[MAX_LINES * BETWEEN_PITCH];  // a pixel a word
     __shared__ int extents[4];
 
     const int *row = regions + (long long)blockIdx.z * REGION_FIELDS;
@@ -131,148 +163,107 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
     const unsigned char *origin = pixels + source.address + row[REGION_Y] * source.pitch +
                                   (long long)(row[REGION_X] * PIXEL_BYTES);
     const int lane = threadIdx.x, warp = threadIdx.y, thread = warp * 32 + lane;
-    const int x = blockIdx.x * COLUMNS + lane, y_first = blockIdx.y * LINES;
+    const int x_first = blockIdx.x * COLUMNS, y_first = blockIdx.y * LINES, x = x_first + lane;
 
-    const int *x_taps = x_table + (long long)blockIdx.z * (x_limit + 2) * width;
-    const int *y_taps = y_table + (long long)blockIdx.z * (y_limit + 2) * height;
-    const int x_start = x < width ? x_taps[x] : 0, x_count = x < width ? x_taps[width + x] : 0;
-    const int *x_weights = x_taps + 2 * width + min(x, width - 1);
+    const int x_stride = x_limit + 4, y_stride = y_limit + 4;
+    const int *x_entries = x_table + ((long long)blockIdx.z * width + x_first) * x_stride;
+    const int *y_entries = y_table + ((long long)blockIdx.z * height + y_first) * y_stride;
+    const int columns = min(COLUMNS, width - x_first), out_lines = min(LINES, height - y_first);
+    const bool in_columns = lane < columns && x_entries[lane * x_stride + 1] > 0;
 
     // Columns and lines of the source that the block needs.
     if (thread < 4) extents[thread] = thread & 1 ? 0 : 0x7fffffff;
     __syncthreads();
-    if (warp == 0 && x_count > 0) {
-        atomicMin(&extents[0], x_start);
-        atomicMax(&extents[1], x_start + x_count);
+    if (warp == 0 && in_columns) {
+        atomicMin(&extents[0], x_entries[lane * x_stride]);
+        atomicMax(&extents[1], x_entries[lane * x_stride] + x_entries[lane * x_stride + 1]);
     }
-    if (warp == 1 && lane < LINES && y_first + lane < height && y_taps[height + y_first + lane] > 0) {
-        atomicMin(&extents[2], y_taps[y_first + lane]);
-        atomicMax(&extents[3], y_taps[y_first + lane] + y_taps[height + y_first + lane]);
+    if (warp == 1 && lane < out_lines && y_entries[lane * y_stride + 1] > 0) {
+        atomicMin(&extents[2], y_entries[lane * y_stride]);
+        atomicMax(&extents[3], y_entries[lane * y_stride] + y_entries[lane * y_stride + 1]);
     }
     __syncthreads();
     const int left = extents[0], right = extents[1], top = extents[2], bottom = extents[3];
     const bool anything = right > 0 && bottom > 0;
-    // Words of a line in shared memory: four pixels more for the padding of windows, and a word for the shift.
     const int line_bytes = anything ? (right - left) * PIXEL_BYTES : 0;
-    const int line_words = (line_bytes + 4 * PIXEL_BYTES + 3) / 4 + 2;
+    // Words of a line in shared memory: four pixels more for the padding of windows, and a word for the shift. Odd, so
+    // that the same word of 32 lines lies in 32 banks.
+    const int line_words = ((line_bytes + 4 * PIXEL_BYTES + 3) / 4 + 2) | 1;
     const bool fits = line_words <= RAW_BYTES / 4;
     const int lines_at_once = min(MAX_LINES, fits ? RAW_BYTES / 4 / line_words : MAX_LINES);
+    const bool across_first = anything && nbv_vertical_first(row[REGION_WIDTH], row[REGION_HEIGHT],
+                                                             row[REGION_OUT_WIDTH], row[REGION_OUT_HEIGHT]);
 
     int sums[OWN][CHANNELS];
-    int y_start[OWN], y_count[OWN];
 #pragma unroll
-    for (int o = 0; o < OWN; ++o) {
-        const int y = y_first + warp + o * WARPS;
-        y_start[o] = y < height ? y_taps[y] : 0;
-        y_count[o] = y < height ? y_taps[height + y] : 0;
+    for (int o = 0; o < OWN; ++o)
 #pragma unroll
         for (int c = 0; c < CHANNELS; ++c) sums[o][c] = 0;
-    }
 
-    if (anything && nbv_vertical_first(row[REGION_WIDTH], row[REGION_HEIGHT], row[REGION_OUT_WIDTH],
-                                       row[REGION_OUT_HEIGHT])) {
-        // Across first: each output line's own sums of the source columns, in shared memory; then along it.
-        const unsigned char *corner = origin + (long long)left * PIXEL_BYTES;
-        for (int first = 0; first < LINES; first += lines_at_once) {
-            const int lines = min(lines_at_once, LINES - first);
-            if (fits) {
-                for (int at = thread; at < lines * line_bytes; at += THREADS) {
-                    const int line = at / line_bytes, byte = at - line * line_bytes, y = y_first + first + line;
-                    int total = 0;
-                    if (y < height) {
-                        const unsigned char *from = corner + (long long)y_taps[y] * source.pitch + byte;
-                        const int *weights = y_taps + 2 * height + y;
-                        for (int tap = y_taps[height + y]; tap > 0; --tap, from += source.pitch, weights += height)
-                            total += *from * *weights;
-                    }
-                    reinterpret_cast<unsigned char *>(raw)[line * line_words * 4 + byte] =
-                        (unsigned char)nbv_round_sum(total);
-                }
-                __syncthreads();
+    // `first` counts source lines, or the block's own lines where each is summed across the source first.
+    const int stop = across_first ? out_lines : bottom;
+    for (int first = across_first ? 0 : top; anything && first < stop; first += lines_at_once) {
+        const int lines = min(lines_at_once, stop - first);
+        if (fits && across_first) {
+            const unsigned char *corner = origin + (long long)left * PIXEL_BYTES;
+            for (int at = thread; at < lines * line_bytes; at += THREADS) {
+                const int line = at / line_bytes, byte = at - line * line_bytes;
+                const int *entry = y_entries + (first + line) * y_stride;
+                const unsigned char *from = corner + entry[0] * source.pitch + byte;
+                int total = 0;
+                for (int tap = 0; tap < entry[1]; ++tap, from += source.pitch) total += *from * entry[4 + tap];
+                reinterpret_cast<unsigned char *>(raw + line * line_words)[byte] = (unsigned char)nbv_round_sum(total);
             }
-#pragma unroll
-            for (int o = 0; o < OWN; ++o) {
-                const int line = warp + o * WARPS - first;
-                if (line < 0 || line >= lines || x_count == 0 || y_count[o] == 0) continue;
-                if (fits) {
-                    const int start = 4 * line * line_words;
-                    sum_lines<1>(raw, &start, x_start - left, x_count, x_weights, width, &sums[o]);
-                    continue;
-                }
-                for (int tap = 0; tap < x_count; ++tap) {
-                    const unsigned char *column = origin + (long long)y_start[o] * source.pitch +
-                                                  (long long)(x_start + tap) * PIXEL_BYTES;
-#pragma unroll
-                    for (int c = 0; c < CHANNELS; ++c) {
-                        int total = 0;
-                        for (int line_tap = 0; line_tap < y_count[o]; ++line_tap)
-                            total += column[line_tap * source.pitch + c] *
-                                     y_taps[(line_tap + 2) * height + y_first + warp + o * WARPS];
-                        sums[o][c] += nbv_round_sum(total) * x_weights[tap * width];
-                    }
-                }
+        } else if (fits) {
+            // Whole words, but none without a byte of the window, so nothing outside the allocation is touched.
+            for (int line = warp; line < lines; line += WARPS) {
+                const unsigned long long address = reinterpret_cast<unsigned long long>(
+                    origin + (first + line) * source.pitch + (long long)left * PIXEL_BYTES);
+                const unsigned *from = reinterpret_cast<const unsigned *>(address & ~3ull);
+                const int words = ((int)(address & 3) + line_bytes + 3) / 4;
+                for (int word = lane; word < words; word += 32) raw[line * line_words + word] = __ldg(from + word);
             }
-            __syncthreads();
         }
-    } else if (anything) {
-        for (int first = top; first < bottom; first += lines_at_once) {
-            const int lines = min(lines_at_once, bottom - first);
+        __syncthreads();
+        // Along the lines: a lane has a line, so the weights of a column serve the whole warp.
+        for (int column = warp; column < columns; column += WARPS) {
+            const int *entry = x_entries + column * x_stride;
+            if (entry[1] == 0 || lane >= lines) continue;
+            int along[CHANNELS];
             if (fits) {
-                // Whole words, but none without a byte of the window, so nothing outside the allocation is touched.
-                for (int line = warp; line < lines; line += WARPS) {
-                    const unsigned long long address = reinterpret_cast<unsigned long long>(
-                        origin + (first + line) * source.pitch + (long long)left * PIXEL_BYTES);
-                    const unsigned *from = reinterpret_cast<const unsigned *>(address & ~3ull);
-                    const int words = ((int)(address & 3) + line_bytes + 3) / 4;
-                    for (int word = lane; word < words; word += 32) raw[line * line_words + word] = __ldg(from + word);
-                }
-                __syncthreads();
+                const unsigned char *start = origin + (first + lane) * source.pitch + (long long)left * PIXEL_BYTES;
+                const int shift = across_first ? 0 : (int)(reinterpret_cast<unsigned long long>(start) & 3);
+                sum_line(raw + lane * line_words, shift + (entry[0] - left) * PIXEL_BYTES, entry, along);
+            } else if (across_first) {
+                sum_far_column(origin, source.pitch, entry, y_entries + (first + lane) * y_stride, along);
+            } else {
+                sum_far_line(origin + (first + lane) * source.pitch, entry, along);
             }
-            if (x_count > 0) {
-                int along[AHEAD][CHANNELS], starts[AHEAD];
-#pragma unroll
-                for (int n = 0; n < AHEAD; ++n) {
-                    const int line = min(warp + n * WARPS, lines - 1);  // some warps have one line twice
-                    const unsigned char *start = origin + (first + line) * source.pitch + (long long)left * PIXEL_BYTES;
-                    starts[n] = 4 * line * line_words + (int)(reinterpret_cast<unsigned long long>(start) & 3);
-#pragma unroll
-                    for (int c = 0; c < CHANNELS; ++c) along[n][c] = 0;
-                    if (!fits) sum_far_line(start, x_start - left, x_count, x_weights, width, along[n]);
-                }
-                if (fits) sum_lines<AHEAD>(raw, starts, x_start - left, x_count, x_weights, width, along);
-#pragma unroll
-                for (int n = 0; n < AHEAD; ++n) {
-                    const int line = warp + n * WARPS;
-                    if (line >= lines) break;
-#if CHANNELS == 3
-                    between[line * COLUMNS + lane] = nbv_round_sum(along[n][0]) | nbv_round_sum(along[n][1]) << 8 |
-                                                     nbv_round_sum(along[n][2]) << 16;
-#else
-                    reinterpret_cast<unsigned char *>(between)[line * COLUMNS + lane] =
-                        (unsigned char)nbv_round_sum(along[n][0]);
-#endif
-                }
-            }
-            __syncthreads();
-            if (x_count > 0)
-#pragma unroll
-                for (int o = 0; o < OWN; ++o) {
-                    const int from = max(y_start[o], first), stop = min(y_start[o] + y_count[o], first + lines);
-                    const int *weights = y_taps + 2 * height + y_first + warp + o * WARPS;
-                    for (int line = from; line < stop; ++line) {
-                        const int weight = weights[(line - y_start[o]) * height];
-#if CHANNELS == 3
-                        const unsigned pixel = between[(line - first) * COLUMNS + lane];
-                        sums[o][0] += (int)(pixel & 255) * weight;
-                        sums[o][1] += (int)(pixel >> 8 & 255) * weight;
-                        sums[o][2] += (int)(pixel >> 16) * weight;
-#else
-                        sums[o][0] += reinterpret_cast<unsigned char *>(between)[(line - first) * COLUMNS + lane] * weight;
-#endif
-                    }
-                }
-            __syncthreads();
+            between[lane * BETWEEN_PITCH + column] = rounded(along);
         }
+        __syncthreads();
+        // Across them: a lane has a column.
+#pragma unroll
+        for (int o = 0; o < OWN; ++o) {
+            const int line = warp + o * WARPS;
+            if (!in_columns || line >= out_lines) continue;
+            const int *entry = y_entries + line * y_stride;
+            int from = max(entry[0], first), until = min(entry[0] + entry[1], first + lines);
+            if (across_first) {
+                from = line;
+                until = line >= first && line < first + lines ? line + 1 : line;
+            }
+            for (int at = from; at < until; ++at) {
+                const int weight = across_first ? 1 << 22 : entry[4 + at - entry[0]];
+                const unsigned pixel = between[(at - first) * BETWEEN_PITCH + lane];
+                sums[o][0] += (int)(pixel & 255) * weight;
+#if CHANNELS == 3
+                sums[o][1] += (int)(pixel >> 8 & 255) * weight;
+                sums[o][2] += (int)(pixel >> 16) * weight;
+#endif
+            }
+        }
+        __syncthreads();
     }
     if (x >= width) return;
 
@@ -283,7 +274,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
         const int y = y_first + warp + o * WARPS;
         if (y >= height) return;
         float values[3] = {fill_0, fill_1, fill_2};
-        if (x_count > 0 && y_count[o] > 0) {
+        if (in_columns && y_entries[(warp + o * WARPS) * y_stride + 1] > 0) {
             values[0] = (float)nbv_round_sum(sums[o][0]);
             values[1] = CHANNELS == 3 ? (float)nbv_round_sum(sums[o][CHANNELS - 2]) : values[0];
             values[2] = CHANNELS == 3 ? (float)nbv_round_sum(sums[o][CHANNELS - 1]) : values[0];

@@ -1,8 +1,8 @@
 """The resample family: separable windows of any width, as Pillow resizes.  Antialiased, because a window grows with the
 scale.
 
-An axis has a *tap table*: for each column (or line) of the canvas the first source column, the count, and the weights
-in fixed point.  :func:`write_taps` fills an entry in float64, as Pillow does; the images themselves are integers only.
+An axis has a *tap table*: an entry for each column (or line) of the canvas, with the first source column, the count,
+and the weights in fixed point.  :func:`write_taps` fills it in float64, as Pillow does; the images are integers only.
 Pillow rounds to uint8 between the two passes, and runs the vertical one first when the height shrinks by more than
 twice what the width does (since version 13); :func:`vertical_first` knows.
 """
@@ -23,12 +23,14 @@ __all__ = [
     "BOX",
     "CUBIC",
     "HAMMING",
+    "HEADER",
     "LANCZOS",
     "LINEAR",
     "SUPPORT",
     "TAP_GROUP",
     "fill_taps_cpu",
     "make_cpu_loop",
+    "pack_taps",
     "round_sum",
     "vertical_first",
     "write_taps_of",
@@ -36,6 +38,7 @@ __all__ = [
 
 BOX, LINEAR, HAMMING, CUBIC, LANCZOS = range(5)
 SUPPORT = {BOX: 0.5, LINEAR: 1.0, HAMMING: 1.0, CUBIC: 2.0, LANCZOS: 3.0}  # half a window, in output pixels
+HEADER = 4  # numbers of an entry before its weights, so that these can be read 16 bytes at a time
 TAP_GROUP = 4  # tables are padded with zeros to whole groups, which is what the frame reads at once
 WEIGHT_BITS = 22
 STRIP = 16  # lines of a canvas that the CPU makes at a time
@@ -92,8 +95,8 @@ def filter_value(kind, x):
 
 
 @pixel_function
-def write_taps(table, at, to_next, limit, index, source_length, length, kind):
-    """Entry ``at`` of a tap table: first and count, then ``limit`` weights, each ``to_next`` behind the one before."""
+def write_taps(table, at, limit, index, source_length, length, kind):
+    """The entry at ``table[at]``: first, count, two unused, then ``limit`` weights."""
     scale = np.float64(source_length) / np.float64(length)
     widening = max(scale, np.float64(1.0))
     support = filter_support(kind) * widening
@@ -106,7 +109,7 @@ def write_taps(table, at, to_next, limit, index, source_length, length, kind):
     for tap in range(count):
         total += filter_value(kind, (np.float64(tap + first) - center + 0.5) * narrowing)
     table[at] = np.int32(first)
-    table[at + to_next] = np.int32(count)
+    table[at + 1] = np.int32(count)
     for tap in range(limit):
         weight = np.float64(0.0)
         if tap < count:
@@ -114,7 +117,7 @@ def write_taps(table, at, to_next, limit, index, source_length, length, kind):
             if total != 0.0:
                 weight = weight / total
         fixed = weight * np.float64(1 << WEIGHT_BITS)
-        table[at + (tap + 2) * to_next] = np.int32(fixed - 0.5 if fixed < 0 else fixed + 0.5)
+        table[at + HEADER + tap] = np.int32(fixed - 0.5 if fixed < 0 else fixed + 0.5)
 
 
 @pixel_function
@@ -124,13 +127,34 @@ def write_taps_of(table, regions, item, across, canvas_length, limit, vertical, 
     place = regions[row + (region.TOP if vertical else region.LEFT)]
     length = regions[row + (region.OUT_HEIGHT if vertical else region.OUT_WIDTH)]
     source_length = regions[row + (region.HEIGHT if vertical else region.WIDTH)]
-    at = np.int64(item) * np.int64(limit + 2) * np.int64(canvas_length) + np.int64(across)
+    at = (np.int64(item) * np.int64(canvas_length) + np.int64(across)) * np.int64(limit + HEADER)
     index = np.int32(across - place)
     if index >= 0 and index < length:
-        write_taps(table, at, np.int64(canvas_length), limit, index, source_length, length, kind)
+        write_taps(table, at, limit, index, source_length, length, kind)
     else:
-        for field in range(limit + 2):
-            table[at + field * np.int64(canvas_length)] = np.int32(0)
+        for field in range(limit + HEADER):
+            table[at + field] = np.int32(0)
+
+
+@pixel_function
+def pack_taps(table, entry, limit):
+    """The weights of each group of four as their low, middle and high bytes, which is how the frame multiplies four
+    pixels at once; the fourth word stays unused."""
+    for group in range(entry + HEADER, entry + HEADER + limit, TAP_GROUP):
+        low = np.uint32(0)
+        middle = np.uint32(0)
+        high = np.uint32(0)
+        for tap in range(TAP_GROUP):
+            weight = np.uint32(table[group + tap])
+            shift = np.uint32(8 * tap)
+            low = np.uint32(low | np.uint32(np.uint32(weight & np.uint32(255)) << shift))
+            middle = np.uint32(
+                middle | np.uint32(np.uint32(np.uint32(weight >> np.uint32(8)) & np.uint32(255)) << shift)
+            )
+            high = np.uint32(high | np.uint32(np.uint32(np.uint32(weight >> np.uint32(16)) & np.uint32(255)) << shift))
+        table[group] = np.int32(low)
+        table[group + 1] = np.int32(middle)
+        table[group + 2] = np.int32(high)
 
 
 def fill_taps_cpu(table, regions, canvas_length, limit, vertical, kind):
@@ -155,11 +179,11 @@ def round_sum(total):
 
 
 @njit(error_model="numpy")  # not inlined: the loop calls it in five places, and would compile for 20 seconds
-def sum_of_taps(values, at, to_next, table, taps_at, taps_to_next, count):
-    """Weighted sum of ``count`` bytes, each ``to_next`` behind the one before, rounded."""
+def sum_of_taps(values, at, to_next, table, entry):
+    """Weighted sum of bytes, each ``to_next`` behind the one before, rounded."""
     total = np.int32(0)
-    for tap in range(count):
-        total += np.int32(np.int32(values[at + tap * to_next]) * table[taps_at + (tap + 2) * taps_to_next])
+    for tap in range(table[entry + 1]):
+        total += np.int32(np.int32(values[at + tap * to_next]) * table[entry + HEADER + tap])
     return round_sum(total)
 
 
@@ -191,8 +215,8 @@ def make_cpu_loop(layout, store, chain=None):
     ):
         strips = (height + STRIP - 1) // STRIP
         channels = 1 if gray else 3
-        to_line = np.int64(width)
-        to_column = np.int64(height)
+        x_stride = np.int64(x_limit + HEADER)
+        y_stride = np.int64(y_limit + HEADER)
         for job in prange(items * strips):
             pixels = pointer_from_address(base)
             item = job // strips
@@ -202,21 +226,23 @@ def make_cpu_loop(layout, store, chain=None):
             source = np.int64(regions[row + region.IMAGE]) * 4
             pitch = sources[source + 1]
             origin = sources[source] + regions[row + region.Y] * pitch + np.int64(regions[row + region.X] * pixel_bytes)
-            x_taps = np.int64(item) * np.int64(x_limit + 2) * to_line
-            y_taps = np.int64(item) * np.int64(y_limit + 2) * to_column
+            x_entries = np.int64(item) * width * x_stride
+            y_entries = np.int64(item) * height * y_stride
             # What the strip needs of the source.
             low = np.int64(1 << 40)
             high = np.int64(0)
             for y in range(y_first, y_stop):
-                if y_table[y_taps + to_column + y] > 0:
-                    low = min(low, np.int64(y_table[y_taps + y]))
-                    high = max(high, np.int64(y_table[y_taps + y] + y_table[y_taps + to_column + y]))
+                entry = y_entries + y * y_stride
+                if y_table[entry + 1] > 0:
+                    low = min(low, np.int64(y_table[entry]))
+                    high = max(high, np.int64(y_table[entry] + y_table[entry + 1]))
             left = np.int64(1 << 40)
             right = np.int64(0)
             for x in range(width):
-                if x_table[x_taps + to_line + x] > 0:
-                    left = min(left, np.int64(x_table[x_taps + x]))
-                    right = max(right, np.int64(x_table[x_taps + x] + x_table[x_taps + to_line + x]))
+                entry = x_entries + x * x_stride
+                if x_table[entry + 1] > 0:
+                    left = min(left, np.int64(x_table[entry]))
+                    right = max(right, np.int64(x_table[entry] + x_table[entry + 1]))
             anything = high > 0 and right > 0
             first_vertical = vertical_first(
                 regions[row + region.WIDTH],
@@ -229,49 +255,47 @@ def make_cpu_loop(layout, store, chain=None):
                 columns = right - left
                 between = np.empty((y_stop - y_first) * columns * channels, np.uint8)
                 for y in range(y_first, y_stop):
-                    count = y_table[y_taps + to_column + y]
-                    start = origin + np.int64(y_table[y_taps + y]) * pitch
+                    entry = y_entries + y * y_stride
+                    start = origin + np.int64(y_table[entry]) * pitch
                     for column in range(columns):
                         for channel in range(channels):
                             at = start + (left + column) * pixel_bytes + channel
-                            value = sum_of_taps(pixels, at, pitch, y_table, y_taps + y, to_column, count)
+                            value = sum_of_taps(pixels, at, pitch, y_table, entry)
                             between[((y - y_first) * columns + column) * channels + channel] = value
             elif anything:
                 between = np.empty((high - low) * width * channels, np.uint8)
                 for line in range(high - low):
                     start = origin + (low + line) * pitch
                     for x in range(width):
-                        count = x_table[x_taps + to_line + x]
+                        entry = x_entries + x * x_stride
                         for channel in range(channels):
-                            at = start + np.int64(x_table[x_taps + x]) * pixel_bytes + channel
-                            value = sum_of_taps(pixels, at, np.int64(pixel_bytes), x_table, x_taps + x, to_line, count)
+                            at = start + np.int64(x_table[entry]) * pixel_bytes + channel
+                            value = sum_of_taps(pixels, at, np.int64(pixel_bytes), x_table, entry)
                             between[(line * width + x) * channels + channel] = value
             plane = np.int64(height) * np.int64(width)
             to_channel = plane if layout == NCHW else np.int64(1)
             to_pixel = np.int64(1) if layout == NCHW else np.int64(3)
             canvas = np.int64(item) * 3 * plane
             for y in range(y_first, y_stop):
-                y_count = y_table[y_taps + to_column + y]
+                y_entry = y_entries + y * y_stride
                 for x in range(width):
-                    x_count = x_table[x_taps + to_line + x]
+                    x_entry = x_entries + x * x_stride
                     value_0 = fill[0]
                     value_1 = fill[1]
                     value_2 = fill[2]
-                    if x_count > 0 and y_count > 0:
+                    if x_table[x_entry + 1] > 0 and y_table[y_entry + 1] > 0:
                         if first_vertical:  # what is left to do is along the line, or across the lines
-                            table, taps, to_tap, count = x_table, x_taps + x, to_line, x_count
-                            at = ((y - y_first) * (right - left) + x_table[x_taps + x] - left) * channels
-                            to_next = np.int64(channels)
+                            table, entry, to_next = x_table, x_entry, np.int64(channels)
+                            at = ((y - y_first) * (right - left) + x_table[x_entry] - left) * channels
                         else:
-                            table, taps, to_tap, count = y_table, y_taps + y, to_column, y_count
-                            at = ((y_table[y_taps + y] - low) * width + x) * channels
-                            to_next = np.int64(width) * channels
-                        value_0 = np.float32(sum_of_taps(between, at, to_next, table, taps, to_tap, count))
+                            table, entry, to_next = y_table, y_entry, np.int64(width) * channels
+                            at = ((y_table[y_entry] - low) * width + x) * channels
+                        value_0 = np.float32(sum_of_taps(between, at, to_next, table, entry))
                         value_1 = value_0
                         value_2 = value_0
                         if not gray:
-                            value_1 = np.float32(sum_of_taps(between, at + 1, to_next, table, taps, to_tap, count))
-                            value_2 = np.float32(sum_of_taps(between, at + 2, to_next, table, taps, to_tap, count))
+                            value_1 = np.float32(sum_of_taps(between, at + 1, to_next, table, entry))
+                            value_2 = np.float32(sum_of_taps(between, at + 2, to_next, table, entry))
                         if swap:
                             value_0, value_2 = value_2, value_0
                     value_0, value_1, value_2 = shade(value_0, value_1, value_2, x, y, bgr, numbers)

@@ -72,8 +72,12 @@ def hue(r: float, g: float, b: float, shift: float = 0.0) -> RGB:
     """The hue moved by ``shift`` turns of the colour circle, -0.5 to 0.5."""
     low = min(r, min(g, b))
     spread = max(r, max(g, b)) - low
+    # Not with math.floor, whose integers Numba's CPU target computes with in float64.
     angle = _turn(r, g, b) + shift * 6.0
-    angle = angle - math.floor(angle * (1.0 / 6.0)) * 6.0
+    if angle < 0.0:
+        angle = angle + 6.0
+    if angle >= 6.0:
+        angle = angle - 6.0
     # Each channel is a trapezoid over the circle, between the pixel's lowest and highest value.
     red = min(max(abs(angle - 3.0) - 1.0, 0.0), 1.0)
     green = min(max(2.0 - abs(angle - 2.0), 0.0), 1.0)
@@ -110,7 +114,9 @@ def to_hsv(r: float, g: float, b: float) -> RGB:
     high = max(r, max(g, b))
     spread = high - min(r, min(g, b))
     turn = _turn(r, g, b) * (1.0 / 6.0)
-    return (turn - math.floor(turn)) * 255.0, spread / max(high, 1e-6) * 255.0, high
+    if turn < 0.0:
+        turn = turn + 1.0
+    return turn * 255.0, spread / max(high, 1e-6) * 255.0, high
 
 
 @pixel

@@ -49,8 +49,8 @@ _FRAME_PIXELS = 4  # side by side a thread
 
 @dataclass(frozen=True)
 class TapTables:
-    """Windows of the resample family: ``x`` is (N, taps + 2, width) int32, ``y`` (N, taps + 2, height), with first,
-    count and weights of each column or line along the second axis; ``limits`` are the taps of x and y."""
+    """Windows of the resample family: ``x`` is (N, width, taps + 4) int32, ``y`` (N, height, taps + 4), entries as
+    ``nbvision_kernels.resample`` lays them out; ``limits`` are the taps of x and y."""
 
     x: Any
     y: Any
@@ -410,10 +410,11 @@ class Preprocess:
     def _taps(self, geometry: Geometry, limits: tuple[np.int32, np.int32]) -> TapTables:
         """Windows and weights for every column and line of every canvas, made on the geometry's device."""
         from nbvision_kernels.catalog import fill_taps_kernel
+        from nbvision_kernels.resample import HEADER
 
         tables = []
         for vertical, (length, limit) in enumerate(zip(self.size[::-1], limits, strict=True)):
-            shape = (len(geometry), int(limit) + 2, length)
+            shape = (len(geometry), length, int(limit) + HEADER)
             table = memory.acquire(math.prod(shape) * 4, device=geometry.device).view(shape, dtype=np.int32)
             numbers = [np.int32(number) for number in (length, limit, vertical, self._filter)]
             if geometry.device == "cpu":
