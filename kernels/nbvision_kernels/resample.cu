@@ -84,6 +84,7 @@ __device__ __forceinline__ void sum_line(const unsigned *words, int start, const
     const uint4 *weights = reinterpret_cast<const uint4 *>(entry + 4);
     Sums sums[CHANNELS];
     unsigned carried = at[0];
+#pragma unroll 2
     for (int tap = 0; tap < count; tap += 4) {
         unsigned group[PIXEL_BYTES], channels[CHANNELS];
 #pragma unroll
@@ -114,6 +115,7 @@ __device__ __forceinline__ int weight_of(const int *entry, int tap) {
 __device__ __forceinline__ void sum_far_line(const unsigned char *line, const int *entry, int *totals) {
 #pragma unroll
     for (int c = 0; c < CHANNELS; ++c) totals[c] = 0;
+#pragma unroll 1
     for (int tap = 0; tap < entry[1]; ++tap) {
         const int weight = weight_of(entry, tap);
 #pragma unroll
@@ -126,12 +128,14 @@ __device__ __forceinline__ void sum_far_column(const unsigned char *origin, long
                                                const int *y_entry, int *totals) {
 #pragma unroll
     for (int c = 0; c < CHANNELS; ++c) totals[c] = 0;
+#pragma unroll 1
     for (int tap = 0; tap < x_entry[1]; ++tap) {
         const unsigned char *column = origin + y_entry[0] * pitch + (long long)(x_entry[0] + tap) * PIXEL_BYTES;
         const int weight = weight_of(x_entry, tap);
 #pragma unroll
         for (int c = 0; c < CHANNELS; ++c) {
             int total = 0;
+#pragma unroll 1
             for (int line = 0; line < y_entry[1]; ++line) total += column[line * pitch + c] * y_entry[4 + line];
             totals[c] += nbv_round_sum(total) * weight;
         }
@@ -146,10 +150,7 @@ __device__ __forceinline__ unsigned rounded(const int *totals) {
     return pixel;
 }
 
-// For the newest targets the compiler wants more registers for the same code.
-constexpr int BLOCKS = __CUDA_ARCH__ >= 1000 ? 2 : 3;
-
-extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
+extern "C" __global__ void __launch_bounds__(THREADS, 4)
     resample(const unsigned char *pixels, const long long *__restrict__ sources, const int *__restrict__ regions,
              const int *__restrict__ x_table, const int *__restrict__ y_table, int x_limit, int y_limit,
              Stored *__restrict__ out, int height, int width, int swap, float gain_0, float gain_1, float gain_2,
@@ -211,6 +212,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
                 const int *entry = y_entries + (first + line) * y_stride;
                 const unsigned char *from = corner + entry[0] * source.pitch + byte;
                 int total = 0;
+#pragma unroll 4
                 for (int tap = 0; tap < entry[1]; ++tap, from += source.pitch) total += *from * entry[4 + tap];
                 reinterpret_cast<unsigned char *>(raw + line * line_words)[byte] = (unsigned char)nbv_round_sum(total);
             }
@@ -253,6 +255,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
                 from = line;
                 until = line >= first && line < first + lines ? line + 1 : line;
             }
+#pragma unroll 4
             for (int at = from; at < until; ++at) {
                 const int weight = across_first ? 1 << 22 : entry[4 + at - entry[0]];
                 const unsigned pixel = between[(at - first) * BETWEEN_PITCH + lane];
