@@ -43,7 +43,7 @@ def warp_affine(
 ) -> Any:
     """Images through 2 x 3 matrices, as ``cv2.warpAffine`` does it.
 
-    Nearest and linear give the very bytes of OpenCV 5 on x86: the same float32 arithmetic, fused multiply-adds
+    Nearest and linear give the bytes of OpenCV 5 on x86 with AVX2: the same float32 arithmetic, fused multiply-adds
     included. Only the columns behind OpenCV's last full vector, at most 31 at the right edge, round differently there:
     of noise, 0.05 % of their linear values are one level off, and 0.001 % of nearest ones are the neighbour's. Cubic
     (a = -0.75) is one level off in 0.1 % anywhere. OpenCV 4 rounds positions to 1/32 of a pixel. Both devices give the
