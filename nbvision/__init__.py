@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from nbvision.ops.masks import argmax_map, cut_out, mask_boxes
     from nbvision.ops.pixel import PixelFunction, pixel
     from nbvision.ops.preprocess import Preprocess
+    from nbvision.ops.resize import letterbox, resize
     from nbvision.ops.rle import mask_to_rle, rle_to_mask
     from nbvision.pipeline import Recognizer
     from nbvision.runtime import memory
@@ -66,12 +67,14 @@ __all__ = [
     "draw",
     "errors",
     "instance_masks",
+    "letterbox",
     "mask_boxes",
     "mask_to_rle",
     "memory",
     "nms",
     "nms_boxes",
     "pixel",
+    "resize",
     "rle_to_mask",
 ]
 
@@ -92,12 +95,14 @@ _ROOM_OF = {
     "decode": "nbvision.codecs",
     "draw": "nbvision.ops.draw",
     "instance_masks": "nbvision.ops.instances",
+    "letterbox": "nbvision.ops.resize",
     "mask_boxes": "nbvision.ops.masks",
     "mask_to_rle": "nbvision.ops.rle",
     "memory": "nbvision.runtime",
     "nms": "nbvision.ops.boxes",
     "nms_boxes": "nbvision.ops.boxes",
     "pixel": "nbvision.ops.pixel",
+    "resize": "nbvision.ops.resize",
     "rle_to_mask": "nbvision.ops.rle",
 }
 

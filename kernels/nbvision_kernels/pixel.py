@@ -28,6 +28,17 @@ def pointer_from_address(typing_context: Any, address: Any) -> Any:
     return signature, generate
 
 
+@intrinsic
+def fma32(typing_context: Any, a: Any, b: Any, c: Any) -> Any:
+    """``a * b + c`` of float32 rounded once, on both targets: what OpenCV's vector kernels compute."""
+    signature = types.float32(types.float32, types.float32, types.float32)
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        return builder.fma(*arguments)
+
+    return signature, generate
+
+
 @pixel_function
 def clamp(value, low, high):
     """``value`` limited to low..high, both included."""
