@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from nbvision.ops.masks import argmax_map, cut_out, cut_out_rgba, mask_boxes, mask_centroids, paste_masks
     from nbvision.ops.pixel import PixelFunction, pixel
     from nbvision.ops.preprocess import Preprocess
+    from nbvision.ops.resize import letterbox, resize
     from nbvision.ops.rle import mask_to_polygons, mask_to_rle, rle_to_mask
     from nbvision.ops.warp import flip, rotate, rotation_matrix, warp_affine, warp_perspective
     from nbvision.pipeline import Recognizer
@@ -69,6 +70,7 @@ __all__ = [
     "errors",
     "flip",
     "instance_masks",
+    "letterbox",
     "mask_boxes",
     "mask_centroids",
     "mask_to_polygons",
@@ -78,6 +80,7 @@ __all__ = [
     "nms_boxes",
     "paste_masks",
     "pixel",
+    "resize",
     "rle_to_mask",
     "rotate",
     "rotation_matrix",
@@ -104,6 +107,7 @@ _ROOM_OF = {
     "draw": "nbvision.ops.draw",
     "flip": "nbvision.ops.warp",
     "instance_masks": "nbvision.ops.instances",
+    "letterbox": "nbvision.ops.resize",
     "mask_boxes": "nbvision.ops.masks",
     "mask_centroids": "nbvision.ops.masks",
     "mask_to_polygons": "nbvision.ops.rle",
@@ -113,6 +117,7 @@ _ROOM_OF = {
     "nms_boxes": "nbvision.ops.boxes",
     "paste_masks": "nbvision.ops.masks",
     "pixel": "nbvision.ops.pixel",
+    "resize": "nbvision.ops.resize",
     "rle_to_mask": "nbvision.ops.rle",
     "rotate": "nbvision.ops.warp",
     "rotation_matrix": "nbvision.ops.warp",

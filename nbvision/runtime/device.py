@@ -24,6 +24,7 @@ __all__ = [
     "compute_capability",
     "cuda_unavailable_because",
     "device_of",
+    "on_stream",
     "own_stream",
     "resolve_device",
     "stream_pointer",
@@ -103,6 +104,12 @@ def device_of(array: Any) -> Device:
     if hasattr(array, "__dlpack_device__") and array.__dlpack_device__()[0] == 2:  # kDLCUDA
         return "cuda"
     return "cpu"
+
+
+def on_stream(stream: Any, device: Device) -> contextlib.AbstractContextManager[Any]:
+    """What runs inside is queued on ``stream``, if there is one and the device has streams."""
+    given: contextlib.AbstractContextManager[Any] = stream
+    return given if stream is not None and device == "cuda" else contextlib.nullcontext()
 
 
 @functools.cache
