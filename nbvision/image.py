@@ -1,8 +1,8 @@
 """The noun every room shares: a ragged batch of images.
 
-Images are height x width x channels ("HWC"), 8 bits a channel, channels interleaved, rows at any pitch; or NV12, as
-video decoders give it.  Sizes are (height, width).  Boxes are ``x1, y1, x2, y2`` in pixels, half-open: a box covers
-columns ``x1 <= x < x2``.
+Images are height x width x channels ("HWC"), 8 bits a channel, channels interleaved, rows at any pitch. Decoders and
+models elsewhere give others, which :class:`nbvision.Preprocess` reads as they are: NV12, planes ("CHW"), and floats.
+Sizes are (height, width).  Boxes are ``x1, y1, x2, y2`` in pixels, half-open: a box covers columns ``x1 <= x < x2``.
 """
 
 from __future__ import annotations
@@ -19,15 +19,28 @@ from nbvision.errors import DecodeError, InputError
 from nbvision.runtime import memory
 from nbvision.runtime.device import Device, array_module, device_of, resolve_device
 
-__all__ = ["CHANNELS", "Color", "ImageBatch", "SourceColor", "Yuv", "as_batch", "interleaved_color", "to_device"]
+__all__ = [
+    "CHANNELS",
+    "Color",
+    "ImageBatch",
+    "SourceColor",
+    "SourceLayout",
+    "Yuv",
+    "as_batch",
+    "interleaved_color",
+    "to_device",
+]
 
 Color = Literal["rgb", "bgr", "rgba", "bgra", "gray"]
 SourceColor = Literal["rgb", "bgr", "rgba", "bgra", "gray", "nv12"]
+SourceLayout = Literal["CHW", "HWC"]
 Yuv = Literal["bt601", "bt601-full", "bt709", "bt709-full"]
 
 CHANNELS: dict[str, int] = {"rgb": 3, "bgr": 3, "rgba": 4, "bgra": 4, "gray": 1}
 
 _IMAGE_ALIGNMENT_BYTES = 256
+_BYTE = np.dtype(np.uint8)
+_FLOATS = (np.dtype(np.float16), np.dtype(np.float32))
 
 
 class ImageBatch:
@@ -42,6 +55,10 @@ class ImageBatch:
         interleaved U, V.
     yuv : {"bt601", "bt601-full", "bt709", "bt709-full"} or None
         Of NV12 images: the matrix, of luma 16..235 and chroma 16..240 or of the full range 0..255.
+    layout : {"HWC", "CHW"}
+        Whether a pixel's channels lie side by side, or each channel is a plane, one right below the other.
+    dtype : numpy.dtype
+        uint8, or float16 or float32 of the caller's own range.
     device : {"cpu", "cuda"}
     sizes : (N, 2) int32 array, on the host
         Height and width of each picture; 0, 0 where an image is missing.
@@ -52,6 +69,8 @@ class ImageBatch:
 
     Notes
     -----
+    Only :class:`nbvision.Preprocess` takes NV12, planes and floats; other operations want uint8 HWC and say so.
+
     Of a CUDA batch, images taken out of it and all operations wait on the GPU for the stream that writes its pixels.
     """
 
@@ -61,6 +80,7 @@ class ImageBatch:
         *,
         color: SourceColor,
         yuv: Yuv | None = None,
+        layout: SourceLayout = "HWC",
         device: Device,
         errors: Sequence[DecodeError | None] | None = None,
         buffer: memory.Buffer | None = None,
@@ -68,11 +88,13 @@ class ImageBatch:
     ) -> None:
         self.color: SourceColor = color
         self.yuv: Yuv | None = yuv
+        self.layout: SourceLayout = layout
+        self.dtype: np.dtype[Any] = next((np.dtype(array.dtype) for array in arrays if array is not None), _BYTE)
         self.device: Device = device
         self.errors: tuple[DecodeError | None, ...] = tuple(errors or (None,) * len(arrays))
         self._arrays = list(arrays)
         self._buffer = buffer
-        rows = np.array([_table_row(array, color) for array in arrays], np.int64).reshape(-1, 4)
+        rows = np.array([_table_row(array, color, layout) for array in arrays], np.int64).reshape(-1, 4)
         self.sizes: npt.NDArray[np.int32] = rows[:, 2:].astype(np.int32)
         self.table: Any = rows
         if device == "cuda":
@@ -108,14 +130,21 @@ class ImageBatch:
 
     @classmethod
     def from_arrays(
-        cls, arrays: Iterable[Any], *, color: SourceColor = "rgb", yuv: Yuv = "bt601", device: Device | None = None
+        cls,
+        arrays: Iterable[Any],
+        *,
+        color: SourceColor = "rgb",
+        yuv: Yuv = "bt601",
+        layout: SourceLayout = "HWC",
+        device: Device | None = None,
     ) -> ImageBatch:
-        """Wrap uint8 arrays of shape (H, W, C), or (H, W) for gray: NumPy, CuPy, torch, anything with DLPack.
+        """Wrap uint8, float16 or float32 arrays of shape (H, W, C), or (H, W) for gray: NumPy, CuPy, torch, anything
+        with DLPack.
 
         NV12 frames have OpenCV's shape (H * 3 / 2, W), with H and W even.
 
-        Nothing is copied when an array is on ``device`` already and its pixels are dense within each row; of NV12 the
-        address and the pitch must be even, too.
+        Nothing is copied when an array is on ``device`` already and its pixels are dense within each row; planes must
+        lie one right below the other, and of NV12 the address and the pitch must be even, too.
 
         Parameters
         ----------
@@ -124,13 +153,16 @@ class ImageBatch:
         yuv : {"bt601", "bt601-full", "bt709", "bt709-full"}
             What NV12 frames mean, which the stream they come from says: high definition is mostly ``"bt709"``. Not
             read for other colours.
+        layout : {"HWC", "CHW"}
+            ``"CHW"`` takes uint8 arrays of shape (C, H, W), as torchvision's decoders give them.
         device : {"cpu", "cuda"}, optional
             Default: where the first array is.
 
         Raises
         ------
         InputError
-            For a dtype other than uint8, a shape that does not fit ``color``, or an unknown ``yuv``.
+            For another dtype, or several of them; for a shape that does not fit ``color`` and ``layout``, or an unknown
+            ``yuv``.
         """
         if not isinstance(arrays, Iterable):
             raise InputError(f"images are a {type(arrays).__name__}; expected an array, or several of them")
@@ -138,12 +170,24 @@ class ImageBatch:
         _checked_color(color, SourceColor)
         if color == "nv12" and yuv not in get_args(Yuv):
             raise InputError(f"yuv is {yuv!r}; expected one of {get_args(Yuv)}")
-        as_image = _as_nv12 if color == "nv12" else functools.partial(_as_hwc, color=color)
+        if layout not in get_args(SourceLayout):
+            raise InputError(f"layout is {layout!r}; expected one of {get_args(SourceLayout)}")
+        if layout == "CHW" and color == "nv12":
+            raise InputError("layout is 'CHW' with color 'nv12', whose planes are its own; leave layout out")
+        if color == "nv12":
+            as_image = _as_nv12
+        else:
+            as_image = functools.partial(_as_chw if layout == "CHW" else _as_hwc, color=color)
         target = resolve_device(device) if device else device_of(arrays[0]) if arrays else "cpu"
+        images = [as_image(to_device(array, target), index) for index, array in enumerate(arrays)]
+        dtypes = {str(image.dtype) for image in images}
+        if len(dtypes) > 1:
+            raise InputError(f"images have dtypes {sorted(dtypes)}; expected one dtype, make a batch of each")
         return cls(
-            [as_image(to_device(array, target), index) for index, array in enumerate(arrays)],
+            [image[0][:, :, None] for image in images] if layout == "CHW" and color == "gray" else images,
             color=color,
             yuv=yuv if color == "nv12" else None,
+            layout="HWC" if color == "gray" else layout,
             device=target,
         )
 
@@ -151,8 +195,8 @@ class ImageBatch:
         return len(self._arrays)
 
     def __getitem__(self, index: int) -> Any:
-        """The image as an (H, W, C) uint8 array, of NV12 (H * 3 / 2, W), that shares the batch's memory; raises its
-        error if it is missing."""
+        """The image as an (H, W, C) array, of planes (C, H, W), of NV12 (H * 3 / 2, W), that shares the batch's memory;
+        raises its error if it is missing."""
         error = self.errors[index]
         if error is not None:
             raise _twin(error)  # raised itself, it would keep this frame, and so the batch's memory
@@ -166,11 +210,13 @@ class ImageBatch:
     def __repr__(self) -> str:
         missing = sum(error is not None for error in self.errors)
         color = f"{self.color} {self.yuv}" if self.yuv else self.color
+        color += f" {self.layout}" if self.layout != "HWC" else ""
+        color += f" {self.dtype.name}" if self.dtype != _BYTE else ""
         return f"ImageBatch({len(self)} images, {color}, {self.device}, {missing} missing)"
 
     @property
     def channels(self) -> int:
-        """Interleaved channels of each pixel; of NV12 that of its luma, 1."""
+        """Channels of each pixel; of NV12 that of its luma, 1."""
         return CHANNELS.get(self.color, 1)
 
     @property
@@ -187,6 +233,7 @@ class ImageBatch:
             [self._arrays[index] for index in chosen],
             color=self.color,
             yuv=self.yuv,
+            layout=self.layout,
             device=self.device,
             errors=[self.errors[index] for index in chosen],
             buffer=self._buffer,
@@ -200,7 +247,7 @@ class ImageBatch:
         if self.device == "cuda":
             self.use_on_current_stream()
         arrays = [None if array is None else to_device(array, device) for array in self._arrays]
-        return ImageBatch(arrays, color=self.color, yuv=self.yuv, device=device, errors=self.errors)
+        return ImageBatch(arrays, color=self.color, yuv=self.yuv, layout=self.layout, device=device, errors=self.errors)
 
     def use_on_current_stream(self) -> Any:
         """Make CuPy's current stream wait for the pixels, and the pixels' memory wait for that stream.
@@ -217,19 +264,26 @@ class ImageBatch:
 
 
 def as_batch(
-    images: Any, *, color: SourceColor = "rgb", yuv: Yuv = "bt601", device: Device | None = None
+    images: Any,
+    *,
+    color: SourceColor = "rgb",
+    yuv: Yuv = "bt601",
+    layout: SourceLayout = "HWC",
+    device: Device | None = None,
 ) -> ImageBatch:
     """An ImageBatch from whatever holds images.
 
     Parameters
     ----------
     images : ImageBatch, array or iterable of arrays
-        One (H, W, C) or (H, W) uint8 array, one (N, H, W, C) array, or an iterable of arrays of any sizes. NV12 frames
-        are (H * 3 / 2, W) and (N, H * 3 / 2, W).
+        One (H, W, C) or (H, W) array, one (N, H, W, C) array, or an iterable of arrays of any sizes: uint8, float16 or
+        float32. NV12 frames are (H * 3 / 2, W) and (N, H * 3 / 2, W), planes (C, H, W) and (N, C, H, W).
     color : {"rgb", "bgr", "rgba", "bgra", "gray", "nv12"}
         What the arrays hold; ignored for an ImageBatch, which knows.
     yuv : {"bt601", "bt601-full", "bt709", "bt709-full"}
         What NV12 frames mean; see :meth:`ImageBatch.from_arrays`.
+    layout : {"HWC", "CHW"}
+        ``"CHW"`` if each channel is a plane; uint8 only.
     device : {"cpu", "cuda"}, optional
         Where the batch shall be; default: where the images are.
 
@@ -242,17 +296,19 @@ def as_batch(
         return images if device is None else images.to(device)
     if hasattr(images, "shape"):
         shape = tuple(images.shape)
-        single = len(shape) == 2 or (len(shape) == 3 and shape[-1] == CHANNELS.get(color))
+        channels_at = 0 if layout == "CHW" else -1
+        single = len(shape) == 2 or (len(shape) == 3 and shape[channels_at] == CHANNELS.get(color))
         images = [images] if single else [images[index] for index in range(shape[0])] if shape else images
-    return ImageBatch.from_arrays(images, color=color, yuv=yuv, device=device)
+    return ImageBatch.from_arrays(images, color=color, yuv=yuv, layout=layout, device=device)
 
 
 def interleaved_color(batch: ImageBatch) -> Color:
-    """The batch's colour, for operations that take whole pixels only; raises InputError for NV12."""
-    if batch.color == "nv12":
+    """The batch's colour, for operations that take uint8 channels side by side only; raises InputError for others."""
+    if batch.color == "nv12" or batch.layout != "HWC" or batch.dtype != _BYTE:
+        held = "NV12" if batch.color == "nv12" else f"{batch.layout} {batch.dtype}"
         raise InputError(
-            "the images are NV12; expected channels side by side: convert them with Preprocess(dtype='uint8', "
-            "layout='NHWC')"
+            f"the images are {held}; expected uint8 channels side by side: convert them with "
+            "Preprocess(dtype='uint8', layout='NHWC')"
         )
     return batch.color
 
@@ -289,11 +345,13 @@ def _as_cupy(array: Any) -> Any:
     return cupy.from_dlpack(array) if hasattr(array, "__dlpack__") else cupy.asarray(array)
 
 
-def _table_row(array: Any, color: SourceColor) -> tuple[int, int, int, int]:
+def _table_row(array: Any, color: SourceColor, layout: SourceLayout = "HWC") -> tuple[int, int, int, int]:
     """The image's row of :attr:`ImageBatch.table`."""
     if array is None:
         return 0, 0, 0, 0
     address = array.ctypes.data if isinstance(array, np.ndarray) else array.data.ptr
+    if layout == "CHW":
+        return address, array.strides[1], array.shape[1], array.shape[2]
     height = array.shape[0] * 2 // 3 if color == "nv12" else array.shape[0]
     return address, array.strides[0], height, array.shape[1]
 
@@ -309,17 +367,42 @@ def _as_hwc(array: Any, index: int, color: Color) -> Any:
     channels = CHANNELS[color]
     if array.ndim == 2 and channels == 1:
         array = array[:, :, None]
-    if array.dtype != np.uint8 or array.ndim != 3 or array.shape[2] != channels:
+    if (array.dtype != _BYTE and array.dtype not in _FLOATS) or array.ndim != 3 or array.shape[2] != channels:
         raise InputError(
             f"image {index} has shape {tuple(array.shape)} and dtype {array.dtype}; "
-            f"expected (height, width, {channels}) uint8 for color={color!r}"
+            f"expected (height, width, {channels}) uint8, float16 or float32 for color={color!r}"
         )
     if 0 in array.shape:
         raise InputError(f"image {index} has shape {tuple(array.shape)}; an image has at least one pixel")
-    dense_pixels = array.strides[1:] == (channels, 1) or array.shape[1] == 1
-    if not dense_pixels or array.strides[0] < array.shape[1] * channels:
-        array = array_module(device_of(array)).ascontiguousarray(array)
+    item = array.dtype.itemsize
+    pitch, to_pixel, to_channel = array.strides
+    # NumPy's strides of an axis of length 1 mean nothing.
+    dense_pixels = (to_channel == item or channels == 1) and (to_pixel == channels * item or array.shape[1] == 1)
+    aligned = item == 1 or (_table_row(array, color)[0] % item == 0 and pitch % item == 0)
+    if not dense_pixels or not aligned or pitch < array.shape[1] * channels * item:
+        array = _dense(array)
     return array
+
+
+def _as_chw(array: Any, index: int, color: Color) -> Any:
+    """The array as (C, H, W) with dense rows and each plane right below the one before."""
+    channels, shape = CHANNELS[color], tuple(array.shape)
+    if array.dtype != _BYTE or len(shape) != 3 or shape[0] != channels:
+        raise InputError(
+            f"image {index} has shape {shape} and dtype {array.dtype}; expected ({channels}, height, width) uint8 for "
+            f"color={color!r} and layout='CHW'"
+        )
+    if 0 in shape:
+        raise InputError(f"image {index} has shape {shape}; an image has at least one pixel")
+    plane, pitch, step = array.strides
+    if (step != 1 and shape[2] > 1) or pitch < shape[2] or plane != pitch * shape[1]:
+        array = _dense(array)
+    return array
+
+
+def _dense(array: Any) -> Any:
+    """The array with the strides that its shape has without gaps, also where an axis has length 1."""
+    return array_module(device_of(array)).ascontiguousarray(array).reshape(-1).reshape(array.shape)
 
 
 def _as_nv12(array: Any, index: int) -> Any:
@@ -332,5 +415,5 @@ def _as_nv12(array: Any, index: int) -> Any:
         )
     address, pitch, _, _ = _table_row(array, "nv12")
     if array.strides[1] != 1 or pitch < shape[1] or address % 2 or pitch % 2:
-        array = array_module(device_of(array)).ascontiguousarray(array)
+        array = _dense(array)
     return array

@@ -10,6 +10,7 @@ from reference import on, random_image, to_host
 
 from nbvision.errors import DecodeError, InputError
 from nbvision.image import CHANNELS, ImageBatch, as_batch
+from nbvision.ops.preprocess import Preprocess
 
 
 def address(array) -> int:
@@ -98,7 +99,7 @@ def test_an_empty_batch_has_tables_too(device):
 @pytest.mark.parametrize(
     ("array", "message"),
     [
-        (np.zeros((4, 4, 3), np.float32), "uint8"),
+        (np.zeros((4, 4, 3), np.float64), "uint8, float16 or float32"),
         (np.zeros((4, 4, 2), np.uint8), r"expected \(height, width, 3\)"),
         (np.zeros((0, 4, 3), np.uint8), "at least one pixel"),
         (np.zeros(4, np.uint8), "expected"),
@@ -139,3 +140,11 @@ def test_another_stream_waits_for_the_pixels(rng):
             copy = batch[0].copy()
         consumer.synchronize()
         assert bool((copy == 19).all())
+
+
+def test_channels_apart_in_a_single_column(device, rng):
+    """An image one pixel wide whose channels lie in planes: its strides look dense."""
+    image = rng.integers(0, 256, (3, 7, 1), dtype=np.uint8)
+    batch = ImageBatch.from_arrays([np.moveaxis(on(device, image), 0, -1)], device=device)
+    pre = Preprocess((7, 1), fit="stretch", dtype="uint8")
+    np.testing.assert_array_equal(to_host(pre(batch)[0])[0], image)

@@ -279,7 +279,7 @@ def test_bad_input_says_what_was_expected(device, rng):
     frame = on(device, random_frame(rng, 4, 4))
     with pytest.raises(InputError, match="yuv is 'bt2020'; expected one of"):
         as_batch(frame, color="nv12", yuv="bt2020")
-    with pytest.raises(InputError, match="the images are NV12; expected channels side by side"):
+    with pytest.raises(InputError, match="the images are NV12; expected uint8 channels side by side"):
         nbv.draw(as_batch(frame, color="nv12"), np.zeros((0, 4), np.float32))
     with pytest.raises(InputError, match="color is 'nv12'; expected one of"):
         ImageBatch.allocate([(4, 4)], color="nv12", device=device)
@@ -302,6 +302,7 @@ def test_explain_names_the_matrix(rng):
 def test_both_devices_and_kernels_give_the_same_bits(rng, dtype, interpolation, parity):
     """The CPU loop, the CUDA C frame and the Numba kernel: floats included, no multiply-add is fused."""
     from nbvision_kernels.catalog import preprocess_kernel
+    from nbvision_kernels.preprocess import SOURCE_NV12
 
     from nbvision.runtime.compile import load_kernel
 
@@ -312,7 +313,7 @@ def test_both_devices_and_kernels_give_the_same_bits(rng, dtype, interpolation, 
     (on_host, _), (framed, geometry) = (pre(batch) for batch in batches)
     np.testing.assert_array_equal(to_host(framed), on_host)
     plain = on("cuda", np.zeros(framed.shape, framed.dtype))
-    kernel = load_kernel(preprocess_kernel(*pre._types("cuda"), pixel_bytes=1, nv12=True, frame=False))
+    kernel = load_kernel(preprocess_kernel(*pre._types(batches[1]), source_type=SOURCE_NV12, frame=False))
     batch = batches[1]
     numbers = (*pre._int_size, *pre._channels(batch), *pre._gain, *pre._bias, *pre._fill, *pre._matrix(batch))
     tables = (batch.table, geometry.regions, geometry.steps, geometry.scales)

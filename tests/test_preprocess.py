@@ -315,7 +315,7 @@ def test_bad_arguments_say_what_was_expected(rng):
     with pytest.raises(InputError, match=r"expected \(M, 4\)"):
         Preprocess((8, 8))([image], boxes=[[0, 0, 2]])
     with pytest.raises(InputError, match="uint8"):
-        Preprocess((8, 8))(image.astype(np.float32))
+        Preprocess((8, 8))(image.astype(np.float64))
 
 
 @pytest.mark.needs_cuda
@@ -333,7 +333,7 @@ def test_frame_and_numba_kernel_agree(rng, dtype, layout, parity):
     pre = Preprocess((50, 66), dtype=dtype, layout=layout, parity=parity, scale=1.0 if dtype == "uint8" else 1 / 255)
     framed, geometry = pre(batch)
     plain = on("cuda", np.zeros(framed.shape, framed.dtype))
-    kernel = load_kernel(preprocess_kernel(pre._sampler, pre._layout, pre._store("cuda"), frame=False))
+    kernel = load_kernel(preprocess_kernel(*pre._types(batch), frame=False))
     numbers = (*pre._int_size, *pre._channels(batch), *pre._gain, *pre._bias, *pre._fill, *pre._matrix(batch))
     tables = (batch.table, geometry.regions, geometry.steps, geometry.scales)
     kernel((3, 7, len(images)), (32, 8, 1), (0, *tables, plain, *numbers))

@@ -116,12 +116,14 @@ class CudaFrame:
 
 Kernel = NumbaKernel | CudaFrame
 
+_SOURCES = {plan.SOURCE_CHW: "planes", plan.SOURCE_F16: "f16", plan.SOURCE_F32: "f32", plan.SOURCE_NV12: "nv12"}
 _SAMPLERS = {plan.NEAREST: "nearest", plan.LINEAR_EXACT: "linear_exact", plan.LINEAR_FAST: "linear_fast"}
-_LAYOUTS = {plan.NCHW: "nchw", plan.NHWC: "nhwc"}
+_LAYOUTS = {plan.NCHW: "nchw", plan.NHWC: "nhwc", plan.NHWC4: "nhwc4"}
 _STORES = {
     plan.STORE_U8: ("u8", u8),
     plan.STORE_I8: ("i8", types.int8),
     plan.STORE_F16: ("f16", types.float16),
+    plan.STORE_BF16: ("bf16", types.uint16),
     plan.STORE_F32: ("f32", f32),
 }
 _REGION_FIELDS = ["IMAGE", "X", "Y", "WIDTH", "HEIGHT", "LEFT", "TOP", "OUT_WIDTH", "OUT_HEIGHT", "FIELDS"]
@@ -138,13 +140,14 @@ def preprocess_kernel(
     layout: int,
     store: int,
     *,
-    pixel_bytes: int = 3,
-    nv12: bool = False,
+    channels: int = 3,
+    source_type: int = plan.SOURCE_U8,
     chain: Chain | None = None,
     frame: bool = True,
 ) -> CudaFrame | NumbaKernel:
-    """The fused plan of one type: its CUDA C frame, or the plain Numba kernel, which serves every ``pixel_bytes`` but
-    takes no ``chain``. ``nv12`` sources have the ``pixel_bytes`` of their luma, 1."""
+    """The fused plan of one type: its CUDA C frame, or the plain Numba kernel, which serves every number of
+    ``channels`` but takes no ``chain``, no floats and no planes."""
+    nv12 = source_type == plan.SOURCE_NV12
     store_name, stored = _STORES[store]
     weight = f32 if sampler == plan.LINEAR_FAST else i32
     name = f"preprocess-{_SAMPLERS[sampler]}-{_LAYOUTS[layout]}-{store_name}"
@@ -152,11 +155,15 @@ def preprocess_kernel(
         along_x, along_y, blend = plan.SAMPLERS[sampler]
         taps = (i32, i64, i64, f32, i32, i32_pointer, types.CPointer(weight))
         lines, min_blocks = (_NV12_SHAPES if nv12 else _FRAME_SHAPES)[sampler]
+        pixel_bytes = plan.pixel_bytes_of(source_type, channels)
         min_blocks -= 2 * (pixel_bytes != 3 and not nv12)
-        types_of_plan = {"PIXEL_BYTES": pixel_bytes, "STORE_TYPE": store, "LAYOUT": layout}
-        types_of_plan |= {"PAIRS": int(sampler != plan.NEAREST), "WEIGHT": int(weight is f32), "NV12": int(nv12)}
+        gray = channels == 1 and not nv12
+        floats = source_type in (plan.SOURCE_F16, plan.SOURCE_F32)
+        types_of_plan = {"SOURCE": source_type, "PIXEL_BYTES": pixel_bytes, "GRAY": int(gray), "STORE_TYPE": store}
+        types_of_plan |= {"LAYOUT": layout, "PAIRS": int(sampler != plan.NEAREST), "WEIGHT": int(weight is f32)}
+        read = f"{channels}-{_SOURCES[source_type]}" if floats else _SOURCES.get(source_type, f"{pixel_bytes}-bytes")
         return CudaFrame(
-            name=f"{name}-{'nv12' if nv12 else f'{pixel_bytes}-bytes'}-frame" + (f"-{chain.digest}" if chain else ""),
+            name=f"{name}-{read}-frame" + (f"-{chain.digest}" if chain else ""),
             entry="preprocess",
             source="preprocess.cu",
             defines=types_of_plan
@@ -169,7 +176,7 @@ def preprocess_kernel(
                 "nbv_blend": (
                     plan.make_blend_export(blend),
                     f32,
-                    (i32_pointer, types.CPointer(weight), types.CPointer(weight)),
+                    (f32_pointer if floats else i32_pointer, types.CPointer(weight), types.CPointer(weight)),
                 ),
             }
             | (_convert_function(weight) if nv12 else {})
@@ -179,7 +186,7 @@ def preprocess_kernel(
     def make() -> Callable[..., None]:
         from nbvision_kernels.preprocess_cuda import make_kernel
 
-        function: Callable[..., None] = make_kernel(sampler, layout, store, nv12)
+        function: Callable[..., None] = make_kernel(sampler, layout, store, source_type)
         return function
 
     tables = (u8_pointer, i64_pointer, i32_pointer, i64_pointer, f32_pointer, types.CPointer(stored))
@@ -394,13 +401,23 @@ def move_kernel(channels: int) -> NumbaKernel:
 def all_kernels() -> Iterator[Kernel]:
     """Every kernel of every type; of the portable one, which nothing launches but tests, each sampler once."""
     for sampler, layout, store in itertools.product(_SAMPLERS, _LAYOUTS, _STORES):
-        for pixel_bytes in (1, 3, 4) if store != plan.STORE_I8 else (3,):  # int8 differs from uint8 by two bounds
-            yield preprocess_kernel(sampler, layout, store, pixel_bytes=pixel_bytes)
-        if store != plan.STORE_I8:
-            yield preprocess_kernel(sampler, layout, store, pixel_bytes=1, nv12=True)
-    for sampler, nv12 in itertools.product(_SAMPLERS, (False, True)):
-        yield preprocess_kernel(sampler, plan.NCHW, plan.STORE_F32, pixel_bytes=1, nv12=nv12, frame=False)
-    for layout, store in itertools.product(_LAYOUTS, _STORES):
+        common = layout != plan.NHWC4 and store not in (plan.STORE_I8, plan.STORE_BF16)
+        for channels in (
+            (1, 3, 4) if common else (3,)
+        ):  # the others differ in how a value is stored, and by nothing else
+            yield preprocess_kernel(sampler, layout, store, channels=channels)
+        if common:
+            yield preprocess_kernel(sampler, layout, store, source_type=plan.SOURCE_NV12)
+        if common and store != plan.STORE_F32:
+            yield preprocess_kernel(sampler, layout, store, source_type=plan.SOURCE_CHW)
+        if common and sampler != plan.LINEAR_EXACT and store == plan.STORE_F16:
+            for channels, source_type in itertools.product((1, 3, 4), (plan.SOURCE_F16, plan.SOURCE_F32)):
+                yield preprocess_kernel(sampler, layout, store, channels=channels, source_type=source_type)
+    for sampler, source_type in itertools.product(_SAMPLERS, (plan.SOURCE_U8, plan.SOURCE_NV12)):
+        yield preprocess_kernel(sampler, plan.NCHW, plan.STORE_F32, channels=1, source_type=source_type, frame=False)
+    for layout, store in itertools.product((plan.NCHW, plan.NHWC), _STORES):
+        if store == plan.STORE_BF16:
+            continue
         for pixel_bytes in (1, 3, 4) if store != plan.STORE_I8 else (3,):
             yield resample_kernel(layout, store, pixel_bytes=pixel_bytes)
     yield fill_taps_kernel()

@@ -40,6 +40,28 @@ def words_from_address(typing_context: Any, address: Any) -> Any:
 
 
 @intrinsic
+def halves_from_address(typing_context: Any, address: Any) -> Any:
+    """The same in half floats, as their bits: ``halves[address >> 1]``. CPU only."""
+    signature = types.CPointer(types.uint16)(types.int64)
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        return builder.inttoptr(arguments[0], context.get_value_type(signature.return_type))
+
+    return signature, generate
+
+
+@intrinsic
+def floats_from_address(typing_context: Any, address: Any) -> Any:
+    """The same in floats: ``floats[address >> 2]``. CPU only."""
+    signature = types.CPointer(types.float32)(types.int64)
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        return builder.inttoptr(arguments[0], context.get_value_type(signature.return_type))
+
+    return signature, generate
+
+
+@intrinsic
 def fma32(typing_context: Any, a: Any, b: Any, c: Any) -> Any:
     """``a * b + c`` of float32 rounded once, on both targets: what OpenCV's vector kernels compute."""
     signature = types.float32(types.float32, types.float32, types.float32)
@@ -107,3 +129,26 @@ def half_bits(value):
     else:
         half = np.int32((magnitude - np.int32(0x38000000) + np.int32(0xFFF) + ((magnitude >> 13) & 1)) >> 13)
     return np.uint16(sign | half)
+
+
+@pixel_function
+def half_value(bits):
+    """The float32 of a half's bits. Scaling is exact, also of the smallest; CPU only, as GPUs may flush those to 0."""
+    magnitude = np.int32(np.int32(bits) & np.int32(0x7FFF))
+    shifted = np.int32(magnitude << 13)
+    value = shifted.view(np.float32) * np.float32(5.192296858534828e33)  # 2**112, the exponents' distance
+    if magnitude >= np.int32(0x7C00):  # infinity or NaN
+        value = np.int32(shifted | np.int32(0x7F800000)).view(np.float32)
+    if np.int32(bits) & np.int32(0x8000):
+        value = -value
+    return value
+
+
+@pixel_function
+def bfloat_bits(value):
+    """The bits of a float32 as bfloat16, rounded half to even; every NaN is the same one."""
+    bits = np.float32(value).view(np.uint32)
+    rounded = np.uint32(bits + np.uint32(0x7FFF) + np.uint32(np.uint32(bits >> np.uint32(16)) & np.uint32(1)))
+    if np.uint32(bits & np.uint32(0x7FFFFFFF)) > np.uint32(0x7F800000):
+        rounded = np.uint32(0x7FFF0000)
+    return np.uint16(rounded >> np.uint32(16))

@@ -1,8 +1,9 @@
 // The fused plan's frame: wide loads, wide stores, four pixels side by side in each of several lines a thread. It only
 // moves data; taps and values are the Python pixel functions of sampling.py, linked in through LTO.
 //
-// Compiled with -D: PIXEL_BYTES of the source (1 gray, 3, 4), NV12 (1: one byte of luma, chroma below), STORE_TYPE (0 u8, 1 f16, 2 f32, 4 i8), LAYOUT (0 NCHW,
-// 1 NHWC), PAIRS (whether the sampler reads two neighbouring columns), WEIGHT (0 int, 1 float), LINES and MIN_BLOCKS, the
+// Compiled with -D: SOURCE (0 bytes side by side, 1 planes of bytes, 2 halves, 3 floats, 4 NV12), PIXEL_BYTES of the
+// source (of planes and NV12 1), GRAY (whether that is one channel), STORE_TYPE (0 u8, 1 f16, 2 f32, 4 i8, 5 bf16), LAYOUT
+// (0 NCHW, 1 NHWC, 2 NHWC with a fourth channel of zeros), PAIRS (whether the sampler reads two neighbouring columns), WEIGHT (0 int, 1 float), LINES and MIN_BLOCKS, the
 // fields of regions.py, and for a chain of pixel functions CHAIN, CHAIN_PARAMETERS and CHAIN_NUMBERS.
 // No header is included, so NVRTC needs no include directory.
 
@@ -12,11 +13,19 @@ typedef int Weight;
 typedef float Weight;
 #endif
 
+#define NV12 (SOURCE == 4)
+#define PLANES (SOURCE == 1 ? 3 : 1)
+#if SOURCE == 2 || SOURCE == 3
+typedef float Pixel;
+#else
+typedef int Pixel;
+#endif
+
 extern "C" __device__ void nbv_along_x(int index, long long step, long long start, float unit, int length, int *taps,
                                        Weight *weights);
 extern "C" __device__ void nbv_along_y(int index, long long step, long long start, float unit, int length, int *taps,
                                        Weight *weights);
-extern "C" __device__ float nbv_blend(const int *pixels, const Weight *weights_x, const Weight *weights_y);
+extern "C" __device__ float nbv_blend(const Pixel *pixels, const Weight *weights_x, const Weight *weights_y);
 #ifdef CHAIN
 extern "C" __device__ void nbv_shade(float *rgb, float x, float y, const float *numbers);
 #else
@@ -47,12 +56,20 @@ typedef signed char Stored;
 __device__ __forceinline__ Stored to_stored(float value) {
     return (signed char)fminf(fmaxf(rintf(value), -128.0f), 127.0f);
 }
+#elif STORE_TYPE == 5
+typedef unsigned short Stored;  // the upper half of a float, rounded; sm_75 has no instruction for it
+__device__ __forceinline__ Stored to_stored(float value) {
+    const unsigned bits = __float_as_uint(value);
+    return (bits & 0x7fffffff) > 0x7f800000 ? 0x7fff : (bits + 0x7fff + (bits >> 16 & 1)) >> 16;
+}
 #else
 typedef float Stored;
 __device__ __forceinline__ Stored to_stored(float value) { return value; }
 #endif
 
-#define CHANNELS (PIXEL_BYTES == 1 && !NV12 ? 1 : 3)  // alpha is dropped
+#define COLORS (GRAY ? 1 : 3)  // alpha is dropped
+#define CHANNELS (COLORS / PLANES)  // side by side
+#define OUT_CHANNELS (LAYOUT == 2 ? 4 : 3)
 constexpr int THREADS = 128;
 // A multiprocessor that holds 2,048 threads takes MIN_BLOCKS; with as many the others would spill registers.
 #if __CUDA_ARCH__ == 800 || __CUDA_ARCH__ == 900 || __CUDA_ARCH__ == 1000
@@ -72,6 +89,15 @@ struct alignas(16) Row {
 struct alignas(16) Steps {
     long long step_x, start_x, step_y, start_y;
 };
+#if SOURCE == 2
+__device__ __forceinline__ float element(const unsigned char *at) {
+    float value;
+    asm("cvt.f32.f16 %0, %1;" : "=f"(value) : "h"(__ldg(reinterpret_cast<const unsigned short *>(at))));
+    return value;
+}
+#elif SOURCE == 3
+__device__ __forceinline__ float element(const unsigned char *at) { return __ldg(reinterpret_cast<const float *>(at)); }
+#endif
 struct alignas(PIXELS * sizeof(Stored)) Packed {
     Stored values[PIXELS];
 };
@@ -167,6 +193,9 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
     const unsigned short *chroma = reinterpret_cast<const unsigned short *>(pixels + source.address + source_height * source.pitch);
     const int region_x = row.fields[REGION_X], region_y = row.fields[REGION_Y];
 #endif
+#if SOURCE == 1
+    const long long plane_bytes = sources[4 * row.fields[REGION_IMAGE] + 2] * source.pitch;
+#endif
     const bool some_inside = x_first < left + out_width && x_first + PIXELS > left;
 
     // What depends on the column alone serves all lines. Taps are clamped to the region, so those of columns outside it
@@ -179,7 +208,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
                     weights_x[i]);
 
     const long long plane = (long long)height * width;
-    Stored *canvas = out + (long long)blockIdx.z * 3 * plane;
+    Stored *canvas = out + (long long)blockIdx.z * OUT_CHANNELS * plane;
     // Every line starts on a wide boundary when the width is a multiple of PIXELS and `out` itself is aligned.
     const bool wide = width % PIXELS == 0 && (unsigned long long)out % sizeof(Packed) == 0;
     int y = blockIdx.y * (LINES * blockDim.y) + threadIdx.y;
@@ -233,13 +262,33 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
                 }
             }
 #endif
-#elif PAIRS
+#elif SOURCE == 2 || SOURCE == 3
+#pragma unroll
+            for (int i = 0; i < PIXELS; ++i)
+#pragma unroll
+                for (int c = 0; c < CHANNELS; ++c) {
+                    constexpr int bytes = SOURCE == 2 ? 2 : 4;
+                    const int first = PIXEL_BYTES * columns[i][0] + c * bytes;
+                    const int second = PAIRS ? PIXEL_BYTES * columns[i][1] + c * bytes : first;
+                    const float taps[4] = {element(above + first), element(above + second), element(below + first),
+                                           element(below + second)};
+                    values[c][i] = nbv_blend(taps, weights_x[i], weights_y);
+                }
+#else
+#if SOURCE == 1
+#pragma unroll
+            for (int p = 0; p < PLANES; ++p, above += plane_bytes, below += plane_bytes) {
+#else
+            {
+                constexpr int p = 0;
+#endif
+#if PAIRS
             if (region_width == 1) {  // there is no pair
 #pragma unroll
                 for (int c = 0; c < CHANNELS; ++c) {
                     const int taps[4] = {above[c], above[c], below[c], below[c]};
 #pragma unroll
-                    for (int i = 0; i < PIXELS; ++i) values[c][i] = nbv_blend(taps, weights_x[i], weights_y);
+                    for (int i = 0; i < PIXELS; ++i) values[p + c][i] = nbv_blend(taps, weights_x[i], weights_y);
                 }
             } else {
                 unsigned above_low[PIXELS], above_high[PIXELS], below_low[PIXELS], below_high[PIXELS];
@@ -257,7 +306,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
                         below_low[i] = __funnelshift_rc(below_low[i], below_high[i], 8 * PIXEL_BYTES);
                     }
                     blend_channel<0>(above_low[i], above_high[i], below_low[i], below_high[i], weights_x[i], weights_y,
-                                     values[0][i]);
+                                     values[p][i]);
 #if CHANNELS == 3
                     blend_channel<1>(above_low[i], above_high[i], below_low[i], below_high[i], weights_x[i], weights_y,
                                      values[1][i]);
@@ -273,15 +322,17 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
                 for (int c = 0; c < CHANNELS; ++c) {
                     const int pixel = above[PIXEL_BYTES * columns[i][0] + c];
                     const int taps[4] = {pixel, pixel, pixel, pixel};
-                    values[c][i] = nbv_blend(taps, weights_x[i], weights_y);
+                    values[p + c][i] = nbv_blend(taps, weights_x[i], weights_y);
                 }
+#endif
+            }
 #endif
 #pragma unroll
             for (int i = 0; i < PIXELS; ++i) {
                 const int column = x_first + i - left;
                 const bool inside = column >= 0 && column < out_width;
-                const float first = values[0][i], second = values[CHANNELS == 3 ? 1 : 0][i];
-                const float third = values[CHANNELS == 3 ? 2 : 0][i];
+                const float first = values[0][i], second = values[COLORS == 3 ? 1 : 0][i];
+                const float third = values[COLORS == 3 ? 2 : 0][i];
                 values[0][i] = inside ? first : fill_0;
                 values[1][i] = inside ? second : fill_1;
                 values[2][i] = inside ? third : fill_2;
@@ -326,20 +377,24 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
                     if (x_first + i < width) planes[c][pixel + i] = to_stored(values[c][i]);
         }
 #else
-        float line_values[3 * PIXELS];
+        float line_values[OUT_CHANNELS * PIXELS];
 #pragma unroll
         for (int i = 0; i < PIXELS; ++i) {
-            line_values[3 * i] = swap ? values[2][i] : values[0][i];
-            line_values[3 * i + 1] = values[1][i];
-            line_values[3 * i + 2] = swap ? values[0][i] : values[2][i];
+            line_values[OUT_CHANNELS * i] = swap ? values[2][i] : values[0][i];
+            line_values[OUT_CHANNELS * i + 1] = values[1][i];
+            line_values[OUT_CHANNELS * i + 2] = swap ? values[0][i] : values[2][i];
+#if OUT_CHANNELS == 4
+            line_values[OUT_CHANNELS * i + 3] = 0.0f;
+#endif
         }
         if (wide) {
 #pragma unroll
-            for (int k = 0; k < 3; ++k) store(canvas + 3 * pixel + PIXELS * k, line_values + PIXELS * k);
+            for (int k = 0; k < OUT_CHANNELS; ++k)
+                store(canvas + OUT_CHANNELS * pixel + PIXELS * k, line_values + PIXELS * k);
         } else {
 #pragma unroll
-            for (int i = 0; i < 3 * PIXELS; ++i)
-                if (x_first + i / 3 < width) canvas[3 * pixel + i] = to_stored(line_values[i]);
+            for (int i = 0; i < OUT_CHANNELS * PIXELS; ++i)
+                if (x_first + i / OUT_CHANNELS < width) canvas[OUT_CHANNELS * pixel + i] = to_stored(line_values[i]);
         }
 #endif
     }

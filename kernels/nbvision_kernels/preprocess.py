@@ -13,7 +13,17 @@ from numba import prange
 from nbvision_kernels import regions as region
 from nbvision_kernels.chain import make_shade
 from nbvision_kernels.nv12 import make_nv12_reader
-from nbvision_kernels.pixel import half_bits, pixel_function, pointer_from_address, round_to_i8, round_to_u8
+from nbvision_kernels.pixel import (
+    bfloat_bits,
+    floats_from_address,
+    half_bits,
+    half_value,
+    halves_from_address,
+    pixel_function,
+    pointer_from_address,
+    round_to_i8,
+    round_to_u8,
+)
 from nbvision_kernels.sampling import (
     exact_along_x,
     exact_along_y,
@@ -30,7 +40,14 @@ __all__ = [
     "NCHW",
     "NEAREST",
     "NHWC",
+    "NHWC4",
     "SAMPLERS",
+    "SOURCE_CHW",
+    "SOURCE_F16",
+    "SOURCE_F32",
+    "SOURCE_NV12",
+    "SOURCE_U8",
+    "STORE_BF16",
     "STORE_F16",
     "STORE_F32",
     "STORE_HALF_BITS",
@@ -40,11 +57,21 @@ __all__ = [
     "make_cpu_loop",
     "make_span_writer",
     "make_taps_export",
+    "pixel_bytes_of",
 ]
 
 NEAREST, LINEAR_EXACT, LINEAR_FAST = 0, 1, 2
-NCHW, NHWC = 0, 1
-STORE_U8, STORE_F16, STORE_F32, STORE_HALF_BITS, STORE_I8 = range(5)
+NCHW, NHWC, NHWC4 = range(3)  # NHWC4 has a fourth channel, of zeros
+STORE_U8, STORE_F16, STORE_F32, STORE_HALF_BITS, STORE_I8, STORE_BF16 = range(6)
+# How a source lies in memory: bytes side by side, planes of bytes, halves or floats side by side, or NV12.
+SOURCE_U8, SOURCE_CHW, SOURCE_F16, SOURCE_F32, SOURCE_NV12 = range(5)
+
+
+def pixel_bytes_of(source_type, channels):
+    """Bytes from a pixel to the next on its line."""
+    if source_type in (SOURCE_CHW, SOURCE_NV12):
+        return 1
+    return channels * {SOURCE_F16: 2, SOURCE_F32: 4}.get(source_type, 1)
 
 
 # sampler -> (along_x, along_y, blend), see sampling.py
@@ -101,17 +128,39 @@ def make_store(store):
             out[at] = np.float16(value)
         elif store == STORE_HALF_BITS:
             out[at] = half_bits(value)
+        elif store == STORE_BF16:
+            out[at] = bfloat_bits(value)
         else:
             out[at] = np.float32(value)
 
     return save
 
 
-def make_span_writer(sampler, layout, store, chain=None, nv12=False):
+def make_reader(source):
+    """``read(pixels, at)``: the number at a byte's address. ``pixels`` are bytes, or the source's floats."""
+
+    @pixel_function
+    def read(pixels, at):
+        if source == SOURCE_F32:
+            value = pixels[at >> 2]
+        elif source == SOURCE_F16:
+            value = half_value(pixels[at >> 1])
+        else:
+            value = pixels[at]
+        return value
+
+    return read
+
+
+def make_span_writer(sampler, layout, store, chain=None, source_type=SOURCE_U8):
     """The body of the plan: write output pixels ``x_first <= x < x_stop`` of line ``y`` of canvas ``item``.
 
-    ``nv12`` sources have a ``pixel_bytes`` of 1, that of their luma; of others the ``matrix`` is not read.
+    Planes and NV12 have a ``pixel_bytes`` of 1; the ``matrix`` is read for NV12 alone.
     """
+    nv12 = source_type == SOURCE_NV12
+    read = make_reader(source_type)
+    channel_bytes = {SOURCE_F16: 2, SOURCE_F32: 4}.get(source_type, 1)
+    out_channels = 4 if layout == NHWC4 else 3
     along_x, along_y, blend = SAMPLERS[sampler]
     read_nv12 = make_nv12_reader(blend, exact=sampler != LINEAR_FAST)
     shade = make_shade(chain)
@@ -167,6 +216,10 @@ def make_span_writer(sampler, layout, store, chain=None, nv12=False):
         )
         above = origin + np.int64(top) * pitch
         below = origin + np.int64(bottom) * pitch
+        # From a source's channel to its next.
+        to_next = np.int64(channel_bytes)
+        if source_type == SOURCE_CHW:
+            to_next = sources[source + 2] * pitch
         if nv12:  # positions in the picture, not in the region, decide which chroma a pixel has
             region_x = regions[row + region.X]
             region_y = regions[row + region.Y]
@@ -176,11 +229,11 @@ def make_span_writer(sampler, layout, store, chain=None, nv12=False):
             chroma_above = chroma + np.int64(np.int32(region_y + top) >> 1) * pitch
             chroma_below = chroma + np.int64(np.int32(region_y + bottom) >> 1) * pitch
         plane = np.int64(height) * np.int64(width)
-        canvas = np.int64(item) * 3 * plane
+        canvas = np.int64(item) * out_channels * plane
         line_start = np.int64(y) * np.int64(width)
         # The second channel's distance to the first, and a pixel's to the next.
         to_channel = plane if layout == NCHW else np.int64(1)
-        to_pixel = np.int64(1) if layout == NCHW else np.int64(3)
+        to_pixel = np.int64(1) if layout == NCHW else np.int64(out_channels)
         for x in range(x_first, x_stop):
             value_0 = fill[0]
             value_1 = fill[1]
@@ -214,10 +267,10 @@ def make_span_writer(sampler, layout, store, chain=None, nv12=False):
                 to_first = np.int64(np.int32(first * pixel_bytes))
                 to_second = np.int64(np.int32(second * pixel_bytes))
                 value_0 = blend(
-                    pixels[above + to_first],
-                    pixels[above + to_second],
-                    pixels[below + to_first],
-                    pixels[below + to_second],
+                    read(pixels, above + to_first),
+                    read(pixels, above + to_second),
+                    read(pixels, below + to_first),
+                    read(pixels, below + to_second),
                     left_weight,
                     right_weight,
                     top_weight,
@@ -227,20 +280,20 @@ def make_span_writer(sampler, layout, store, chain=None, nv12=False):
                 value_2 = value_0
                 if not gray:
                     value_1 = blend(
-                        pixels[above + to_first + 1],
-                        pixels[above + to_second + 1],
-                        pixels[below + to_first + 1],
-                        pixels[below + to_second + 1],
+                        read(pixels, above + to_first + to_next),
+                        read(pixels, above + to_second + to_next),
+                        read(pixels, below + to_first + to_next),
+                        read(pixels, below + to_second + to_next),
                         left_weight,
                         right_weight,
                         top_weight,
                         bottom_weight,
                     )
                     value_2 = blend(
-                        pixels[above + to_first + 2],
-                        pixels[above + to_second + 2],
-                        pixels[below + to_first + 2],
-                        pixels[below + to_second + 2],
+                        read(pixels, above + to_first + 2 * to_next),
+                        read(pixels, above + to_second + 2 * to_next),
+                        read(pixels, below + to_first + 2 * to_next),
+                        read(pixels, below + to_second + 2 * to_next),
                         left_weight,
                         right_weight,
                         top_weight,
@@ -253,17 +306,19 @@ def make_span_writer(sampler, layout, store, chain=None, nv12=False):
             save(out, at, value_0 * gain[0] + bias[0])
             save(out, at + to_channel, value_1 * gain[1] + bias[1])
             save(out, at + 2 * to_channel, value_2 * gain[2] + bias[2])
+            if layout == NHWC4:
+                save(out, at + 3, np.float32(0))
 
     return write_span
 
 
-def make_cpu_loop(sampler, layout, store, chain=None, nv12=False):
+def make_cpu_loop(sampler, layout, store, chain=None, source_type=SOURCE_U8):
     """The plan as a parallel CPU loop over output lines.
 
     ``base`` is what the table's addresses count from: 0, but as an argument, because the compiler takes a constant null
     pointer for one that is never read.
     """
-    write_span = make_span_writer(sampler, layout, store, chain, nv12)
+    write_span = make_span_writer(sampler, layout, store, chain, source_type)
 
     def loop(
         base,
@@ -286,7 +341,12 @@ def make_cpu_loop(sampler, layout, store, chain=None, nv12=False):
         matrix,
     ):
         for line in prange(items * height):
-            pixels = pointer_from_address(base)
+            if source_type == SOURCE_F32:
+                pixels = floats_from_address(base)
+            elif source_type == SOURCE_F16:
+                pixels = halves_from_address(base)
+            else:
+                pixels = pointer_from_address(base)
             item = line // height
             write_span(
                 pixels,

@@ -1,7 +1,7 @@
 """The fused plan as a Numba CUDA kernel over flat pointers: one output pixel a thread.
 
 The portable version of ``preprocess.cu``, and the one that the simulator checks for out-of-range access. It takes no
-chain of pixel functions.
+chain of pixel functions, and sources of bytes only.
 """
 
 from __future__ import annotations
@@ -9,14 +9,14 @@ from __future__ import annotations
 import numpy as np
 from numba import cuda
 
-from nbvision_kernels.preprocess import make_span_writer
+from nbvision_kernels.preprocess import SOURCE_U8, make_span_writer
 
 __all__ = ["make_kernel"]
 
 
-def make_kernel(sampler, layout, store, nv12=False):
+def make_kernel(sampler, layout, store, source_type=SOURCE_U8):
     """The kernel for one type of plan. Grid: columns, lines, canvases. The last six numbers are read for NV12 alone."""
-    write_span = make_span_writer(sampler, layout, store, nv12=nv12)
+    write_span = make_span_writer(sampler, layout, store, source_type=source_type)
 
     def preprocess(
         pixels,

@@ -10,7 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 from nbvision.errors import InputError
-from nbvision.image import ImageBatch, as_batch, to_device
+from nbvision.image import ImageBatch, as_batch, interleaved_color, to_device
 from nbvision.ops.arguments import number, three_numbers, whole
 from nbvision.ops.boxes import Detections, FlatDetections
 from nbvision.ops.geometry import Geometry, checked_geometry
@@ -290,7 +290,7 @@ def cut_out_rgba(
     masks = _planes(masks, "masks", device, _NUMBERS)
     if len(masks) != count or (count and 0 in masks.shape):
         raise InputError(f"masks have shape {masks.shape}; expected ({count}, H, W), one mask per box")
-    swap = np.int32(batch.color[:3] == "bgr")
+    swap = np.int32(interleaved_color(batch)[:3] == "bgr")
     numbers = (np.int32(batch.channels), swap)
     shape = (np.int32(masks.shape[1]), np.int32(masks.shape[2]), np.float32(number("threshold", threshold)))
     if device == "cuda":

@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 import numpy.typing as npt
 
-from nbvision.errors import InputError
-from nbvision.image import ImageBatch, as_batch, to_device
+from nbvision.errors import InputError, MissingExtraError
+from nbvision.image import ImageBatch, as_batch, interleaved_color, to_device
 from nbvision.ops.arguments import finite, one_of, three_numbers
 from nbvision.ops.geometry import Geometry
 from nbvision.ops.pixel import PixelFunction, as_pixel_functions, chain_of
@@ -37,8 +37,8 @@ __all__ = ["DType", "Fit", "Interpolation", "Layout", "Parity", "Preprocess", "a
 
 Fit = Literal["cover", "letterbox", "stretch"]
 Interpolation = Literal["box", "cubic", "hamming", "lanczos", "linear", "nearest"]
-Layout = Literal["NCHW", "NHWC"]
-DType = Literal["uint8", "int8", "float16", "float32"]
+Layout = Literal["NCHW", "NHWC", "NHWC4"]
+DType = Literal["uint8", "int8", "float16", "bfloat16", "float32"]
 Parity = Literal["cv2", "fast", "pil"]
 
 _KNOWN_SIZES = 64  # sets of image sizes whose regions are kept; video has one, a shop's batches many
@@ -85,9 +85,10 @@ class Preprocess:
         Python functions of red, green and blue, made with :func:`nbvision.pixel`, that are compiled into the kernel.
         They are called in order on the sampled values of 0..255, before ``scale``, ``mean`` and ``std``; fill goes
         through them too. Another value bound to one never compiles again; another function does.
-    dtype : {"uint8", "int8", "float16", "float32"}
-        Integers are rounded half to even and saturated.
-    layout : {"NCHW", "NHWC"}
+    dtype : {"uint8", "int8", "float16", "bfloat16", "float32"}
+        Integers are rounded half to even and saturated. bfloat16 arrays have the dtype of the package ``ml_dtypes``.
+    layout : {"NCHW", "NHWC", "NHWC4"}
+        ``"NHWC4"`` has a fourth channel of zeros, as TensorRT's vectorized formats and tensor cores want it.
     interpolation : {"linear", "nearest", "box", "hamming", "cubic", "lanczos"}
         With ``parity="cv2"`` and ``"fast"``: pixel-centre aligned bilinear without antialiasing, or OpenCV's
         ``INTER_NEAREST``. With ``parity="pil"`` any but ``"nearest"``, antialiased.
@@ -96,7 +97,8 @@ class Preprocess:
         does not round in between (at most one level away). Nearest is always OpenCV's. ``"pil"`` gives the very
         values of Pillow 13's ``Image.resize``, which antialiases. NV12 pixels are converted as
         ``cv2.cvtColor`` does and then resized; ``"fast"`` blends Y, U and V and converts once, which differs by more
-        than a level where a colour saturates.
+        than a level where a colour saturates. Floats are always sampled as ``"fast"`` does it, which is within
+        rounding of what OpenCV makes of floats.
     scaleup : bool
         Whether a letterboxed image may be enlarged.
     center : bool
@@ -142,7 +144,7 @@ class Preprocess:
         self.size = _checked_size(size)
         self.fit = one_of("fit", fit, Fit)
         self.color = one_of("color", color, Literal["rgb", "bgr"])
-        self.dtype = np.dtype(one_of("dtype", _dtype_name(dtype), DType))
+        self.dtype = _dtype_of(one_of("dtype", _dtype_name(dtype), DType))
         self.layout = one_of("layout", layout, Layout)
         self.interpolation = one_of("interpolation", interpolation, Interpolation)
         self.parity = one_of("parity", parity, Parity)
@@ -171,7 +173,7 @@ class Preprocess:
         )
         self._fill = tuple(np.float32(value) for value in three_numbers("fill", fill))
         self._int_size = (np.int32(self.size[0]), np.int32(self.size[1]))
-        self._frames: dict[tuple[int, int, bool, str | None], Any] = {}
+        self._frames: dict[tuple[int, int, bool, str | None, int], Any] = {}
         self._known_regions: OrderedDict[tuple[bytes, int], tuple[Geometry, TapTables | None]] = OrderedDict()
 
     def __call__(
@@ -188,7 +190,8 @@ class Preprocess:
         Parameters
         ----------
         images : ImageBatch, array or iterable of arrays
-            See :func:`nbvision.image.as_batch`. A missing image gives a canvas of fill.
+            See :func:`nbvision.image.as_batch`; also NV12, planes, float16 and float32, whose values count as what
+            they are, be it 0..1 or 0..255. A missing image gives a canvas of fill.
         boxes : (M, 4) array, optional
             x1, y1, x2, y2 in source pixels, half-open, on the host or on the images' device. Each is enlarged by
             ``box_margin``, grown to whole pixels and clipped to its image. Boxes on a CUDA device never come to the
@@ -203,7 +206,7 @@ class Preprocess:
 
         Returns
         -------
-        tensor : (N or M, 3, H, W) or (N or M, H, W, 3) array of ``dtype``
+        tensor : (N or M, 3, H, W), (N or M, H, W, 3) or (N or M, H, W, 4) array of ``dtype``
             ``out``, or a new array in a buffer of the memory manager.
         geometry : Geometry
             Maps boxes of the output back to the sources.
@@ -215,6 +218,8 @@ class Preprocess:
             arrays that are no images.
         """
         batch = images if isinstance(images, ImageBatch) else as_batch(images)
+        if self._resamples:
+            interleaved_color(batch)  # raises for what windows are not made of
         if batch.device == "cpu":
             return self._run_cpu(batch, boxes, box_images, out)
         with stream if stream is not None else contextlib.nullcontext():
@@ -223,7 +228,9 @@ class Preprocess:
     def output_shape(self, count: int) -> tuple[int, int, int, int]:
         """Shape of the tensor for ``count`` canvases."""
         height, width = self.size
-        return (count, 3, height, width) if self.layout == "NCHW" else (count, height, width, 3)
+        if self.layout == "NCHW":
+            return count, 3, height, width
+        return count, height, width, 4 if self.layout == "NHWC4" else 3
 
     def warmup(self, *, device: Device) -> None:
         """Compile, or load from the disk cache, everything a first call would."""
@@ -254,7 +261,7 @@ class Preprocess:
         lines = [
             f"region   {self.fit} to {self.size[0]} x {self.size[1]}, fill {[float(value) for value in self._fill]}",
             f"sample   {self.interpolation}, parity {self.parity}, from "
-            + (f"NV12 {batch.yuv}" if nv12 else f"{batch.channels} channels"),
+            + (f"NV12 {batch.yuv}" if nv12 else f"{batch.channels} channels, {batch.layout} {batch.dtype}"),
             *(f"pixel    {function}" for function in self.pixel),
             f"affine   value * {[float(gain) for gain in self._gain]} + {[float(bias) for bias in self._bias]}",
             f"store    {self.dtype.name} {self.layout}, {self.color}",
@@ -281,7 +288,7 @@ class Preprocess:
         if self._resamples:
             taps = 2**31  # every line
         lines = np.minimum(regions[:, 4], taps * np.minimum(regions[:, 8], self.size[0]))
-        read = int((lines * regions[:, 3]).sum()) * batch.channels
+        read = int((lines * regions[:, 3]).sum()) * batch.channels * batch.dtype.itemsize
         if batch.color == "nv12":  # half a byte of chroma a pixel, but each line of it serves two
             chroma_lines = np.minimum(regions[:, 4] // 2, taps * np.minimum(regions[:, 8], self.size[0]))
             read += int((chroma_lines * regions[:, 3]).sum())
@@ -306,7 +313,7 @@ class Preprocess:
             tables = (geometry.regions.reshape(-1), taps.x.reshape(-1), taps.y.reshape(-1), *taps.limits)
             _resample_loop(self._layout, self._store("cpu"), self._chain)(*images, *tables, *canvases, *values, numbers)
         else:
-            _plan_loop(*self._types("cpu"), self._chain, batch.color == "nv12")(
+            _plan_loop(*self._types(batch), self._chain, _source_type(batch))(
                 *images, *_flat(geometry), *canvases, *values, numbers, self._matrix(batch)
             )
         return tensor, geometry
@@ -348,7 +355,7 @@ class Preprocess:
     ) -> tuple[Any, tuple[int, int], tuple[int, int, int], tuple[Any, ...]]:
         """The kernel for images like these, the blocks of a canvas, their threads, and the launch's numbers; kept."""
         _, _, swap = self._channels(batch)
-        key = (device_id, batch.channels, bool(swap), batch.yuv)
+        key = (device_id, batch.channels, bool(swap), batch.yuv, _source_type(batch))
         if key not in self._frames:
             spec = self._spec(batch)
             height, width = self.size
@@ -373,12 +380,11 @@ class Preprocess:
         """The kernel for images like these, in the catalogue's words."""
         from nbvision_kernels.catalog import preprocess_kernel, resample_kernel
 
-        nv12 = batch.color == "nv12"
         if self._resamples:
-            if nv12:
-                raise InputError("the images are NV12, which parity 'pil' does not take; give parity='cv2' or 'fast'")
             return resample_kernel(self._layout, self._store("cuda"), pixel_bytes=batch.channels, chain=self._chain)
-        return preprocess_kernel(*self._types("cuda"), pixel_bytes=batch.channels, nv12=nv12, chain=self._chain)
+        return preprocess_kernel(
+            *self._types(batch), channels=batch.channels, source_type=_source_type(batch), chain=self._chain
+        )
 
     # -- tap tables --------------------------------------------------------------------------------------------
 
@@ -495,43 +501,45 @@ class Preprocess:
 
     # -- types and numbers of the kernel -----------------------------------------------------------------------
 
-    def _types(self, device: Device) -> tuple[int, int, int]:
+    def _types(self, batch: ImageBatch) -> tuple[int, int, int]:
         """Sampler, layout and store of the compiled code."""
-        return self._sampler, self._layout, self._store(device)
+        return self._sampler(batch), self._layout, self._store(batch.device)
 
-    @property
-    def _sampler(self) -> int:
+    def _sampler(self, batch: ImageBatch) -> int:
         from nbvision_kernels import preprocess as plan
 
         if self.interpolation == "nearest":
             return plan.NEAREST
-        return plan.LINEAR_EXACT if self.parity == "cv2" else plan.LINEAR_FAST
+        return plan.LINEAR_EXACT if self.parity == "cv2" and batch.dtype == np.uint8 else plan.LINEAR_FAST
 
     @property
     def _layout(self) -> int:
         from nbvision_kernels import preprocess as plan
 
-        return plan.NCHW if self.layout == "NCHW" else plan.NHWC
+        return {"NCHW": plan.NCHW, "NHWC": plan.NHWC, "NHWC4": plan.NHWC4}[self.layout]
 
     def _store(self, device: Device) -> int:
         from nbvision_kernels import preprocess as plan
 
         half = plan.STORE_HALF_BITS if device == "cpu" else plan.STORE_F16
         stores = {"uint8": plan.STORE_U8, "int8": plan.STORE_I8, "float16": half, "float32": plan.STORE_F32}
-        return stores[self.dtype.name]
+        return (stores | {"bfloat16": plan.STORE_BF16})[self.dtype.name]
 
     def _channels(self, batch: ImageBatch) -> tuple[np.int32, np.int32, np.int32]:
         """Bytes of a source pixel, whether it is gray, whether first and third channel change places."""
+        from nbvision_kernels.preprocess import pixel_bytes_of
+
         order = "rgb" if batch.color == "nv12" else batch.color[:3]
         swap = batch.color != "gray" and order != self.color
-        return np.int32(batch.channels), np.int32(batch.color == "gray"), np.int32(swap)
+        pixel_bytes = pixel_bytes_of(_source_type(batch), batch.channels)
+        return np.int32(pixel_bytes), np.int32(batch.color == "gray"), np.int32(swap)
 
     def _matrix(self, batch: ImageBatch) -> tuple[Any, ...]:
         """Six numbers from NV12 to RGB, of the type that the sampler computes in; of other images they are not read."""
         from nbvision_kernels.nv12 import matrix_numbers
         from nbvision_kernels.preprocess import LINEAR_FAST
 
-        numbers: tuple[Any, ...] = matrix_numbers(batch.yuv or "bt601", exact=self._sampler != LINEAR_FAST)
+        numbers: tuple[Any, ...] = matrix_numbers(batch.yuv or "bt601", exact=self._sampler(batch) != LINEAR_FAST)
         return numbers
 
     def _output(self, count: int, out: Any, device: Device) -> tuple[Any, Any]:
@@ -539,23 +547,35 @@ class Preprocess:
         shape = self.output_shape(count)
         if out is None:
             size_bytes = math.prod(shape) * self.dtype.itemsize
-            out = memory.acquire(size_bytes, device=device).view(shape, dtype=self.dtype)
-            array = out
+            bits = np.dtype(np.uint16) if self.dtype.name == "bfloat16" else self.dtype
+            out = memory.acquire(size_bytes, device=device).view(shape, dtype=bits)
+            out = array = out if bits == self.dtype else out.view(self.dtype)
         else:
             array = _checked_out(out, shape, self.dtype, device)
         if device == "cuda":
             return out, array
         flat = array.reshape(-1)
-        return out, flat.view(np.uint16) if self.dtype == np.float16 else flat
+        return out, flat.view(np.uint16) if self.dtype.name in ("float16", "bfloat16") else flat
 
 
-def _plan_loop(sampler: int, layout: int, store: int, chain: Chain | None, nv12: bool) -> Any:
+def _source_type(batch: ImageBatch) -> int:
+    """How the batch's images lie in memory, in the kernels' words."""
+    from nbvision_kernels import preprocess as plan
+
+    if batch.color == "nv12":
+        return plan.SOURCE_NV12
+    if batch.layout == "CHW":
+        return plan.SOURCE_CHW
+    return {"uint8": plan.SOURCE_U8, "float16": plan.SOURCE_F16, "float32": plan.SOURCE_F32}[batch.dtype.name]
+
+
+def _plan_loop(sampler: int, layout: int, store: int, chain: Chain | None, source_type: int) -> Any:
     """The CPU loop of one type of plan, compiled once per process and kept on disk."""
     from nbvision_kernels.preprocess import make_cpu_loop
 
-    key = (sampler, layout, store, chain, nv12)
+    key = (sampler, layout, store, chain, source_type)
     if key not in _plan_loops:
-        name = f"preprocess-{sampler}-{layout}-{store}" + ("-nv12" if nv12 else "")
+        name = f"preprocess-{sampler}-{layout}-{store}-{source_type}"
         name += f"-{chain.digest}" if chain else ""
         _plan_loops[key] = cpu_loop(name, make_cpu_loop(*key))
     return _plan_loops[key]
@@ -585,7 +605,7 @@ def _taps_loop() -> Any:
     return cpu_loop("fill_taps_cpu", fill_taps_cpu)
 
 
-_plan_loops: dict[tuple[int, int, int, Chain | None, bool], Any] = {}
+_plan_loops: dict[tuple[int, int, int, Chain | None, int], Any] = {}
 _region_loops: dict[str, Any] = {}
 
 
@@ -657,7 +677,12 @@ def _checked_out(out: Any, shape: tuple[int, ...], dtype: np.dtype[Any], device:
     where = device_of(out)
     if where != device:
         raise InputError(f"out is on {where}, the images are on {device}; give an array on {device}")
-    array = to_device(out, device)
+    if dtype.name == "bfloat16" and str(getattr(out, "dtype", "")) == "torch.bfloat16":
+        import torch  # NumPy has no bfloat16 to exchange
+
+        array = to_device(out.view(torch.int16), device).view(dtype)
+    else:
+        array = to_device(out, device)
     if array.shape != shape or array.dtype != dtype or not array.flags.c_contiguous:
         raise InputError(
             f"out has shape {array.shape}, dtype {array.dtype}, contiguous={array.flags.c_contiguous}; "
@@ -683,6 +708,17 @@ def _dtype_name(dtype: Any) -> str:
         return str(np.dtype(dtype).name)
     except TypeError:
         return str(dtype)
+
+
+def _dtype_of(name: str) -> np.dtype[Any]:
+    if name != "bfloat16":
+        return np.dtype(name)
+    try:
+        import ml_dtypes
+    except ImportError as error:
+        raise MissingExtraError("ml_dtypes", extra="bfloat16", needed_for="dtype 'bfloat16'") from error
+    dtype: np.dtype[Any] = np.dtype(ml_dtypes.bfloat16)
+    return dtype
 
 
 def _checked_quantize(quantize: tuple[float, int] | None, dtype: np.dtype[Any]) -> tuple[float, int]:

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from nbvision.errors import InputError
-from nbvision.image import ImageBatch
+from nbvision.image import ImageBatch, interleaved_color
 from nbvision.ops.arguments import as_given, collected, image_size, target_for, three_numbers, whole
 from nbvision.ops.preprocess import Interpolation, Parity, Preprocess
 from nbvision.runtime import memory
@@ -141,6 +141,7 @@ def plan(size: tuple[int, int], **options: Any) -> Preprocess:
 def _planned(
     images: Any, batch: ImageBatch, size: tuple[int, int], options: dict[str, Any], out: Any, stream: Any
 ) -> Any:
+    interleaved_color(batch)
     with on_stream(stream, batch.device):
         sizes = [size] * len(batch)
         if not isinstance(images, ImageBatch):

@@ -23,6 +23,9 @@ _EXTRAS: dict[str, tuple[tuple[str, ...], tuple[str, ...], str]] = {
     "tensorrt-rtx": (("tensorrt_rtx",), ("tensorrt-rtx-cu13",), "no Engine on GeForce RTX through TensorRT-RTX"),
     "onnx": (("onnxruntime",), ("onnxruntime",), "no Engine on the CPU"),
     "search": (("faiss",), ("faiss-cpu",), "no search index"),
+    "codecs": (("imagecodecs",), ("imagecodecs",), "PNG and WebP are decoded by Pillow, several times slower"),
+    "polygons": (("cv2",), ("opencv-python-headless",), "no mask_to_polygons"),
+    "bfloat16": (("ml_dtypes",), ("ml-dtypes",), "no Preprocess(dtype='bfloat16')"),
     "cli": (("rich",), ("rich",), "no progress bars: `nbvision demo`, `index` and `search` do not start"),
 }
 
