@@ -118,7 +118,7 @@ Kernel = NumbaKernel | CudaFrame
 
 _SOURCES = {plan.SOURCE_CHW: "planes", plan.SOURCE_F16: "f16", plan.SOURCE_F32: "f32", plan.SOURCE_NV12: "nv12"}
 _SAMPLERS = {plan.NEAREST: "nearest", plan.LINEAR_EXACT: "linear_exact", plan.LINEAR_FAST: "linear_fast"}
-_LAYOUTS = {plan.NCHW: "nchw", plan.NHWC: "nhwc", plan.NHWC4: "nhwc4"}
+_LAYOUTS = {plan.NCHW: "nchw", plan.NHWC: "nhwc", plan.NHWC4: "nhwc4", plan.GRAY: "gray"}
 _STORES = {
     plan.STORE_U8: ("u8", u8),
     plan.STORE_I8: ("i8", types.int8),
@@ -401,7 +401,7 @@ def move_kernel(channels: int) -> NumbaKernel:
 def all_kernels() -> Iterator[Kernel]:
     """Every kernel of every type; of the portable one, which nothing launches but tests, each sampler once."""
     for sampler, layout, store in itertools.product(_SAMPLERS, _LAYOUTS, _STORES):
-        common = layout != plan.NHWC4 and store not in (plan.STORE_I8, plan.STORE_BF16)
+        common = layout in (plan.NCHW, plan.NHWC) and store not in (plan.STORE_I8, plan.STORE_BF16)
         for channels in (
             (1, 3, 4) if common else (3,)
         ):  # the others differ in how a value is stored, and by nothing else

@@ -14,7 +14,7 @@ import numpy as np
 
 from nbvision_kernels.pixel import pixel_function
 
-__all__ = ["Chain", "Link", "make_shade", "make_shade_export"]
+__all__ = ["Chain", "Link", "extended", "make_shade", "make_shade_export"]
 
 
 @dataclass(frozen=True)
@@ -62,6 +62,13 @@ class Chain:
         exec(compile(self.source(), "<chain of pixel functions>", "exec"), names)
         function: Callable[..., Any] = pixel_function(names["chain"])
         return function
+
+
+def extended(chain: Chain | None, link: Link) -> Chain:
+    """The chain, or none, and behind it a link of this package, whose name says what it does."""
+    if chain is None:
+        return Chain(link.name, (link,))
+    return Chain(f"{chain.digest}-{link.name}", (*chain.links, link))
 
 
 def make_shade(chain):

@@ -3,7 +3,7 @@
 //
 // Compiled with -D: SOURCE (0 bytes side by side, 1 planes of bytes, 2 halves, 3 floats, 4 NV12), PIXEL_BYTES of the
 // source (of planes and NV12 1), GRAY (whether that is one channel), STORE_TYPE (0 u8, 1 f16, 2 f32, 4 i8, 5 bf16), LAYOUT
-// (0 NCHW, 1 NHWC, 2 NHWC with a fourth channel of zeros), PAIRS (whether the sampler reads two neighbouring columns), WEIGHT (0 int, 1 float), LINES and MIN_BLOCKS, the
+// (0 NCHW, 1 NHWC, 2 NHWC with a fourth channel of zeros, 3 the first channel alone), PAIRS (whether the sampler reads two neighbouring columns), WEIGHT (0 int, 1 float), LINES and MIN_BLOCKS, the
 // fields of regions.py, and for a chain of pixel functions CHAIN, CHAIN_PARAMETERS and CHAIN_NUMBERS.
 // No header is included, so NVRTC needs no include directory.
 
@@ -69,7 +69,7 @@ __device__ __forceinline__ Stored to_stored(float value) { return value; }
 
 #define COLORS (GRAY ? 1 : 3)  // alpha is dropped
 #define CHANNELS (COLORS / PLANES)  // side by side
-#define OUT_CHANNELS (LAYOUT == 2 ? 4 : 3)
+#define OUT_CHANNELS (LAYOUT == 2 ? 4 : LAYOUT == 3 ? 1 : 3)
 constexpr int THREADS = 128;
 // A multiprocessor that holds 2,048 threads takes MIN_BLOCKS; with as many the others would spill registers.
 #if __CUDA_ARCH__ == 800 || __CUDA_ARCH__ == 900 || __CUDA_ARCH__ == 1000
@@ -364,14 +364,14 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
         }
 
         const long long pixel = (long long)y * width + x_first;
-#if LAYOUT == 0
+#if LAYOUT == 0 || LAYOUT == 3
         Stored *const planes[3] = {canvas + (swap ? 2 * plane : 0), canvas + plane, canvas + (swap ? 0 : 2 * plane)};
         if (wide) {
 #pragma unroll
-            for (int c = 0; c < 3; ++c) store(planes[c] + pixel, values[c]);
+            for (int c = 0; c < OUT_CHANNELS; ++c) store(planes[c] + pixel, values[c]);
         } else {
 #pragma unroll
-            for (int c = 0; c < 3; ++c)
+            for (int c = 0; c < OUT_CHANNELS; ++c)
 #pragma unroll
                 for (int i = 0; i < PIXELS; ++i)
                     if (x_first + i < width) planes[c][pixel + i] = to_stored(values[c][i]);

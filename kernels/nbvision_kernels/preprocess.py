@@ -35,12 +35,14 @@ from nbvision_kernels.sampling import (
 )
 
 __all__ = [
+    "GRAY",
     "LINEAR_EXACT",
     "LINEAR_FAST",
     "NCHW",
     "NEAREST",
     "NHWC",
     "NHWC4",
+    "OUT_CHANNELS",
     "SAMPLERS",
     "SOURCE_CHW",
     "SOURCE_F16",
@@ -61,7 +63,8 @@ __all__ = [
 ]
 
 NEAREST, LINEAR_EXACT, LINEAR_FAST = 0, 1, 2
-NCHW, NHWC, NHWC4 = range(3)  # NHWC4 has a fourth channel, of zeros
+NCHW, NHWC, NHWC4, GRAY = range(4)  # NHWC4 has a fourth channel, of zeros; gray has the first alone
+OUT_CHANNELS = {NHWC4: 4, GRAY: 1}  # of the others 3
 STORE_U8, STORE_F16, STORE_F32, STORE_HALF_BITS, STORE_I8, STORE_BF16 = range(6)
 # How a source lies in memory: bytes side by side, planes of bytes, halves or floats side by side, or NV12.
 SOURCE_U8, SOURCE_CHW, SOURCE_F16, SOURCE_F32, SOURCE_NV12 = range(5)
@@ -160,7 +163,7 @@ def make_span_writer(sampler, layout, store, chain=None, source_type=SOURCE_U8):
     nv12 = source_type == SOURCE_NV12
     read = make_reader(source_type)
     channel_bytes = {SOURCE_F16: 2, SOURCE_F32: 4}.get(source_type, 1)
-    out_channels = 4 if layout == NHWC4 else 3
+    out_channels = OUT_CHANNELS.get(layout, 3)
     along_x, along_y, blend = SAMPLERS[sampler]
     read_nv12 = make_nv12_reader(blend, exact=sampler != LINEAR_FAST)
     shade = make_shade(chain)
@@ -304,8 +307,9 @@ def make_span_writer(sampler, layout, store, chain=None, source_type=SOURCE_U8):
             value_0, value_1, value_2 = shade(value_0, value_1, value_2, x, y, bgr, numbers)
             at = canvas + (line_start + np.int64(x)) * to_pixel
             save(out, at, value_0 * gain[0] + bias[0])
-            save(out, at + to_channel, value_1 * gain[1] + bias[1])
-            save(out, at + 2 * to_channel, value_2 * gain[2] + bias[2])
+            if layout != GRAY:
+                save(out, at + to_channel, value_1 * gain[1] + bias[1])
+                save(out, at + 2 * to_channel, value_2 * gain[2] + bias[2])
             if layout == NHWC4:
                 save(out, at + 3, np.float32(0))
 

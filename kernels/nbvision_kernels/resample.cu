@@ -4,7 +4,7 @@
 // the rounding and the chain are Python functions, linked in.
 //
 // Compiled with -D: PIXEL_BYTES of the source (1 gray, 3, 4), STORE_TYPE (0 u8, 1 f16, 2 f32, 4 i8), LAYOUT (0 NCHW,
-// 1 NHWC), the fields of regions.py, and for a chain of pixel functions CHAIN, CHAIN_PARAMETERS and CHAIN_NUMBERS.
+// 1 NHWC, 2 NHWC with a fourth channel of zeros, 3 the first channel alone), the fields of regions.py, and for a chain of pixel functions CHAIN, CHAIN_PARAMETERS and CHAIN_NUMBERS.
 
 extern "C" __device__ int nbv_round_sum(int total);
 extern "C" __device__ int nbv_vertical_first(int width, int height, int out_width, int out_height);
@@ -37,6 +37,7 @@ __device__ __forceinline__ Stored to_stored(float value) { return value; }
 #endif
 
 #define CHANNELS (PIXEL_BYTES == 1 ? 1 : 3)  // alpha is dropped
+#define OUT_CHANNELS (LAYOUT == 2 ? 4 : LAYOUT == 3 ? 1 : 3)
 constexpr int COLUMNS = 32, LINES = 16, WARPS = 8, THREADS = 32 * WARPS;
 constexpr int OWN = LINES / WARPS;       // output lines of a thread
 constexpr int RAW_BYTES = 30 * 1024;     // of source lines at a time
@@ -271,7 +272,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 4)
     if (x >= width) return;
 
     const long long plane = (long long)height * width;
-    Stored *canvas = out + (long long)blockIdx.z * 3 * plane;
+    Stored *canvas = out + (long long)blockIdx.z * OUT_CHANNELS * plane;
 #pragma unroll
     for (int o = 0; o < OWN; ++o) {
         const int y = y_first + warp + o * WARPS;
@@ -297,10 +298,15 @@ extern "C" __global__ void __launch_bounds__(THREADS, 4)
         canvas[(swap ? 2 * plane : 0) + pixel] = first;
         canvas[plane + pixel] = second;
         canvas[(swap ? 0 : 2 * plane) + pixel] = third;
+#elif LAYOUT == 3
+        canvas[pixel] = first;
 #else
-        canvas[3 * pixel] = swap ? third : first;
-        canvas[3 * pixel + 1] = second;
-        canvas[3 * pixel + 2] = swap ? first : third;
+        canvas[OUT_CHANNELS * pixel] = swap ? third : first;
+        canvas[OUT_CHANNELS * pixel + 1] = second;
+        canvas[OUT_CHANNELS * pixel + 2] = swap ? first : third;
+#if OUT_CHANNELS == 4
+        canvas[OUT_CHANNELS * pixel + 3] = to_stored(0.0f);
+#endif
 #endif
     }
 }

@@ -17,7 +17,7 @@ from numba import njit, prange
 from nbvision_kernels import regions as region
 from nbvision_kernels.chain import make_shade
 from nbvision_kernels.pixel import clamp, pixel_function, pointer_from_address
-from nbvision_kernels.preprocess import NCHW, make_store
+from nbvision_kernels.preprocess import GRAY, NCHW, NHWC4, OUT_CHANNELS, make_store
 
 __all__ = [
     "BOX",
@@ -191,6 +191,7 @@ def make_cpu_loop(layout, store, chain=None):
     """The plan as a parallel CPU loop over strips of output lines; see ``preprocess.make_cpu_loop``."""
     shade = make_shade(chain)
     save = make_store(store)
+    out_channels = OUT_CHANNELS.get(layout, 3)
 
     def loop(
         base,
@@ -274,8 +275,8 @@ def make_cpu_loop(layout, store, chain=None):
                             between[(line * width + x) * channels + channel] = value
             plane = np.int64(height) * np.int64(width)
             to_channel = plane if layout == NCHW else np.int64(1)
-            to_pixel = np.int64(1) if layout == NCHW else np.int64(3)
-            canvas = np.int64(item) * 3 * plane
+            to_pixel = np.int64(1) if layout == NCHW else np.int64(out_channels)
+            canvas = np.int64(item) * out_channels * plane
             for y in range(y_first, y_stop):
                 y_entry = y_entries + y * y_stride
                 for x in range(width):
@@ -301,7 +302,10 @@ def make_cpu_loop(layout, store, chain=None):
                     value_0, value_1, value_2 = shade(value_0, value_1, value_2, x, y, bgr, numbers)
                     to = canvas + (np.int64(y) * width + x) * to_pixel
                     save(out, to, value_0 * gain[0] + bias[0])
-                    save(out, to + to_channel, value_1 * gain[1] + bias[1])
-                    save(out, to + 2 * to_channel, value_2 * gain[2] + bias[2])
+                    if layout != GRAY:
+                        save(out, to + to_channel, value_1 * gain[1] + bias[1])
+                        save(out, to + 2 * to_channel, value_2 * gain[2] + bias[2])
+                    if layout == NHWC4:
+                        save(out, to + 3, np.float32(0))
 
     return loop

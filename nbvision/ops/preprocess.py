@@ -71,9 +71,11 @@ class Preprocess:
         ``"letterbox"`` keeps the aspect ratio and fills the rest, with Ultralytics' rounding; ``"stretch"`` fills
         the whole output; ``"cover"`` keeps the aspect ratio and cuts off what is too much, with the rounding of
         torchvision's ``Resize`` and ``CenterCrop``.
-    color : {"rgb", "bgr"}
-        Channel order of the output; gray images fill all three channels, alpha is dropped, NV12 frames are converted
-        by the matrix that their batch names.
+    color : {"rgb", "bgr", "gray"}
+        Channels of the output; gray images fill all three channels, alpha is dropped, NV12 frames are converted by the
+        matrix that their batch names. ``"gray"`` is one channel, made of the sampled red, green and blue, after
+        ``pixel``: as ``cv2.cvtColor`` rounds it, with ``parity="pil"`` as Pillow's ``convert("L")`` does, with
+        ``"fast"`` and of floats not rounded.
     scale : float
         Factor on the 0..255 values, such as 1/255.
     mean, std : float or three floats, optional
@@ -125,7 +127,7 @@ class Preprocess:
         size: tuple[int, int],
         *,
         fit: Fit = "letterbox",
-        color: Literal["rgb", "bgr"] = "rgb",
+        color: Literal["rgb", "bgr", "gray"] = "rgb",
         scale: float = 1.0,
         mean: float | Sequence[float] | None = None,
         std: float | Sequence[float] | None = None,
@@ -143,7 +145,7 @@ class Preprocess:
     ) -> None:
         self.size = _checked_size(size)
         self.fit = one_of("fit", fit, Fit)
-        self.color = one_of("color", color, Literal["rgb", "bgr"])
+        self.color = one_of("color", color, Literal["rgb", "bgr", "gray"])
         self.dtype = _dtype_of(one_of("dtype", _dtype_name(dtype), DType))
         self.layout = one_of("layout", layout, Layout)
         self.interpolation = one_of("interpolation", interpolation, Interpolation)
@@ -160,6 +162,12 @@ class Preprocess:
         self.box_margin = np.float32(box_margin)
         self.pixel = as_pixel_functions(pixel)
         self._chain, self._numbers = chain_of(self.pixel)
+        if self.color == "gray":
+            if self.layout == "NHWC4":
+                raise InputError("layout is 'NHWC4' with color 'gray', which is one channel; give 'NHWC' or 'NCHW'")
+            for name, value in (("mean", mean), ("std", std), ("fill", fill)):
+                if np.size(np.asarray(value)) > 1:
+                    raise InputError(f"{name} is {value}; expected one number for color 'gray'")
         self.crop_pct = finite("crop_pct", crop_pct)
         if not 0 < self.crop_pct <= 1:
             raise InputError(f"crop_pct is {crop_pct}; expected a share above 0 and up to 1")
@@ -173,7 +181,7 @@ class Preprocess:
         )
         self._fill = tuple(np.float32(value) for value in three_numbers("fill", fill))
         self._int_size = (np.int32(self.size[0]), np.int32(self.size[1]))
-        self._frames: dict[tuple[int, int, bool, str | None, int], Any] = {}
+        self._frames: dict[tuple[int, str, str | None, int], Any] = {}
         self._known_regions: OrderedDict[tuple[bytes, int], tuple[Geometry, TapTables | None]] = OrderedDict()
 
     def __call__(
@@ -206,7 +214,7 @@ class Preprocess:
 
         Returns
         -------
-        tensor : (N or M, 3, H, W), (N or M, H, W, 3) or (N or M, H, W, 4) array of ``dtype``
+        tensor : (N or M, 3, H, W), (N or M, H, W, 3) or (N or M, H, W, 4) array of ``dtype``; of gray with 1 channel
             ``out``, or a new array in a buffer of the memory manager.
         geometry : Geometry
             Maps boxes of the output back to the sources.
@@ -228,9 +236,8 @@ class Preprocess:
     def output_shape(self, count: int) -> tuple[int, int, int, int]:
         """Shape of the tensor for ``count`` canvases."""
         height, width = self.size
-        if self.layout == "NCHW":
-            return count, 3, height, width
-        return count, height, width, 4 if self.layout == "NHWC4" else 3
+        channels = 1 if self.color == "gray" else 4 if self.layout == "NHWC4" else 3
+        return (count, channels, height, width) if self.layout == "NCHW" else (count, height, width, channels)
 
     def warmup(self, *, device: Device) -> None:
         """Compile, or load from the disk cache, everything a first call would."""
@@ -271,8 +278,9 @@ class Preprocess:
         if images is not None:
             read, written = self._bytes_moved(batch)
             lines.append(f"bytes    {read / 1e6:.1f} MB read, {written / 1e6:.1f} MB written, {len(batch)} images")
-        if self._chain is not None:
-            lines += ["", self._chain.source()]
+        chain = self._chain_for(batch)
+        if chain is not None:
+            lines += ["", chain.source()]
         return "\n".join(lines)
 
     def __repr__(self) -> str:
@@ -305,15 +313,16 @@ class Preprocess:
         if not len(geometry):
             return tensor, geometry
         images = (np.int64(0), batch.table.reshape(-1))
-        values = (self._gain, self._bias, self._fill, self.color == "bgr")
+        values = (self._gain, self._bias, self._fill, self._blue_first(batch))
+        chain = self._chain_for(batch)
         numbers = self._numbers or (np.float32(0),)  # Numba types no empty tuple
         canvases = (flat, len(geometry), *self._int_size, *self._channels(batch))
         if self._resamples:
             taps = self._taps(geometry, self._tap_limits(geometry.regions))
             tables = (geometry.regions.reshape(-1), taps.x.reshape(-1), taps.y.reshape(-1), *taps.limits)
-            _resample_loop(self._layout, self._store("cpu"), self._chain)(*images, *tables, *canvases, *values, numbers)
+            _resample_loop(self._layout, self._store("cpu"), chain)(*images, *tables, *canvases, *values, numbers)
         else:
-            _plan_loop(*self._types(batch), self._chain, _source_type(batch))(
+            _plan_loop(*self._types(batch), chain, _source_type(batch))(
                 *images, *_flat(geometry), *canvases, *values, numbers, self._matrix(batch)
             )
         return tensor, geometry
@@ -355,7 +364,7 @@ class Preprocess:
     ) -> tuple[Any, tuple[int, int], tuple[int, int, int], tuple[Any, ...]]:
         """The kernel for images like these, the blocks of a canvas, their threads, and the launch's numbers; kept."""
         _, _, swap = self._channels(batch)
-        key = (device_id, batch.channels, bool(swap), batch.yuv, _source_type(batch))
+        key = (device_id, batch.color, batch.yuv, _source_type(batch))
         if key not in self._frames:
             spec = self._spec(batch)
             height, width = self.size
@@ -364,8 +373,8 @@ class Preprocess:
             launch_numbers = (*self._int_size, swap, *numbers)
             if batch.color == "nv12":
                 launch_numbers += self._matrix(batch)
-            if self._chain is not None:
-                launch_numbers += (np.int32((self.color == "bgr") != bool(swap)), *self._numbers)
+            if self._chain_for(batch) is not None:
+                launch_numbers += (np.int32(self._blue_first(batch) != bool(swap)), *self._numbers)
             if self._resamples:
                 block, tile = (32, 8, 1), (32, 16)
             else:
@@ -380,11 +389,11 @@ class Preprocess:
         """The kernel for images like these, in the catalogue's words."""
         from nbvision_kernels.catalog import preprocess_kernel, resample_kernel
 
+        chain = self._chain_for(batch)
         if self._resamples:
-            return resample_kernel(self._layout, self._store("cuda"), pixel_bytes=batch.channels, chain=self._chain)
-        return preprocess_kernel(
-            *self._types(batch), channels=batch.channels, source_type=_source_type(batch), chain=self._chain
-        )
+            return resample_kernel(self._layout, self._store("cuda"), pixel_bytes=batch.channels, chain=chain)
+        source_type = _source_type(batch)
+        return preprocess_kernel(*self._types(batch), channels=batch.channels, source_type=source_type, chain=chain)
 
     # -- tap tables --------------------------------------------------------------------------------------------
 
@@ -512,10 +521,27 @@ class Preprocess:
             return plan.NEAREST
         return plan.LINEAR_EXACT if self.parity == "cv2" and batch.dtype == np.uint8 else plan.LINEAR_FAST
 
+    def _chain_for(self, batch: ImageBatch) -> Chain | None:
+        """The pixel functions, and the gray made of what they give."""
+        if self.color != "gray":
+            return self._chain
+        from nbvision_kernels import gray
+        from nbvision_kernels.chain import extended
+
+        unrounded = self.parity == "fast" or batch.dtype != np.uint8
+        link = gray.GRAY_UNROUNDED if unrounded else gray.GRAY_PIL if self.parity == "pil" else gray.GRAY_CV2
+        return extended(self._chain, link)
+
+    def _blue_first(self, batch: ImageBatch) -> bool:
+        """Whether the chain's first channel is blue once channels are in the order of the output; gray has none."""
+        return batch.color.startswith("bgr") if self.color == "gray" else self.color == "bgr"
+
     @property
     def _layout(self) -> int:
         from nbvision_kernels import preprocess as plan
 
+        if self.color == "gray":
+            return plan.GRAY
         return {"NCHW": plan.NCHW, "NHWC": plan.NHWC, "NHWC4": plan.NHWC4}[self.layout]
 
     def _store(self, device: Device) -> int:
@@ -530,7 +556,7 @@ class Preprocess:
         from nbvision_kernels.preprocess import pixel_bytes_of
 
         order = "rgb" if batch.color == "nv12" else batch.color[:3]
-        swap = batch.color != "gray" and order != self.color
+        swap = batch.color != "gray" and self.color != "gray" and order != self.color
         pixel_bytes = pixel_bytes_of(_source_type(batch), batch.channels)
         return np.int32(pixel_bytes), np.int32(batch.color == "gray"), np.int32(swap)
 
