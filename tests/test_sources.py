@@ -12,6 +12,7 @@ from reference import INTERPOLATIONS, on, random_image, to_host
 import nbvision as nbv
 from nbvision.errors import InputError
 from nbvision.image import ImageBatch, as_batch
+from nbvision.ops import adjust
 from nbvision.ops.preprocess import Preprocess
 
 SIZES = [(1, 1), (1, 9), (7, 1), (2, 3), (37, 53), (333, 517)]
@@ -188,7 +189,7 @@ def test_gray_of_gray_of_floats_and_after_pixel_functions(device, rng):
     floats = rng.normal(0, 3, (20, 30, 3)).astype(np.float32)
     found, _ = Preprocess((20, 30), **options)(as_batch(on(device, floats), color="bgr"))
     np.testing.assert_allclose(to_host(found)[0, 0], floats[..., ::-1] @ shares * 2 - 1, atol=1e-3)
-    found, _ = Preprocess((20, 30), pixel=nbv.adjust.invert, **options)(on(device, image))
+    found, _ = Preprocess((20, 30), pixel=adjust.invert, **options)(on(device, image))
     np.testing.assert_allclose(to_host(found)[0, 0], np.floor((255.0 - image) @ shares + 0.5) * 2 - 1, atol=2)
     fast, _ = Preprocess((20, 30), parity="fast", **options)(on(device, image))
     np.testing.assert_allclose(to_host(fast)[0, 0], image @ shares * 2 - 1, atol=0.05)
