@@ -95,6 +95,7 @@ class ImageBatch:
         self._arrays = list(arrays)
         self._buffer = buffer
         rows = np.array([_table_row(array, color, layout) for array in arrays], np.int64).reshape(-1, 4)
+        self._rows = rows
         self.sizes: npt.NDArray[np.int32] = rows[:, 2:].astype(np.int32)
         self.table: Any = rows
         if device == "cuda":
@@ -224,6 +225,34 @@ class ImageBatch:
         """(N,) bool on the host: which images are there."""
         return np.array([error is None for error in self.errors], bool)
 
+    def shares_memory(self, array: Any) -> bool:
+        """Whether an array of the batch's device, contiguous or one image, has a byte that is also an image's."""
+        if not array.size:
+            return False
+        own_width = array.nbytes // array.shape[0]
+        start = _address(array)
+        stop = start + (array.shape[0] - 1) * array.strides[0] + own_width
+        first, last, width, pitch = self._extents
+        if not len(first) or stop <= first.min() or last.max() <= start:
+            return False
+        # Lines of one pitch may lie beside each other: two pictures on one canvas.
+        offset = (start - first) % pitch
+        beside = (array.strides[0] == pitch) & (offset >= width) & (offset + own_width <= pitch)
+        return bool(((first < stop) & (start < last) & ~beside).any())
+
+    @functools.cached_property
+    def _extents(self) -> tuple[npt.NDArray[np.int64], ...]:
+        """Of each image that is there: addresses of its first byte and behind its last; bytes of a line; pitch."""
+        first, pitch, height, width = self._rows[self._rows[:, 0] != 0].T
+        lines, line_bytes = height, width
+        if self.color == "nv12":
+            lines = height * 3 // 2
+        elif self.layout == "CHW":
+            lines = height * self.channels
+        else:
+            line_bytes = width * self.channels * self.dtype.itemsize
+        return first, first + pitch * (lines - 1) + line_bytes, line_bytes, np.maximum(pitch, 1)
+
     def select(self, indices: Iterable[int]) -> ImageBatch:
         """The batch of the images at ``indices``, sharing memory; an index may come more than once."""
         chosen = [int(index) for index in indices]
@@ -349,11 +378,16 @@ def _table_row(array: Any, color: SourceColor, layout: SourceLayout = "HWC") -> 
     """The image's row of :attr:`ImageBatch.table`."""
     if array is None:
         return 0, 0, 0, 0
-    address = array.ctypes.data if isinstance(array, np.ndarray) else array.data.ptr
+    address = _address(array)
     if layout == "CHW":
         return address, array.strides[1], array.shape[1], array.shape[2]
     height = array.shape[0] * 2 // 3 if color == "nv12" else array.shape[0]
     return address, array.strides[0], height, array.shape[1]
+
+
+def _address(array: Any) -> int:
+    """Of a NumPy or CuPy array's first element."""
+    return int(array.ctypes.data if isinstance(array, np.ndarray) else array.data.ptr)
 
 
 def _twin(error: DecodeError) -> DecodeError:

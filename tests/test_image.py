@@ -142,6 +142,38 @@ def test_another_stream_waits_for_the_pixels(rng):
         assert bool((copy == 19).all())
 
 
+def test_shared_memory_is_found_to_the_byte(device, rng):
+    """Against NumPy's exact answer, of views of one canvas, one beside or below the other."""
+    canvas = on(device, random_image(rng, 40, 50))
+    view = canvas[10:20, 10:30]
+    batch = ImageBatch.from_arrays([view, on(device, random_image(rng, 3, 3))], device=device)
+    host, base = to_host(canvas), address(canvas)
+    start, stop = 10 * 150 + 30, 19 * 150 + 90
+    for y, x in [(0, 0), (10, 0), (10, 30), (10, 29), (9, 10), (20, 10), (19, 29), (5, 5), (0, 10), (12, 12)]:
+        other = canvas[y : y + 10, x : x + 10]
+        twin = host[y : y + 10, x : x + 10]
+        assert batch.shares_memory(other) == np.shares_memory(twin, host[10:20, 10:30]), (y, x)
+    flat = canvas.reshape(-1)
+    for first, last in [(0, start), (0, start + 1), (stop - 1, stop + 9), (stop, stop + 9), (start + 90, start + 91)]:
+        between_the_lines = first == start + 90
+        assert batch.shares_memory(flat[first:last]) == (first < stop and last > start), (first, last, base)
+        assert between_the_lines or batch.shares_memory(flat[first:last]) == np.shares_memory(
+            host.reshape(-1)[first:last], host[10:20, 10:30]
+        )
+    assert not ImageBatch.from_arrays([], device=device).shares_memory(flat)
+
+
+@pytest.mark.parametrize(("options", "size"), [({"color": "nv12"}, 24 * 16), ({"layout": "CHW"}, 3 * 24 * 16)])
+def test_shared_memory_of_planes_and_nv12(device, options, size):
+    """The last byte counts, the one behind it does not."""
+    memory = on(device, np.zeros(size * 3 // 2 + 4 if "color" in options else size + 4, np.uint8))
+    used = len(memory) - 4
+    image = memory[:used].reshape((36, 16) if "color" in options else (3, 24, 16))
+    batch = ImageBatch.from_arrays([image], device=device, **options)
+    assert batch.shares_memory(memory[used - 1 :])
+    assert not batch.shares_memory(memory[used:])
+
+
 def test_channels_apart_in_a_single_column(device, rng):
     """An image one pixel wide whose channels lie in planes: its strides look dense."""
     image = rng.integers(0, 256, (3, 7, 1), dtype=np.uint8)

@@ -407,3 +407,14 @@ def test_more_bad_arguments_say_what_was_expected(rng):
     out.setflags(write=False)
     with pytest.raises(InputError, match="read-only"):
         pre([image], out=out)
+
+
+def test_out_in_the_images_memory_is_refused(device, rng):
+    """Written while it is read, the result would depend on the order of threads."""
+    memory = on(device, rng.integers(0, 256, 3 * 64 * 64 + 12, dtype=np.uint8))
+    image = memory[12:].reshape(64, 64, 3)
+    pre = Preprocess((2, 2), dtype="uint8", layout="NHWC")
+    with pytest.raises(InputError, match="out shares memory with the images"):
+        pre(image, out=memory[6:18].reshape(1, 2, 2, 3))
+    beside = memory[:12].reshape(1, 2, 2, 3)
+    assert pre(image, out=beside)[0] is beside

@@ -348,7 +348,7 @@ def test_more_bad_input(device, rng):
         warp_affine([image, image], np.stack([np.eye(2, 3), np.zeros((2, 3))]), (4, 5))
     with pytest.raises(InputError, match="quarter_turns is 1"):
         rotate(image, 1.5)
-    with pytest.raises(InputError, match="out is images"):
+    with pytest.raises(InputError, match="out shares memory with the images"):
         flip(image, out=image)
     with pytest.raises(InputError, match="contiguous=False"):
         flip(image, out=on(device, np.zeros((4, 10, 3), np.uint8))[:, ::2])

@@ -119,8 +119,6 @@ def target_for(
 ) -> tuple[ImageBatch, ImageBatch | Any]:
     """Where an operation writes one image of each size, as a batch and in the form of ``images``: a batch, an array,
     or for several sizes a list. Of ``out`` if there is one, else new."""
-    if out is images and out is not None:
-        raise InputError("out is images; expected other memory")
     if isinstance(images, ImageBatch):
         if out is None:
             target = ImageBatch.allocate(sizes, color=interleaved_color(batch), device=batch.device)
@@ -133,7 +131,7 @@ def target_for(
         )
         if not fits:
             raise InputError(f"out is {out!r}; expected a batch of {batch.color} on {batch.device} of sizes {sizes}")
-        return _writable(out), out
+        return _writable(out, batch), out
     if len(set(sizes)) > 1:
         if out is not None:
             raise InputError(
@@ -150,9 +148,8 @@ def target_for(
         array = memory.acquire(math.prod(shape), device=batch.device).view(shape)
     else:
         array = _array_of(out, shape, batch)
-    return _writable(
-        ImageBatch.from_arrays(array.reshape(stack_shape), color=interleaved_color(batch), device=batch.device)
-    ), array
+    target = ImageBatch.from_arrays(array.reshape(stack_shape), color=interleaved_color(batch), device=batch.device)
+    return target if out is None else _writable(target, batch), array
 
 
 def as_given(result: Any, images: Any, out: Any) -> Any:
@@ -179,7 +176,10 @@ def _array_of(out: Any, shape: tuple[int, ...], batch: ImageBatch) -> Any:
     return array
 
 
-def _writable(target: ImageBatch) -> ImageBatch:
+def _writable(target: ImageBatch, batch: ImageBatch) -> ImageBatch:
+    """The target, if it can be written and is no memory of the images of ``batch``."""
     if target.device == "cpu" and not all(target[int(index)].flags.writeable for index in np.flatnonzero(target.ok)):
         raise InputError("out is read-only; expected memory that can be written")
+    if any(batch.shares_memory(target[int(index)]) for index in np.flatnonzero(target.ok)):
+        raise InputError("out shares memory with the images; expected other memory")
     return target

@@ -208,7 +208,7 @@ class Preprocess:
         box_images : (M,) integer array, optional
             The image of each box, where ``boxes`` are; may be left out for a single image.
         out : array, optional
-            Where to write: contiguous, of the right shape and dtype, on the images' device.
+            Where to write: contiguous, of the right shape and dtype, on the images' device, and in other memory.
         stream : CUDA stream, optional
             Default: CuPy's current stream. Nothing waits on the host.
 
@@ -309,7 +309,7 @@ class Preprocess:
             geometry = self._image_regions_on_host(batch.sizes)
         else:
             geometry = self._box_regions_on_host(batch.sizes, *checked_host_boxes(boxes, box_images, batch.sizes))
-        tensor, flat = self._output(len(geometry), out, "cpu")
+        tensor, flat = self._output(batch, len(geometry), out)
         if not len(geometry):
             return tensor, geometry
         images = (np.int64(0), batch.table.reshape(-1))
@@ -344,7 +344,7 @@ class Preprocess:
             if self._resamples:
                 taps = self._taps(geometry, self._tap_limits(host.regions))
         count = len(geometry)
-        tensor, flat = self._output(count, out, "cuda")
+        tensor, flat = self._output(batch, count, out)
         if count:
             self._launch(batch, geometry, taps, flat, count)
         return tensor, geometry
@@ -568,9 +568,9 @@ class Preprocess:
         numbers: tuple[Any, ...] = matrix_numbers(batch.yuv or "bt601", exact=self._sampler(batch) != LINEAR_FAST)
         return numbers
 
-    def _output(self, count: int, out: Any, device: Device) -> tuple[Any, Any]:
+    def _output(self, batch: ImageBatch, count: int, out: Any) -> tuple[Any, Any]:
         """What the caller gets, and the array over the same bytes that the kernel writes."""
-        shape = self.output_shape(count)
+        shape, device = self.output_shape(count), batch.device
         if out is None:
             size_bytes = math.prod(shape) * self.dtype.itemsize
             bits = np.dtype(np.uint16) if self.dtype.name == "bfloat16" else self.dtype
@@ -578,6 +578,8 @@ class Preprocess:
             out = array = out if bits == self.dtype else out.view(self.dtype)
         else:
             array = _checked_out(out, shape, self.dtype, device)
+            if batch.shares_memory(array):
+                raise InputError("out shares memory with the images; expected other memory")
         if device == "cuda":
             return out, array
         flat = array.reshape(-1)
