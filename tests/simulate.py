@@ -21,8 +21,11 @@ from nbvision_kernels import (
     preprocess_cuda,
     regions,
     regions_cuda,
+    resample,
+    resample_cuda,
     warp,
     warp_cuda,
+    window,
 )
 from numba import cuda
 
@@ -97,6 +100,62 @@ def run_nv12(rng: np.random.Generator) -> None:
         launch(kernel, (2, 1, len(given)), (8, 8), *arguments)
         assert np.isfinite(results[0]).all()
         np.testing.assert_array_equal(*results)
+
+
+def run_planes(rng: np.random.Generator) -> None:
+    """The last plane of the last image ends where the memory ends; interleaved twins give the same values."""
+    pixels, sources = pixels_and_sources(rng)
+    planar, planar_sources = np.empty_like(pixels), sources.copy()
+    for start, pitch, lines, width in planar_sources.reshape(-1, 4):
+        image = pixels[start : start + lines * pitch].reshape(lines, width, 3)
+        planar[start : start + lines * pitch] = np.moveaxis(image, -1, 0).reshape(-1)
+    planar_sources.reshape(-1, 4)[:, 1] //= 3
+    height, width, results = 6, 9, []
+    for sampler in (preprocess.NEAREST, preprocess.LINEAR_EXACT, preprocess.LINEAR_FAST):
+        tables = image_regions(sources, height, width, sampler != preprocess.NEAREST)
+        numbers = [np.float32(value) for value in (1, 1, 1, 0, 0, 0, 114, 114, 114)]
+        results = [np.full(len(SIZES) * 3 * height * width, np.nan, np.float32) for _ in range(2)]
+        for out, memory, table, pixel_bytes, source_type in [
+            (results[0], pixels, sources, 3, preprocess.SOURCE_U8),
+            (results[1], planar, planar_sources, 1, preprocess.SOURCE_CHW),
+        ]:
+            kernel = preprocess_cuda.make_kernel(sampler, preprocess.NCHW, preprocess.STORE_F32, source_type)
+            arguments = (memory, table, *tables, out, height, width, pixel_bytes, 0, 0, *numbers, *(0,) * 6)
+            launch(kernel, (2, 1, len(SIZES)), (8, 8), *arguments)
+        np.testing.assert_array_equal(*results)
+
+
+def run_taps(rng: np.random.Generator) -> None:
+    """Tables of both families: the same on both devices, and of every window no tap outside the source."""
+    window.float_to_bits = lambda value: value.view(np.int32)
+    _, sources = pixels_and_sources(rng)
+    given = np.array([[0, 0, 7, 5], [1, 2, 3, 4], [0, 0, 1, 1], [0, 0, 4, 9], [3, 0, 4, 9]], np.float32)
+    images, height, width, limit = np.array([0, 0, 1, 2, 2], np.int64), 4, 3, 24
+    tables = empty_tables(len(given))
+    fit = (height, width, regions.FIT_STRETCH, 0, 0, True, True, True)
+    regions.fill_box_regions_cpu(sources, images, given.reshape(-1), np.float32(0), *tables, *fit)
+    rows = tables[0].reshape(len(given), -1)
+    for (fill, twin, kinds), vertical in itertools.product(
+        [
+            (resample.fill_taps_cpu, resample_cuda.fill_taps, range(5)),
+            (window.fill_windows_cpu, resample_cuda.fill_windows, range(4)),
+        ],
+        (False, True),
+    ):
+        length = height if vertical else width
+        for kind in kinds:
+            on_host, on_device = (np.full(len(given) * length * (limit + 4), -1, np.int32) for _ in range(2))
+            fill(on_host, tables[0], length, limit, vertical, kind)
+            if fill is resample.fill_taps_cpu and not vertical:
+                for entry in range(0, len(on_host), limit + 4):
+                    resample.pack_taps(on_host, entry, limit)
+            launch(twin, (1, len(given)), 8, on_device, tables[0], length, limit, vertical, kind)
+            np.testing.assert_array_equal(on_host, on_device)
+            entries = on_host.reshape(len(given), length, -1)
+            field = regions.HEIGHT if vertical else regions.WIDTH
+            if (kind != window.CV2_CUBIC and kind != window.CV2_AREA) or fill is resample.fill_taps_cpu:
+                assert (entries[..., 0] + entries[..., 1] <= rows[:, field, None]).all()
+            assert (entries[..., 1] > 0).all()
 
 
 def run_box_regions(rng: np.random.Generator) -> None:
@@ -407,6 +466,8 @@ if __name__ == "__main__":
     cases = {
         "preprocess": run_preprocess,
         "nv12": run_nv12,
+        "planes": run_planes,
+        "taps": run_taps,
         "box_regions": run_box_regions,
         "nms": run_nms,
         "masks": run_masks,

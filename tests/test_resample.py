@@ -1,4 +1,7 @@
-"""Preprocess with parity "pil" against Pillow itself: no value differs, on both devices."""
+"""Preprocess with parity "pil" against Pillow itself: no value differs, on both devices.
+
+Versions before 13 are those of parity "pil-11".
+"""
 
 from __future__ import annotations
 
@@ -20,9 +23,8 @@ FILTERS = {
     "cubic": Image.Resampling.BICUBIC,
     "lanczos": Image.Resampling.LANCZOS,
 }
-BYTES = {"dtype": "uint8", "layout": "NHWC", "parity": "pil"}
-
-pytestmark = pytest.mark.skipif(int(PIL.__version__.split(".")[0]) < 13, reason="Pillow had another order of passes")
+PARITY = "pil" if int(PIL.__version__.split(".")[0]) >= 13 else "pil-11"
+BYTES = {"dtype": "uint8", "layout": "NHWC", "parity": PARITY}
 
 
 def by_pillow(image: np.ndarray, height: int, width: int, interpolation: str) -> np.ndarray:
@@ -47,6 +49,17 @@ def test_random_sizes_are_bit_exact(device, rng, interpolation):
         for image, got in zip(images, resized(images, size, device, interpolation), strict=True):
             differing += int((got != by_pillow(image, *size, interpolation)).sum())
     assert differing == 0
+
+
+@pytest.mark.parametrize("interpolation", ["box", "linear", "cubic"])
+def test_the_order_of_pillow_11(device, rng, interpolation):
+    """The width first whatever the ratio, which any Pillow does when it is asked for one side after the other."""
+    for source, size in [((3000, 5), (3, 7)), ((900, 800), (30, 700)), ((400, 90), (20, 224)), ((5, 3000), (7, 3))]:
+        image = random_image(rng, *source)
+        picture = Image.fromarray(image).resize((size[1], source[0]), FILTERS[interpolation])
+        wanted = np.asarray(picture.resize(size[::-1], FILTERS[interpolation]))
+        found = resized([image], size, device, interpolation, parity="pil-11")[0]
+        np.testing.assert_array_equal(found, wanted)
 
 
 @pytest.mark.parametrize("interpolation", FILTERS)
@@ -194,10 +207,11 @@ def test_views_with_a_pitch(device, rng):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"interpolation": "nearest", "parity": "pil"}, "give parity='cv2'"),
-        ({"interpolation": "lanczos"}, "give parity='pil'"),
-        ({"interpolation": "cubic", "parity": "fast"}, "give parity='pil'"),
-        ({"interpolation": "area"}, "expected one of"),
+        ({"interpolation": "nearest", "parity": "pil"}, "parity 'cv2' or 'fast' has it"),
+        ({"interpolation": "lanczos"}, "parity 'pil' or 'pil-11' has it"),
+        ({"interpolation": "cubic", "parity": "fast"}, "parity 'cv2' or 'pil' or 'pil-11' or 'torch' has it"),
+        ({"interpolation": "area", "parity": "pil-11"}, "parity 'cv2' has it"),
+        ({"interpolation": "bilinear"}, "expected one of"),
     ],
 )
 def test_combinations_that_are_none(options, message):

@@ -15,7 +15,8 @@ import pytest
 HERE = Path(__file__).parent
 
 
-CASES = ["preprocess", "nv12", "box_regions", "nms", "masks", "mask_extras", "instances", "draw", "warp", "move"]
+CASES = ["preprocess", "nv12", "planes", "taps", "box_regions", "nms", "masks", "mask_extras", "instances", "draw"]
+CASES += ["warp", "move"]
 
 
 @pytest.mark.parametrize("case", CASES)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import numpy as np
+import pytest
 import torch
 from reference import random_image, to_host
 
@@ -64,3 +65,14 @@ def test_tensors_become_tensors(device, rng):
     out = torch.empty_like(tensor)
     assert flip(tensor, horizontal=True, out=out) is out
     np.testing.assert_array_equal(out.cpu().numpy(), image[:, ::-1])
+
+
+@pytest.mark.parametrize("interpolation", ["linear", "cubic"])
+def test_antialiased_resize_is_within_a_level_of_torchs(device, rng, interpolation):
+    image = random_image(rng, 333, 517)
+    pre = Preprocess((224, 150), fit="stretch", interpolation=interpolation, parity="torch", dtype="uint8")
+    tensor, _ = pre(as_batch(image, device=device))
+    given = torch.from_numpy(image).to("cpu" if device == "cpu" else "cuda").permute(2, 0, 1)[None].float()
+    mode = {"linear": "bilinear", "cubic": "bicubic"}[interpolation]
+    wanted = torch.nn.functional.interpolate(given, (224, 150), mode=mode, antialias=True).clamp(0, 255).round()
+    assert np.abs(to_host(tensor)[0].astype(int) - wanted[0].cpu().numpy()).max() <= 1

@@ -6,6 +6,7 @@ source for every target) and which are loops around them.
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 __all__ = ["read_source", "source_files"]
@@ -19,5 +20,6 @@ def source_files() -> list[Path]:
 
 
 def read_source(name: str) -> str:
-    """The text of a CUDA C frame, such as ``"preprocess.cu"``."""
-    return (_ROOT / name).read_text(encoding="utf-8")
+    """The text of a CUDA C frame, such as ``"preprocess.cu"``, with that of the files it includes in its place."""
+    text = (_ROOT / name).read_text(encoding="utf-8")
+    return re.sub(r'^#include "(.+)"$', lambda found: read_source(found[1]), text, flags=re.MULTILINE)

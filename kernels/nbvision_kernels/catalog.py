@@ -14,6 +14,7 @@ from nbvision_kernels import nv12 as planes
 from nbvision_kernels import preprocess as plan
 from nbvision_kernels import read_source, regions, resample
 from nbvision_kernels import warp as warping
+from nbvision_kernels import window as windows
 from nbvision_kernels.chain import Chain, make_shade_export
 
 __all__ = [
@@ -29,6 +30,7 @@ __all__ = [
     "cut_out_rgba_kernel",
     "dense_masks_kernel",
     "fill_taps_kernel",
+    "fill_windows_kernel",
     "head_candidates_kernel",
     "instance_masks_kernel",
     "lay_out_kernel",
@@ -44,6 +46,7 @@ __all__ = [
     "suppress_kernel",
     "warp_coefficients_kernel",
     "warp_kernel",
+    "window_kernel",
 ]
 
 u8, i32, i64, f32 = types.uint8, types.int32, types.int64, types.float32
@@ -199,10 +202,13 @@ def _convert_function(weight: Any) -> DeviceFunctions:
     return {"nbv_convert": (planes.make_convert_export(convert), types.void, (types.CPointer(weight),) * 3)}
 
 
-def resample_kernel(layout: int, store: int, *, pixel_bytes: int = 3, chain: Chain | None = None) -> CudaFrame:
-    """The plan of the resample family; the filter is in its tap tables."""
+def resample_kernel(
+    layout: int, store: int, *, pixel_bytes: int = 3, chain: Chain | None = None, order: str = "pil"
+) -> CudaFrame:
+    """The plan of the resample family; the filter is in its tap tables. ``order`` is that of Pillow's passes."""
     return CudaFrame(
         name=f"resample-{_LAYOUTS[layout]}-{_STORES[store][0]}-{pixel_bytes}-bytes"
+        + ("" if order == "pil" else f"-{order}")
         + (f"-{chain.digest}" if chain else ""),
         entry="resample",
         source="resample.cu",
@@ -211,10 +217,36 @@ def resample_kernel(layout: int, store: int, *, pixel_bytes: int = 3, chain: Cha
         | _chain_defines(chain),
         functions={
             "nbv_round_sum": (resample.round_sum, i32, (i32,)),
-            "nbv_vertical_first": (resample.vertical_first, i32, (i32,) * 4),
+            "nbv_vertical_first": (resample.ORDERS[order], i32, (i32,) * 4),
         }
         | _chain_function(chain),
     )
+
+
+_WINDOWS = {kind: f"{parity}-{interpolation}" for (parity, interpolation), (kind, _) in windows.KINDS.items()}
+
+
+def window_kernel(kind: int, layout: int, store: int, *, pixel_bytes: int = 3, chain: Chain | None = None) -> CudaFrame:
+    """The plan of the window family."""
+    entries = (i32_pointer, i32_pointer)
+    return CudaFrame(
+        name=f"window-{_WINDOWS[kind]}-{_LAYOUTS[layout]}-{_STORES[store][0]}-{pixel_bytes}-bytes"
+        + (f"-{chain.digest}" if chain else ""),
+        entry="window",
+        source="window.cu",
+        defines={"PIXEL_BYTES": pixel_bytes, "STORE_TYPE": store, "LAYOUT": layout}
+        | {f"REGION_{name}": getattr(regions, name) for name in _REGION_FIELDS}
+        | _chain_defines(chain),
+        functions={"nbv_window": (windows.make_window_export(kind), f32, (u8_pointer, i64, i32, *entries, *(i32,) * 4))}
+        | _chain_function(chain),
+    )
+
+
+def fill_windows_kernel() -> NumbaKernel:
+    """Tap tables of the window family."""
+    arguments = (i32_pointer, i32_pointer, *(i32,) * 4)
+    make = _imported("resample_cuda", "fill_windows")
+    return NumbaKernel("window-taps", "fill_windows", make, arguments, float64=True)
 
 
 def fill_taps_kernel() -> NumbaKernel:
@@ -399,28 +431,42 @@ def move_kernel(channels: int) -> NumbaKernel:
 
 
 def all_kernels() -> Iterator[Kernel]:
-    """Every kernel of every type; of the portable one, which nothing launches but tests, each sampler once."""
-    for sampler, layout, store in itertools.product(_SAMPLERS, _LAYOUTS, _STORES):
-        common = layout in (plan.NCHW, plan.NHWC) and store not in (plan.STORE_I8, plan.STORE_BF16)
-        for channels in (
-            (1, 3, 4) if common else (3,)
-        ):  # the others differ in how a value is stored, and by nothing else
-            yield preprocess_kernel(sampler, layout, store, channels=channels)
-        if common:
+    """Every kernel of every common type, each rarer type at least once; of the portable one, which nothing launches but
+    tests, each sampler once. What differs in nothing but how a value is stored is compiled for three bytes a pixel."""
+    layouts, stores = (plan.NCHW, plan.NHWC), (plan.STORE_U8, plan.STORE_F16, plan.STORE_F32)
+    rare_stores = (plan.STORE_I8, plan.STORE_BF16)
+    for sampler in _SAMPLERS:
+        for layout, store in itertools.product(layouts, stores):
+            for channels in (1, 3, 4):
+                yield preprocess_kernel(sampler, layout, store, channels=channels)
             yield preprocess_kernel(sampler, layout, store, source_type=plan.SOURCE_NV12)
-        if common and store != plan.STORE_F32:
-            yield preprocess_kernel(sampler, layout, store, source_type=plan.SOURCE_CHW)
-        if common and sampler != plan.LINEAR_EXACT and store == plan.STORE_F16:
-            for channels, source_type in itertools.product((1, 3, 4), (plan.SOURCE_F16, plan.SOURCE_F32)):
-                yield preprocess_kernel(sampler, layout, store, channels=channels, source_type=source_type)
-    for sampler, source_type in itertools.product(_SAMPLERS, (plan.SOURCE_U8, plan.SOURCE_NV12)):
-        yield preprocess_kernel(sampler, plan.NCHW, plan.STORE_F32, channels=1, source_type=source_type, frame=False)
-    for layout, store in itertools.product((plan.NCHW, plan.NHWC), _STORES):
-        if store == plan.STORE_BF16:
-            continue
-        for pixel_bytes in (1, 3, 4) if store != plan.STORE_I8 else (3,):
+        for layout, store in itertools.product(layouts, rare_stores):
+            yield preprocess_kernel(sampler, layout, store)
+        for layout in (plan.NHWC4, plan.GRAY):
+            yield preprocess_kernel(sampler, layout, plan.STORE_F16)
+        for store in (plan.STORE_U8, plan.STORE_F16):
+            yield preprocess_kernel(sampler, plan.NCHW, store, source_type=plan.SOURCE_CHW)
+        for source_type in (plan.SOURCE_U8, plan.SOURCE_NV12):
+            yield preprocess_kernel(
+                sampler, plan.NCHW, plan.STORE_F32, channels=1, source_type=source_type, frame=False
+            )
+    for sampler, source_type in itertools.product((plan.NEAREST, plan.LINEAR_FAST), (plan.SOURCE_F16, plan.SOURCE_F32)):
+        for channels in (1, 3, 4):
+            yield preprocess_kernel(sampler, plan.NCHW, plan.STORE_F16, channels=channels, source_type=source_type)
+    for layout in layouts:
+        for pixel_bytes, store in itertools.product((1, 3, 4), stores):
             yield resample_kernel(layout, store, pixel_bytes=pixel_bytes)
+        for store in rare_stores:
+            yield resample_kernel(layout, store)
+    yield resample_kernel(plan.NHWC4, plan.STORE_F16)
+    yield resample_kernel(plan.GRAY, plan.STORE_F16)
+    yield resample_kernel(plan.NCHW, plan.STORE_F16, order="pil-11")
     yield fill_taps_kernel()
+    for kind in (windows.CV2_AREA, windows.CV2_CUBIC, windows.TORCH_LINEAR):
+        for pixel_bytes in (1, 3, 4):
+            yield window_kernel(kind, plan.NCHW, plan.STORE_F16, pixel_bytes=pixel_bytes)
+        yield window_kernel(kind, plan.NHWC, plan.STORE_U8)
+    yield fill_windows_kernel()
     yield box_regions_kernel()
     yield head_candidates_kernel()
     yield box_candidates_kernel()

@@ -72,6 +72,28 @@ def fma32(typing_context: Any, a: Any, b: Any, c: Any) -> Any:
     return signature, generate
 
 
+@intrinsic
+def bits_to_float(typing_context: Any, bits: Any) -> Any:
+    """The float32 of an int32's bits, on both targets; CUDA compiles ``view`` with a driver only."""
+    signature = types.float32(types.int32)
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        return builder.bitcast(arguments[0], context.get_value_type(signature.return_type))
+
+    return signature, generate
+
+
+@intrinsic
+def float_to_bits(typing_context: Any, value: Any) -> Any:
+    """The bits of a float32 as an int32, likewise."""
+    signature = types.int32(types.float32)
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        return builder.bitcast(arguments[0], context.get_value_type(signature.return_type))
+
+    return signature, generate
+
+
 @pixel_function
 def clamp(value, low, high):
     """``value`` limited to low..high, both included."""

@@ -2,10 +2,10 @@
 // moves data; taps and values are the Python pixel functions of sampling.py, linked in through LTO.
 //
 // Compiled with -D: SOURCE (0 bytes side by side, 1 planes of bytes, 2 halves, 3 floats, 4 NV12), PIXEL_BYTES of the
-// source (of planes and NV12 1), GRAY (whether that is one channel), STORE_TYPE (0 u8, 1 f16, 2 f32, 4 i8, 5 bf16), LAYOUT
-// (0 NCHW, 1 NHWC, 2 NHWC with a fourth channel of zeros, 3 the first channel alone), PAIRS (whether the sampler reads two neighbouring columns), WEIGHT (0 int, 1 float), LINES and MIN_BLOCKS, the
-// fields of regions.py, and for a chain of pixel functions CHAIN, CHAIN_PARAMETERS and CHAIN_NUMBERS.
-// No header is included, so NVRTC needs no include directory.
+// source (of planes and NV12 1), GRAY (whether that is one channel), PAIRS (whether the sampler reads two neighbouring
+// columns), WEIGHT (0 int, 1 float), LINES and MIN_BLOCKS, the fields of regions.py, and those of frame.cuh.
+// No header of CUDA is included, so NVRTC needs no include directory.
+#include "frame.cuh"
 
 #if WEIGHT == 0
 typedef int Weight;
@@ -26,11 +26,6 @@ extern "C" __device__ void nbv_along_x(int index, long long step, long long star
 extern "C" __device__ void nbv_along_y(int index, long long step, long long start, float unit, int length, int *taps,
                                        Weight *weights);
 extern "C" __device__ float nbv_blend(const Pixel *pixels, const Weight *weights_x, const Weight *weights_y);
-#ifdef CHAIN
-extern "C" __device__ void nbv_shade(float *rgb, float x, float y, const float *numbers);
-#else
-#define CHAIN_PARAMETERS
-#endif
 #if NV12
 extern "C" __device__ void nbv_convert(const Weight *yuv, const Weight *matrix, Weight *rgb);
 #define MATRIX_PARAMETERS \
@@ -39,37 +34,8 @@ extern "C" __device__ void nbv_convert(const Weight *yuv, const Weight *matrix, 
 #define MATRIX_PARAMETERS
 #endif
 
-#if STORE_TYPE == 0
-typedef unsigned char Stored;
-__device__ __forceinline__ Stored to_stored(float value) {
-    return (unsigned char)fminf(fmaxf(rintf(value), 0.0f), 255.0f);
-}
-#elif STORE_TYPE == 1
-typedef unsigned short Stored;  // the bits of a half
-__device__ __forceinline__ Stored to_stored(float value) {
-    Stored half;
-    asm("cvt.rn.f16.f32 %0, %1;" : "=h"(half) : "f"(value));
-    return half;
-}
-#elif STORE_TYPE == 4
-typedef signed char Stored;
-__device__ __forceinline__ Stored to_stored(float value) {
-    return (signed char)fminf(fmaxf(rintf(value), -128.0f), 127.0f);
-}
-#elif STORE_TYPE == 5
-typedef unsigned short Stored;  // the upper half of a float, rounded; sm_75 has no instruction for it
-__device__ __forceinline__ Stored to_stored(float value) {
-    const unsigned bits = __float_as_uint(value);
-    return (bits & 0x7fffffff) > 0x7f800000 ? 0x7fff : (bits + 0x7fff + (bits >> 16 & 1)) >> 16;
-}
-#else
-typedef float Stored;
-__device__ __forceinline__ Stored to_stored(float value) { return value; }
-#endif
-
 #define COLORS (GRAY ? 1 : 3)  // alpha is dropped
 #define CHANNELS (COLORS / PLANES)  // side by side
-#define OUT_CHANNELS (LAYOUT == 2 ? 4 : LAYOUT == 3 ? 1 : 3)
 constexpr int THREADS = 128;
 // A multiprocessor that holds 2,048 threads takes MIN_BLOCKS; with as many the others would spill registers.
 #if __CUDA_ARCH__ == 800 || __CUDA_ARCH__ == 900 || __CUDA_ARCH__ == 1000
@@ -79,10 +45,6 @@ constexpr int BLOCKS = MIN_BLOCKS - 1;
 #endif
 constexpr int PIXELS = 4;  // side by side: 8-byte stores in half precision; docs/preprocess.md has the alternatives
 
-struct alignas(16) Source {
-    unsigned long long address;
-    long long pitch;
-};
 struct alignas(16) Row {
     int fields[REGION_FIELDS];
 };

@@ -3,51 +3,17 @@
 // Weights come from the tap tables of resample.py, along lines as bytes, so that one instruction multiplies four pixels;
 // the rounding and the chain are Python functions, linked in.
 //
-// Compiled with -D: PIXEL_BYTES of the source (1 gray, 3, 4), STORE_TYPE (0 u8, 1 f16, 2 f32, 4 i8), LAYOUT (0 NCHW,
-// 1 NHWC, 2 NHWC with a fourth channel of zeros, 3 the first channel alone), the fields of regions.py, and for a chain of pixel functions CHAIN, CHAIN_PARAMETERS and CHAIN_NUMBERS.
+// Compiled with -D: PIXEL_BYTES of the source (1 gray, 3, 4), the fields of regions.py, and those of frame.cuh.
+#include "frame.cuh"
 
 extern "C" __device__ int nbv_round_sum(int total);
 extern "C" __device__ int nbv_vertical_first(int width, int height, int out_width, int out_height);
-#ifdef CHAIN
-extern "C" __device__ void nbv_shade(float *rgb, float x, float y, const float *numbers);
-#else
-#define CHAIN_PARAMETERS
-#endif
-
-#if STORE_TYPE == 0
-typedef unsigned char Stored;
-__device__ __forceinline__ Stored to_stored(float value) {
-    return (unsigned char)fminf(fmaxf(rintf(value), 0.0f), 255.0f);
-}
-#elif STORE_TYPE == 1
-typedef unsigned short Stored;  // the bits of a half
-__device__ __forceinline__ Stored to_stored(float value) {
-    Stored half;
-    asm("cvt.rn.f16.f32 %0, %1;" : "=h"(half) : "f"(value));
-    return half;
-}
-#elif STORE_TYPE == 4
-typedef signed char Stored;
-__device__ __forceinline__ Stored to_stored(float value) {
-    return (signed char)fminf(fmaxf(rintf(value), -128.0f), 127.0f);
-}
-#else
-typedef float Stored;
-__device__ __forceinline__ Stored to_stored(float value) { return value; }
-#endif
-
 #define CHANNELS (PIXEL_BYTES == 1 ? 1 : 3)  // alpha is dropped
-#define OUT_CHANNELS (LAYOUT == 2 ? 4 : LAYOUT == 3 ? 1 : 3)
 constexpr int COLUMNS = 32, LINES = 16, WARPS = 8, THREADS = 32 * WARPS;
 constexpr int OWN = LINES / WARPS;       // output lines of a thread
 constexpr int RAW_BYTES = 30 * 1024;     // of source lines at a time
 constexpr int MAX_LINES = 32;            // of those, at most: one for each lane
 constexpr int BETWEEN_PITCH = COLUMNS + 1;
-
-struct alignas(16) Source {
-    unsigned long long address;
-    long long pitch;
-};
 
 // Bytes times weights, four at once. A weight is three bytes, of which the highest has the sign.
 struct Sums {
@@ -271,6 +237,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 4)
     }
     if (x >= width) return;
 
+    const Shading shading = {{gain_0, gain_1, gain_2}, {bias_0, bias_1, bias_2}, swap};
     const long long plane = (long long)height * width;
     Stored *canvas = out + (long long)blockIdx.z * OUT_CHANNELS * plane;
 #pragma unroll
@@ -285,28 +252,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, 4)
         }
 #ifdef CHAIN
         const float numbers[] = {CHAIN_NUMBERS};
-        float rgb[3] = {bgr ? values[2] : values[0], values[1], bgr ? values[0] : values[2]};
-        nbv_shade(rgb, (float)x, (float)y, numbers);
-        values[0] = bgr ? rgb[2] : rgb[0];
-        values[1] = rgb[1];
-        values[2] = bgr ? rgb[0] : rgb[2];
+        shade_pixel(values, x, y, bgr, numbers);
 #endif
-        const Stored first = to_stored(values[0] * gain_0 + bias_0), second = to_stored(values[1] * gain_1 + bias_1);
-        const Stored third = to_stored(values[2] * gain_2 + bias_2);
-        const long long pixel = (long long)y * width + x;
-#if LAYOUT == 0
-        canvas[(swap ? 2 * plane : 0) + pixel] = first;
-        canvas[plane + pixel] = second;
-        canvas[(swap ? 0 : 2 * plane) + pixel] = third;
-#elif LAYOUT == 3
-        canvas[pixel] = first;
-#else
-        canvas[OUT_CHANNELS * pixel] = swap ? third : first;
-        canvas[OUT_CHANNELS * pixel + 1] = second;
-        canvas[OUT_CHANNELS * pixel + 2] = swap ? first : third;
-#if OUT_CHANNELS == 4
-        canvas[OUT_CHANNELS * pixel + 3] = to_stored(0.0f);
-#endif
-#endif
+        store_pixel(canvas, plane, (long long)y * width + x, values, shading);
     }
 }

@@ -26,6 +26,7 @@ __all__ = [
     "HEADER",
     "LANCZOS",
     "LINEAR",
+    "ORDERS",
     "SUPPORT",
     "TAP_GROUP",
     "fill_taps_cpu",
@@ -173,6 +174,15 @@ def vertical_first(width, height, out_width, out_height):
 
 
 @pixel_function
+def never_vertical_first(width, height, out_width, out_height):
+    """Pillow 11 and 12 always shrink the width first."""
+    return False
+
+
+ORDERS = {"pil": vertical_first, "pil-11": never_vertical_first}
+
+
+@pixel_function
 def round_sum(total):
     """A weighted sum in fixed point as uint8, saturated."""
     return clamp(np.int32(np.int32(total + (1 << (WEIGHT_BITS - 1))) >> WEIGHT_BITS), np.int32(0), np.int32(255))
@@ -187,11 +197,12 @@ def sum_of_taps(values, at, to_next, table, entry):
     return round_sum(total)
 
 
-def make_cpu_loop(layout, store, chain=None):
+def make_cpu_loop(layout, store, chain=None, order="pil"):
     """The plan as a parallel CPU loop over strips of output lines; see ``preprocess.make_cpu_loop``."""
     shade = make_shade(chain)
     save = make_store(store)
     out_channels = OUT_CHANNELS.get(layout, 3)
+    is_vertical_first = ORDERS[order]
 
     def loop(
         base,
@@ -245,7 +256,7 @@ def make_cpu_loop(layout, store, chain=None):
                     left = min(left, np.int64(x_table[entry]))
                     right = max(right, np.int64(x_table[entry] + x_table[entry + 1]))
             anything = high > 0 and right > 0
-            first_vertical = vertical_first(
+            first_vertical = is_vertical_first(
                 regions[row + region.WIDTH],
                 regions[row + region.HEIGHT],
                 regions[row + region.OUT_WIDTH],

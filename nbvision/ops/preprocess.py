@@ -8,7 +8,6 @@ import math
 import operator
 from collections import OrderedDict
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
@@ -16,6 +15,7 @@ import numpy.typing as npt
 
 from nbvision.errors import InputError, MissingExtraError
 from nbvision.image import ImageBatch, as_batch, interleaved_color, to_device
+from nbvision.ops._taps import TapTables, windows_of
 from nbvision.ops.arguments import finite, one_of, three_numbers
 from nbvision.ops.geometry import Geometry
 from nbvision.ops.pixel import PixelFunction, as_pixel_functions, chain_of
@@ -36,25 +36,22 @@ if TYPE_CHECKING:
 __all__ = ["DType", "Fit", "Interpolation", "Layout", "Parity", "Preprocess", "affine", "checked_host_boxes"]
 
 Fit = Literal["cover", "letterbox", "stretch"]
-Interpolation = Literal["box", "cubic", "hamming", "lanczos", "linear", "nearest"]
+Interpolation = Literal["area", "box", "cubic", "hamming", "lanczos", "linear", "nearest"]
 Layout = Literal["NCHW", "NHWC", "NHWC4"]
 DType = Literal["uint8", "int8", "float16", "bfloat16", "float32"]
-Parity = Literal["cv2", "fast", "pil"]
+Parity = Literal["cv2", "fast", "pil", "pil-11", "torch"]
 
+_INTERPOLATIONS: dict[str, tuple[str, ...]] = {
+    "cv2": ("linear", "nearest", "area", "cubic"),
+    "fast": ("linear", "nearest"),
+    "pil": ("box", "linear", "hamming", "cubic", "lanczos"),
+    "pil-11": ("box", "linear", "hamming", "cubic", "lanczos"),
+    "torch": ("linear", "cubic"),
+}
 _KNOWN_SIZES = 64  # sets of image sizes whose regions are kept; video has one, a shop's batches many
 _MAX_GRID_Z = 65535
 _FRAME_BLOCK = (32, 4, 1)
 _FRAME_PIXELS = 4  # side by side a thread
-
-
-@dataclass(frozen=True)
-class TapTables:
-    """Windows of the resample family: ``x`` is (N, width, taps + 4) int32, ``y`` (N, height, taps + 4), entries as
-    ``nbvision_kernels.resample`` lays them out; ``limits`` are the taps of x and y."""
-
-    x: Any
-    y: Any
-    limits: tuple[np.int32, np.int32]
 
 
 class Preprocess:
@@ -91,13 +88,17 @@ class Preprocess:
         Integers are rounded half to even and saturated. bfloat16 arrays have the dtype of the package ``ml_dtypes``.
     layout : {"NCHW", "NHWC", "NHWC4"}
         ``"NHWC4"`` has a fourth channel of zeros, as TensorRT's vectorized formats and tensor cores want it.
-    interpolation : {"linear", "nearest", "box", "hamming", "cubic", "lanczos"}
-        With ``parity="cv2"`` and ``"fast"``: pixel-centre aligned bilinear without antialiasing, or OpenCV's
-        ``INTER_NEAREST``. With ``parity="pil"`` any but ``"nearest"``, antialiased.
-    parity : {"cv2", "fast", "pil"}
+    interpolation : {"linear", "nearest", "area", "cubic", "box", "hamming", "lanczos"}
+        With ``parity="cv2"`` the first four, which are OpenCV's ``INTER_LINEAR``, ``INTER_NEAREST``, ``INTER_AREA`` and
+        ``INTER_CUBIC``; with ``"fast"`` the first two; with ``"pil"`` any but ``"nearest"`` and ``"area"``, and with
+        ``"torch"`` linear and cubic, antialiased.
+    parity : {"cv2", "fast", "pil", "pil-11", "torch"}
         ``"cv2"`` gives the very uint8 values of ``cv2.resize`` before normalising; ``"fast"`` samples in float32 and
         does not round in between (at most one level away). Nearest is always OpenCV's. ``"pil"`` gives the very
-        values of Pillow 13's ``Image.resize``, which antialiases. NV12 pixels are converted as
+        values of Pillow 13's ``Image.resize``, which antialiases, ``"pil-11"`` those of Pillow 11 and 12. ``"torch"``
+        is within one level of torchvision's ``resize(antialias=True)``, whose order of float additions depends on the
+        device. OpenCV's cubic is that of its own code; builds with Intel's IPP, such as the wheels for x86, use IPP's,
+        which differs in one value of twenty by one level. NV12 pixels are converted as
         ``cv2.cvtColor`` does and then resized; ``"fast"`` blends Y, U and V and converts once, which differs by more
         than a level where a colour saturates. Floats are always sampled as ``"fast"`` does it, which is within
         rounding of what OpenCV makes of floats.
@@ -150,11 +151,13 @@ class Preprocess:
         self.layout = one_of("layout", layout, Layout)
         self.interpolation = one_of("interpolation", interpolation, Interpolation)
         self.parity = one_of("parity", parity, Parity)
-        self._resamples = self.parity == "pil"
-        if self._resamples and interpolation == "nearest":
-            raise InputError("parity is 'pil', which has no nearest here; give parity='cv2', which is OpenCV's nearest")
-        if not self._resamples and interpolation not in ("linear", "nearest"):
-            raise InputError(f"interpolation is {interpolation!r} with parity {parity!r}; give parity='pil' for it")
+        if self.interpolation not in _INTERPOLATIONS[self.parity]:
+            others = [name for name, known in _INTERPOLATIONS.items() if self.interpolation in known]
+            raise InputError(
+                f"interpolation is {interpolation!r} with parity {parity!r}, which has "
+                f"{', '.join(_INTERPOLATIONS[self.parity])}; parity {' or '.join(map(repr, others))} has it"
+            )
+        self._windows = windows_of(self.parity, self.interpolation)
         self.scaleup = bool(scaleup)
         self.center = bool(center)
         if finite("box_margin", box_margin) < 0:
@@ -226,7 +229,7 @@ class Preprocess:
             arrays that are no images.
         """
         batch = images if isinstance(images, ImageBatch) else as_batch(images)
-        if self._resamples:
+        if self._windows is not None:
             interleaved_color(batch)  # raises for what windows are not made of
         if batch.device == "cpu":
             return self._run_cpu(batch, boxes, box_images, out)
@@ -293,7 +296,7 @@ class Preprocess:
         """At least: each source line that a sampler touches once, each output value once."""
         regions = self._image_regions_on_host(batch.sizes).regions.astype(np.int64)
         taps = 1 if self.interpolation == "nearest" else 2
-        if self._resamples:
+        if self._windows is not None:
             taps = 2**31  # every line
         lines = np.minimum(regions[:, 4], taps * np.minimum(regions[:, 8], self.size[0]))
         read = int((lines * regions[:, 3]).sum()) * batch.channels * batch.dtype.itemsize
@@ -317,10 +320,11 @@ class Preprocess:
         chain = self._chain_for(batch)
         numbers = self._numbers or (np.float32(0),)  # Numba types no empty tuple
         canvases = (flat, len(geometry), *self._int_size, *self._channels(batch))
-        if self._resamples:
-            taps = self._taps(geometry, self._tap_limits(geometry.regions))
+        if self._windows is not None:
+            taps = self._windows.tables(geometry, self.size, self._windows.limits(geometry.regions))
             tables = (geometry.regions.reshape(-1), taps.x.reshape(-1), taps.y.reshape(-1), *taps.limits)
-            _resample_loop(self._layout, self._store("cpu"), chain)(*images, *tables, *canvases, *values, numbers)
+            loop = _windows_loop(self.parity, self._windows.kind, self._layout, self._store("cpu"), chain)
+            loop(*images, *tables, *canvases, *values, numbers)
         else:
             _plan_loop(*self._types(batch), chain, _source_type(batch))(
                 *images, *_flat(geometry), *canvases, *values, numbers, self._matrix(batch)
@@ -336,13 +340,14 @@ class Preprocess:
             geometry, taps = self._image_regions_on_device(batch.sizes, stream.ptr)
         elif device_of(boxes) == "cuda":
             geometry = self._box_regions_on_device(batch, boxes, box_images)
-            if self._resamples:
-                taps = self._taps(geometry, self._most_taps(batch.sizes))
+            if self._windows is not None:
+                limits = self._windows.most(batch.sizes, self.size, keeps_ratio=self.fit != "stretch")
+                taps = self._windows.tables(geometry, self.size, limits)
         else:
             host = self._box_regions_on_host(batch.sizes, *checked_host_boxes(boxes, box_images, batch.sizes))
             geometry = _on_device(host)
-            if self._resamples:
-                taps = self._taps(geometry, self._tap_limits(host.regions))
+            if self._windows is not None:
+                taps = self._windows.tables(geometry, self.size, self._windows.limits(host.regions))
         count = len(geometry)
         tensor, flat = self._output(batch, count, out)
         if count:
@@ -375,8 +380,8 @@ class Preprocess:
                 launch_numbers += self._matrix(batch)
             if self._chain_for(batch) is not None:
                 launch_numbers += (np.int32(self._blue_first(batch) != bool(swap)), *self._numbers)
-            if self._resamples:
-                block, tile = (32, 8, 1), (32, 16)
+            if self._windows is not None:
+                block, tile = (32, 8, 1), (32, 16 if self._windows.module == "resample" else 8)
             else:
                 block = _FRAME_BLOCK
                 tile = (_FRAME_BLOCK[0] * _FRAME_PIXELS, _FRAME_BLOCK[1] * int(spec.defines["LINES"]))
@@ -387,67 +392,16 @@ class Preprocess:
 
     def _spec(self, batch: ImageBatch) -> Any:
         """The kernel for images like these, in the catalogue's words."""
-        from nbvision_kernels.catalog import preprocess_kernel, resample_kernel
+        from nbvision_kernels.catalog import preprocess_kernel, resample_kernel, window_kernel
 
         chain = self._chain_for(batch)
-        if self._resamples:
-            return resample_kernel(self._layout, self._store("cuda"), pixel_bytes=batch.channels, chain=chain)
+        if self._windows is not None:
+            types = (self._layout, self._store("cuda"))
+            if self._windows.module == "resample":
+                return resample_kernel(*types, pixel_bytes=batch.channels, chain=chain, order=self.parity)
+            return window_kernel(self._windows.kind, *types, pixel_bytes=batch.channels, chain=chain)
         source_type = _source_type(batch)
         return preprocess_kernel(*self._types(batch), channels=batch.channels, source_type=source_type, chain=chain)
-
-    # -- tap tables --------------------------------------------------------------------------------------------
-
-    def _tap_limits(self, regions: npt.NDArray[np.int32]) -> tuple[np.int32, np.int32]:
-        """Taps that the widest window of these regions can have, along x and y, in whole groups."""
-        from nbvision_kernels.regions import HEIGHT, OUT_HEIGHT, OUT_WIDTH, WIDTH
-
-        scales = regions[:, [WIDTH, HEIGHT]] / np.maximum(regions[:, [OUT_WIDTH, OUT_HEIGHT]], 1)
-        x_scale, y_scale = scales.max(axis=0, initial=1)
-        return self._taps_at(x_scale), self._taps_at(y_scale)
-
-    def _most_taps(self, sizes: npt.NDArray[np.int32]) -> tuple[np.int32, np.int32]:
-        """The same for any regions of images of these sizes: what is known of boxes that live on the device.
-
-        A side that a fit rounds to one pixel is scaled by at most twice its ratio.
-        """
-        y_scale, x_scale = sizes.max(axis=0, initial=1) / np.array(self.size)
-        if self.fit != "stretch":
-            x_scale = y_scale = 2 * max(x_scale, y_scale)
-        return self._taps_at(x_scale), self._taps_at(y_scale)
-
-    def _taps_at(self, scale: float) -> np.int32:
-        from nbvision_kernels.resample import SUPPORT, TAP_GROUP
-
-        taps = math.ceil(SUPPORT[self._filter] * max(scale, 1.0)) * 2 + 1
-        limit: np.int32 = np.int32(math.ceil(taps / TAP_GROUP) * TAP_GROUP)
-        return limit
-
-    def _taps(self, geometry: Geometry, limits: tuple[np.int32, np.int32]) -> TapTables:
-        """Windows and weights for every column and line of every canvas, made on the geometry's device."""
-        from nbvision_kernels.catalog import fill_taps_kernel
-        from nbvision_kernels.resample import HEADER
-
-        tables = []
-        for vertical, (length, limit) in enumerate(zip(self.size[::-1], limits, strict=True)):
-            shape = (len(geometry), length, int(limit) + HEADER)
-            table = memory.acquire(math.prod(shape) * 4, device=geometry.device).view(shape, dtype=np.int32)
-            numbers = [np.int32(number) for number in (length, limit, vertical, self._filter)]
-            if geometry.device == "cpu":
-                _taps_loop()(table.reshape(-1), geometry.regions.reshape(-1), *numbers)
-            else:
-                kernel = load_kernel(fill_taps_kernel(), table.device.id)
-                for first in range(0, len(geometry), _MAX_GRID_Z):
-                    part = slice(first, first + _MAX_GRID_Z)
-                    grid = (-(-length // 64), len(table[part]))
-                    kernel(grid, (64,), (table[part], geometry.regions[part], *numbers))
-            tables.append(table)
-        return TapTables(tables[0], tables[1], limits)
-
-    @property
-    def _filter(self) -> int:
-        from nbvision_kernels import resample
-
-        return int(getattr(resample, self.interpolation.upper()))
 
     # -- regions -----------------------------------------------------------------------------------------------
 
@@ -466,7 +420,10 @@ class Preprocess:
         if known is None:
             host = self._image_regions_on_host(sizes)
             geometry = _on_device(host)
-            known = geometry, self._taps(geometry, self._tap_limits(host.regions)) if self._resamples else None
+            taps = None
+            if self._windows is not None:
+                taps = self._windows.tables(geometry, self.size, self._windows.limits(host.regions))
+            known = geometry, taps
             self._known_regions[key] = known
             if len(self._known_regions) > _KNOWN_SIZES:
                 self._known_regions.popitem(last=False)
@@ -529,7 +486,7 @@ class Preprocess:
         from nbvision_kernels.chain import extended
 
         unrounded = self.parity == "fast" or batch.dtype != np.uint8
-        link = gray.GRAY_UNROUNDED if unrounded else gray.GRAY_PIL if self.parity == "pil" else gray.GRAY_CV2
+        link = gray.GRAY_UNROUNDED if unrounded else gray.GRAY_PIL if self.parity.startswith("pil") else gray.GRAY_CV2
         return extended(self._chain, link)
 
     def _blue_first(self, batch: ImageBatch) -> bool:
@@ -618,19 +575,14 @@ def _region_loop(name: str) -> Any:
 
 
 @functools.cache
-def _resample_loop(layout: int, store: int, chain: Chain | None) -> Any:
-    """The CPU loop of one type of the resample family."""
-    from nbvision_kernels.resample import make_cpu_loop
+def _windows_loop(parity: str, kind: int, layout: int, store: int, chain: Chain | None) -> Any:
+    """The CPU loop of one type of the families that read tap tables."""
+    from nbvision_kernels import resample, window
 
-    name = f"resample-{layout}-{store}" + (f"-{chain.digest}" if chain else "")
-    return cpu_loop(name, make_cpu_loop(layout, store, chain))
-
-
-@functools.cache
-def _taps_loop() -> Any:
-    from nbvision_kernels.resample import fill_taps_cpu
-
-    return cpu_loop("fill_taps_cpu", fill_taps_cpu)
+    name = f"{layout}-{store}" + (f"-{chain.digest}" if chain else "")
+    if parity.startswith("pil"):
+        return cpu_loop(f"resample-{parity}-{name}", resample.make_cpu_loop(layout, store, chain, parity))
+    return cpu_loop(f"window-{kind}-{name}", window.make_cpu_loop(kind, layout, store, chain))
 
 
 _plan_loops: dict[tuple[int, int, int, Chain | None, int], Any] = {}

@@ -1,0 +1,128 @@
+"""Tap tables: for each column and line of a canvas, the window of the source that it sums, with its weights."""
+
+from __future__ import annotations
+
+import functools
+import math
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import numpy.typing as npt
+
+from nbvision.ops.geometry import Geometry
+from nbvision.runtime import memory
+from nbvision.runtime.compile import cpu_loop, load_kernel
+
+if TYPE_CHECKING:
+    from nbvision_kernels.catalog import NumbaKernel
+
+__all__ = ["TapTables", "Windows", "windows_of"]
+
+_MAX_GRID_Y = 65535
+
+
+@dataclass(frozen=True)
+class TapTables:
+    """``x`` is (N, width, taps + 4) int32, ``y`` (N, height, taps + 4), entries as ``nbvision_kernels.resample`` and
+    ``.window`` lay them out; ``limits`` are the taps of x and y."""
+
+    x: Any
+    y: Any
+    limits: tuple[np.int32, np.int32]
+
+
+@dataclass(frozen=True)
+class Windows:
+    """One filter: what its tables are filled with, and how wide they must be.
+
+    Attributes
+    ----------
+    loop, kernel : str
+        What fills them on the host, a function of the kernels' module, and on the device, one of their catalogue.
+    module : str
+    kind : int
+        The filter, in the module's words.
+    support : float or None
+        Half a window, in the wider of source and output pixels; None for a window of four source pixels.
+    """
+
+    module: str
+    loop: str
+    kernel: str
+    kind: int
+    support: float | None
+
+    def limits(self, regions: npt.NDArray[np.int32]) -> tuple[np.int32, np.int32]:
+        """Taps that the widest window of these regions can have, along x and y, in whole groups."""
+        from nbvision_kernels.regions import HEIGHT, OUT_HEIGHT, OUT_WIDTH, WIDTH
+
+        scales = regions[:, [WIDTH, HEIGHT]] / np.maximum(regions[:, [OUT_WIDTH, OUT_HEIGHT]], 1)
+        x_scale, y_scale = scales.max(axis=0, initial=1)
+        return self._taps_at(x_scale), self._taps_at(y_scale)
+
+    def most(
+        self, sizes: npt.NDArray[np.int32], size: tuple[int, int], *, keeps_ratio: bool
+    ) -> tuple[np.int32, np.int32]:
+        """The same for any regions of images of these sizes: what is known of boxes that live on the device.
+
+        A side that a fit rounds to one pixel is scaled by at most twice its ratio.
+        """
+        y_scale, x_scale = sizes.max(axis=0, initial=1) / np.array(size)
+        if keeps_ratio:
+            x_scale = y_scale = 2 * max(x_scale, y_scale)
+        return self._taps_at(x_scale), self._taps_at(y_scale)
+
+    def tables(self, geometry: Geometry, size: tuple[int, int], limits: tuple[np.int32, np.int32]) -> TapTables:
+        """Windows and weights for every column and line of every canvas, made on the geometry's device."""
+        from nbvision_kernels.resample import HEADER
+
+        tables = []
+        for vertical, (length, limit) in enumerate(zip(size[::-1], limits, strict=True)):
+            shape = (len(geometry), length, int(limit) + HEADER)
+            table = memory.acquire(math.prod(shape) * 4, device=geometry.device).view(shape, dtype=np.int32)
+            numbers = [np.int32(number) for number in (length, limit, vertical, self.kind)]
+            if geometry.device == "cpu":
+                _loop(self.module, self.loop)(table.reshape(-1), geometry.regions.reshape(-1), *numbers)
+            else:
+                kernel = load_kernel(_kernel(self.kernel), table.device.id)
+                for first in range(0, len(geometry), _MAX_GRID_Y):
+                    part = slice(first, first + _MAX_GRID_Y)
+                    grid = (-(-length // 64), len(table[part]))
+                    kernel(grid, (64,), (table[part], geometry.regions[part], *numbers))
+            tables.append(table)
+        return TapTables(tables[0], tables[1], limits)
+
+    def _taps_at(self, scale: float) -> np.int32:
+        from nbvision_kernels.resample import TAP_GROUP
+
+        taps = 4 if self.support is None else math.ceil(self.support * max(scale, 1.0)) * 2 + 1
+        limit: np.int32 = np.int32(math.ceil(taps / TAP_GROUP) * TAP_GROUP)
+        return limit
+
+
+def windows_of(parity: str, interpolation: str) -> Windows | None:
+    """The filter of a parity and an interpolation that has one."""
+    from nbvision_kernels import resample, window
+
+    if parity.startswith("pil"):
+        kind = getattr(resample, interpolation.upper())
+        return Windows("resample", "fill_taps_cpu", "fill_taps_kernel", kind, resample.SUPPORT[kind])
+    if (parity, interpolation) not in window.KINDS:
+        return None
+    kind, support = window.KINDS[parity, interpolation]
+    return Windows("window", "fill_windows_cpu", "fill_windows_kernel", kind, support)
+
+
+@functools.cache
+def _loop(module: str, name: str) -> Any:
+    import importlib
+
+    return cpu_loop(name, getattr(importlib.import_module(f"nbvision_kernels.{module}"), name))
+
+
+def _kernel(name: str) -> NumbaKernel:
+    from nbvision_kernels import catalog
+
+    kernel: NumbaKernel = getattr(catalog, name)()
+    return kernel
