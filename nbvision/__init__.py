@@ -25,11 +25,15 @@ if TYPE_CHECKING:
     from nbvision.codecs import decode
     from nbvision.engines import Engine
     from nbvision.image import ImageBatch, as_batch
+    from nbvision.ops.arithmetic import add_weighted, blend, convert, lut, normalize, threshold
     from nbvision.ops.boxes import Detections, box_iou, nms, nms_boxes
+    from nbvision.ops.color import cvt_color
+    from nbvision.ops.crop import center_crop, crop
     from nbvision.ops.draw import draw
     from nbvision.ops.geometry import Geometry
     from nbvision.ops.instances import Masks, instance_masks
     from nbvision.ops.masks import argmax_map, cut_out, cut_out_rgba, mask_boxes, mask_centroids, paste_masks
+    from nbvision.ops.pad import pad
     from nbvision.ops.pixel import PixelFunction, pixel
     from nbvision.ops.preprocess import Preprocess
     from nbvision.ops.resize import letterbox, resize
@@ -60,17 +64,24 @@ __all__ = [
     "Preprocess",
     "Recognizer",
     "SearchError",
+    "add_weighted",
     "argmax_map",
     "as_batch",
+    "blend",
     "box_iou",
+    "center_crop",
+    "convert",
+    "crop",
     "cut_out",
     "cut_out_rgba",
+    "cvt_color",
     "decode",
     "draw",
     "errors",
     "flip",
     "instance_masks",
     "letterbox",
+    "lut",
     "mask_boxes",
     "mask_centroids",
     "mask_to_polygons",
@@ -78,12 +89,15 @@ __all__ = [
     "memory",
     "nms",
     "nms_boxes",
+    "normalize",
+    "pad",
     "paste_masks",
     "pixel",
     "resize",
     "rle_to_mask",
     "rotate",
     "rotation_matrix",
+    "threshold",
     "warp_affine",
     "warp_perspective",
 ]
@@ -98,16 +112,23 @@ _ROOM_OF = {
     "PixelFunction": "nbvision.ops.pixel",
     "Preprocess": "nbvision.ops.preprocess",
     "Recognizer": "nbvision.pipeline",
+    "add_weighted": "nbvision.ops.arithmetic",
     "argmax_map": "nbvision.ops.masks",
     "as_batch": "nbvision.image",
+    "blend": "nbvision.ops.arithmetic",
     "box_iou": "nbvision.ops.boxes",
+    "center_crop": "nbvision.ops.crop",
+    "convert": "nbvision.ops.arithmetic",
+    "crop": "nbvision.ops.crop",
     "cut_out": "nbvision.ops.masks",
     "cut_out_rgba": "nbvision.ops.masks",
+    "cvt_color": "nbvision.ops.color",
     "decode": "nbvision.codecs",
     "draw": "nbvision.ops.draw",
     "flip": "nbvision.ops.warp",
     "instance_masks": "nbvision.ops.instances",
     "letterbox": "nbvision.ops.resize",
+    "lut": "nbvision.ops.arithmetic",
     "mask_boxes": "nbvision.ops.masks",
     "mask_centroids": "nbvision.ops.masks",
     "mask_to_polygons": "nbvision.ops.rle",
@@ -115,12 +136,15 @@ _ROOM_OF = {
     "memory": "nbvision.runtime",
     "nms": "nbvision.ops.boxes",
     "nms_boxes": "nbvision.ops.boxes",
+    "normalize": "nbvision.ops.arithmetic",
+    "pad": "nbvision.ops.pad",
     "paste_masks": "nbvision.ops.masks",
     "pixel": "nbvision.ops.pixel",
     "resize": "nbvision.ops.resize",
     "rle_to_mask": "nbvision.ops.rle",
     "rotate": "nbvision.ops.warp",
     "rotation_matrix": "nbvision.ops.warp",
+    "threshold": "nbvision.ops.arithmetic",
     "warp_affine": "nbvision.ops.warp",
     "warp_perspective": "nbvision.ops.warp",
 }

@@ -26,6 +26,7 @@ __all__ = [
     "SourceColor",
     "SourceLayout",
     "Yuv",
+    "address_of",
     "as_batch",
     "interleaved_color",
     "to_device",
@@ -221,6 +222,12 @@ class ImageBatch:
         return CHANNELS.get(self.color, 1)
 
     @property
+    def dense(self) -> bool:
+        """Whether no image has a gap between its lines."""
+        _, _, line_bytes, pitch = self._extents
+        return bool((line_bytes == pitch).all())
+
+    @property
     def ok(self) -> npt.NDArray[np.bool_]:
         """(N,) bool on the host: which images are there."""
         return np.array([error is None for error in self.errors], bool)
@@ -230,7 +237,7 @@ class ImageBatch:
         if not array.size:
             return False
         own_width = array.nbytes // array.shape[0]
-        start = _address(array)
+        start = address_of(array)
         stop = start + (array.shape[0] - 1) * array.strides[0] + own_width
         first, last, width, pitch = self._extents
         if not len(first) or stop <= first.min() or last.max() <= start:
@@ -258,13 +265,19 @@ class ImageBatch:
         chosen = [int(index) for index in indices]
         if self.device == "cuda":
             self.use_on_current_stream()  # the new batch counts as written there
+        return self.with_views([self._arrays[index] for index in chosen], [self.errors[index] for index in chosen])
+
+    def with_views(
+        self, arrays: Sequence[Any | None], errors: Sequence[DecodeError | None] | None = None
+    ) -> ImageBatch:
+        """A batch of parts of this one's images, which keeps their memory."""
         return ImageBatch(
-            [self._arrays[index] for index in chosen],
+            arrays,
             color=self.color,
             yuv=self.yuv,
             layout=self.layout,
             device=self.device,
-            errors=[self.errors[index] for index in chosen],
+            errors=errors,
             buffer=self._buffer,
         )
 
@@ -378,14 +391,14 @@ def _table_row(array: Any, color: SourceColor, layout: SourceLayout = "HWC") -> 
     """The image's row of :attr:`ImageBatch.table`."""
     if array is None:
         return 0, 0, 0, 0
-    address = _address(array)
+    address = address_of(array)
     if layout == "CHW":
         return address, array.strides[1], array.shape[1], array.shape[2]
     height = array.shape[0] * 2 // 3 if color == "nv12" else array.shape[0]
     return address, array.strides[0], height, array.shape[1]
 
 
-def _address(array: Any) -> int:
+def address_of(array: Any) -> int:
     """Of a NumPy or CuPy array's first element."""
     return int(array.ctypes.data if isinstance(array, np.ndarray) else array.data.ptr)
 

@@ -17,6 +17,8 @@ from nbvision_kernels import (
     masks,
     masks_cuda,
     nv12,
+    pointwise,
+    pointwise_cuda,
     preprocess,
     preprocess_cuda,
     regions,
@@ -156,6 +158,44 @@ def run_taps(rng: np.random.Generator) -> None:
             if (kind != window.CV2_CUBIC and kind != window.CV2_AREA) or fill is resample.fill_taps_cpu:
                 assert (entries[..., 0] + entries[..., 1] <= rows[:, field, None]).all()
             assert (entries[..., 1] > 0).all()
+
+
+def run_pointwise(rng: np.random.Generator) -> None:
+    """Every operation on ragged images that end where the memory ends, dense ones also as one line; words and bytes."""
+    from numba.cuda.simulator.cudadrv.devicearray import FakeCUDAArray
+
+    pointwise.fma32 = lambda a, b, c: np.float32(np.float64(a) * np.float64(b) + np.float64(c))
+    for channels, out_channels in [(1, 1), (3, 3), (4, 4), (3, 1), (1, 4), (4, 3)]:
+        operations = [pointwise.COLOR] if channels != out_channels else list(pointwise.OPERATIONS)
+        for operation, start in itertools.product(operations, (0, 3)):
+            firsts, first = image_table(rng, SIZES, 0, channels)
+            seconds, second = image_table(rng, SIZES, len(first), channels)
+            masks, mask = image_table(rng, SIZES, len(first) + len(second), 4)
+            targets, _ = image_table(rng, SIZES, 0, out_channels)
+            inputs = np.concatenate([first, second, mask])
+            inputs[len(first) + len(second) :].view(np.float32)[:] = rng.random(len(mask) // 4, np.float32)
+            if operation == pointwise.LUT:
+                seconds.reshape(-1, 4)[:, :2] = [len(inputs) - 256 * channels, 0]
+                inputs = np.concatenate([inputs, rng.integers(0, 256, 256 * channels, dtype=np.uint8)])
+                seconds.reshape(-1, 4)[:, 0] = len(inputs) - 256 * channels
+            masks.reshape(-1, 4)[:, 1] //= 1 if operation == pointwise.BLEND_FLOATS else 4
+            targets.reshape(-1, 4)[:, 0] += -(-len(inputs) // 4) * 4 + start
+            size = -(-int(targets[-4] + targets[-3] * targets[-2]) // 4) * 4
+            memory = np.zeros(size, np.uint8)
+            memory[: len(inputs)] = inputs
+            numbers = [np.float32(number) for number in (channels if operation == pointwise.LUT else 1, 0.5, 2)]
+            host = memory.copy()
+            pointwise.pointer_from_address = lambda _, memory=host: memory
+            pointwise.floats_from_address = lambda _, memory=host: memory.view(np.float32)
+            loop = pointwise.make_pointwise_cpu(operation, channels, out_channels)
+            loop(0, firsts, seconds, masks, targets, len(SIZES), 9, *numbers)
+            assert (host != memory).any()
+            for flat in (0, 1):
+                device = memory.copy()
+                views = [FakeCUDAArray(view) for view in (device, device.view(np.uint32), device.view(np.float32))]
+                kernel = pointwise_cuda.make_pointwise(operation, channels, out_channels)
+                launch(kernel, (2, 3, len(SIZES)), 32, *views, firsts, seconds, masks, targets, flat, *numbers)
+                np.testing.assert_array_equal(device, host)
 
 
 def run_box_regions(rng: np.random.Generator) -> None:
@@ -467,6 +507,7 @@ if __name__ == "__main__":
         "preprocess": run_preprocess,
         "nv12": run_nv12,
         "planes": run_planes,
+        "pointwise": run_pointwise,
         "taps": run_taps,
         "box_regions": run_box_regions,
         "nms": run_nms,

@@ -16,7 +16,7 @@ HERE = Path(__file__).parent
 
 
 CASES = ["preprocess", "nv12", "planes", "taps", "box_regions", "nms", "masks", "mask_extras", "instances", "draw"]
-CASES += ["warp", "move"]
+CASES += ["warp", "move", "pointwise"]
 
 
 @pytest.mark.parametrize("case", CASES)

@@ -11,11 +11,12 @@ from typing import Any
 from numba import types
 
 from nbvision_kernels import nv12 as planes
+from nbvision_kernels import pointwise, read_source, regions, resample
 from nbvision_kernels import preprocess as plan
-from nbvision_kernels import read_source, regions, resample
 from nbvision_kernels import warp as warping
 from nbvision_kernels import window as windows
-from nbvision_kernels.chain import Chain, make_shade_export
+from nbvision_kernels.chain import Chain, extended, make_shade_export
+from nbvision_kernels.gray import GRAY_CV2, GRAY_PIL
 
 __all__ = [
     "CudaFrame",
@@ -40,6 +41,7 @@ __all__ = [
     "move_kernel",
     "paint_kernel",
     "paste_masks_kernel",
+    "pointwise_kernel",
     "preprocess_kernel",
     "rank_candidates_kernel",
     "resample_kernel",
@@ -159,7 +161,9 @@ def preprocess_kernel(
         taps = (i32, i64, i64, f32, i32, i32_pointer, types.CPointer(weight))
         lines, min_blocks = (_NV12_SHAPES if nv12 else _FRAME_SHAPES)[sampler]
         pixel_bytes = plan.pixel_bytes_of(source_type, channels)
-        min_blocks -= 2 * (pixel_bytes != 3 and not nv12)
+        min_blocks -= 2 * (pixel_bytes != 3 and not nv12) + 2 * (layout == plan.GRAY)
+        if source_type == plan.SOURCE_CHW:  # three times the loads of a line
+            lines, min_blocks = 3, 6
         gray = channels == 1 and not nv12
         floats = source_type in (plan.SOURCE_F16, plan.SOURCE_F32)
         types_of_plan = {"SOURCE": source_type, "PIXEL_BYTES": pixel_bytes, "GRAY": int(gray), "STORE_TYPE": store}
@@ -430,6 +434,23 @@ def move_kernel(channels: int) -> NumbaKernel:
     return NumbaKernel(f"move-{channels}-bytes", "move", make, arguments)
 
 
+def pointwise_kernel(operation: int, channels: int, out_channels: int) -> NumbaKernel:
+    """Each byte of images from those at the same place."""
+
+    def make() -> Callable[..., None]:
+        from nbvision_kernels.pointwise_cuda import make_pointwise
+
+        function: Callable[..., None] = make_pointwise(operation, channels, out_channels)
+        return function
+
+    arguments = (u8_pointer, u32_pointer, f32_pointer, *(i64_pointer,) * 4, i32, f32, f32, f32)
+    name = f"pointwise-{pointwise.OPERATIONS[operation]}-{channels}-to-{out_channels}-bytes"
+    return NumbaKernel(name, "pointwise", make, arguments)
+
+
+_OPENCVS_GRAY, _PILLOWS_GRAY = extended(None, GRAY_CV2), extended(None, GRAY_PIL)
+
+
 def all_kernels() -> Iterator[Kernel]:
     """Every kernel of every common type, each rarer type at least once; of the portable one, which nothing launches but
     tests, each sampler once. What differs in nothing but how a value is stored is compiled for three bytes a pixel."""
@@ -442,8 +463,8 @@ def all_kernels() -> Iterator[Kernel]:
             yield preprocess_kernel(sampler, layout, store, source_type=plan.SOURCE_NV12)
         for layout, store in itertools.product(layouts, rare_stores):
             yield preprocess_kernel(sampler, layout, store)
-        for layout in (plan.NHWC4, plan.GRAY):
-            yield preprocess_kernel(sampler, layout, plan.STORE_F16)
+        yield preprocess_kernel(sampler, plan.NHWC4, plan.STORE_F16)
+        yield preprocess_kernel(sampler, plan.GRAY, plan.STORE_F16, chain=_OPENCVS_GRAY)
         for store in (plan.STORE_U8, plan.STORE_F16):
             yield preprocess_kernel(sampler, plan.NCHW, store, source_type=plan.SOURCE_CHW)
         for source_type in (plan.SOURCE_U8, plan.SOURCE_NV12):
@@ -459,7 +480,7 @@ def all_kernels() -> Iterator[Kernel]:
         for store in rare_stores:
             yield resample_kernel(layout, store)
     yield resample_kernel(plan.NHWC4, plan.STORE_F16)
-    yield resample_kernel(plan.GRAY, plan.STORE_F16)
+    yield resample_kernel(plan.GRAY, plan.STORE_F16, chain=_PILLOWS_GRAY)
     yield resample_kernel(plan.NCHW, plan.STORE_F16, order="pil-11")
     yield fill_taps_kernel()
     for kind in (windows.CV2_AREA, windows.CV2_CUBIC, windows.TORCH_LINEAR):
@@ -490,6 +511,11 @@ def all_kernels() -> Iterator[Kernel]:
         yield move_kernel(channels)
         for interpolation in _INTERPOLATIONS:
             yield warp_kernel(interpolation, channels)
+        for operation in pointwise.OPERATIONS:
+            if operation != pointwise.COLOR:
+                yield pointwise_kernel(operation, channels, channels)
+        for out_channels in (1, 3, 4):
+            yield pointwise_kernel(pointwise.COLOR, channels, out_channels)
 
 
 def _imported(module: str, name: str) -> Callable[[], Callable[..., None]]:

@@ -238,11 +238,13 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
                 }
 #else
 #if SOURCE == 1
-#pragma unroll
+            // Not unrolled: the loads of three planes in flight together would need too many registers.
+#pragma unroll 1
             for (int p = 0; p < PLANES; ++p, above += plane_bytes, below += plane_bytes) {
+                float sampled[CHANNELS][PIXELS];
 #else
             {
-                constexpr int p = 0;
+                float(&sampled)[3][PIXELS] = values;
 #endif
 #if PAIRS
             if (region_width == 1) {  // there is no pair
@@ -250,7 +252,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
                 for (int c = 0; c < CHANNELS; ++c) {
                     const int taps[4] = {above[c], above[c], below[c], below[c]};
 #pragma unroll
-                    for (int i = 0; i < PIXELS; ++i) values[p + c][i] = nbv_blend(taps, weights_x[i], weights_y);
+                    for (int i = 0; i < PIXELS; ++i) sampled[c][i] = nbv_blend(taps, weights_x[i], weights_y);
                 }
             } else {
                 unsigned above_low[PIXELS], above_high[PIXELS], below_low[PIXELS], below_high[PIXELS];
@@ -268,12 +270,12 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
                         below_low[i] = __funnelshift_rc(below_low[i], below_high[i], 8 * PIXEL_BYTES);
                     }
                     blend_channel<0>(above_low[i], above_high[i], below_low[i], below_high[i], weights_x[i], weights_y,
-                                     values[p][i]);
+                                     sampled[0][i]);
 #if CHANNELS == 3
                     blend_channel<1>(above_low[i], above_high[i], below_low[i], below_high[i], weights_x[i], weights_y,
-                                     values[1][i]);
+                                     sampled[1][i]);
                     blend_channel<2>(above_low[i], above_high[i], below_low[i], below_high[i], weights_x[i], weights_y,
-                                     values[2][i]);
+                                     sampled[2][i]);
 #endif
                 }
             }
@@ -284,7 +286,15 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
                 for (int c = 0; c < CHANNELS; ++c) {
                     const int pixel = above[PIXEL_BYTES * columns[i][0] + c];
                     const int taps[4] = {pixel, pixel, pixel, pixel};
-                    values[p + c][i] = nbv_blend(taps, weights_x[i], weights_y);
+                    sampled[c][i] = nbv_blend(taps, weights_x[i], weights_y);
+                }
+#endif
+#if SOURCE == 1
+#pragma unroll
+                for (int i = 0; i < PIXELS; ++i) {
+                    if (p == 0) values[0][i] = sampled[0][i];
+                    if (p == 1) values[1][i] = sampled[0][i];
+                    if (p == 2) values[2][i] = sampled[0][i];
                 }
 #endif
             }

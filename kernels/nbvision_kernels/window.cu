@@ -27,13 +27,15 @@ extern "C" __global__ void __launch_bounds__(256)
     float values[3] = {fill_0, fill_1, fill_2};
     if (x_entry[1] > 0 && y_entry[1] > 0) {
         const int place = (x - row[REGION_LEFT]) * PIXEL_BYTES, line_values = row[REGION_OUT_WIDTH] * PIXEL_BYTES;
-#pragma unroll
-        for (int c = 0; c < CHANNELS; ++c)
-            values[c] = nbv_window(origin + c, source.pitch, PIXEL_BYTES, x_entry, y_entry, row[REGION_WIDTH],
-                                   row[REGION_HEIGHT], place + c, line_values);
-#if CHANNELS == 1
-        values[1] = values[2] = values[0];
-#endif
+        // Not unrolled: of several calls none would be inlined.
+#pragma unroll 1
+        for (int c = 0; c < CHANNELS; ++c) {
+            const float value = nbv_window(origin + c, source.pitch, PIXEL_BYTES, x_entry, y_entry, row[REGION_WIDTH],
+                                           row[REGION_HEIGHT], place + c, line_values);
+            if (c == 0) values[0] = value;
+            if (c == 1 || CHANNELS == 1) values[1] = value;
+            if (c == 2 || CHANNELS == 1) values[2] = value;
+        }
     }
 #ifdef CHAIN
     const float numbers[] = {CHAIN_NUMBERS};

@@ -10,7 +10,7 @@ from typing import Any, get_args
 import numpy as np
 
 from nbvision.errors import InputError
-from nbvision.image import Color, ImageBatch, as_batch, interleaved_color, to_device
+from nbvision.image import CHANNELS, Color, ImageBatch, as_batch, interleaved_color, to_device
 from nbvision.runtime import memory
 from nbvision.runtime.device import device_of
 
@@ -115,40 +115,44 @@ def collected(images: Any) -> tuple[Any, ImageBatch]:
 
 
 def target_for(
-    images: Any, batch: ImageBatch, sizes: Sequence[tuple[int, int]], out: Any
+    images: Any, batch: ImageBatch, sizes: Sequence[tuple[int, int]], out: Any, *, color: Color | None = None
 ) -> tuple[ImageBatch, ImageBatch | Any]:
     """Where an operation writes one image of each size, as a batch and in the form of ``images``: a batch, an array,
-    or for several sizes a list. Of ``out`` if there is one, else new."""
+    or for several sizes a list. Of ``out`` if there is one, else new. In another colour than the images' if one is
+    given, a single gray one then as (H, W)."""
+    new_color = color or interleaved_color(batch)
+    channels = CHANNELS[new_color]
     if isinstance(images, ImageBatch):
         if out is None:
-            target = ImageBatch.allocate(sizes, color=interleaved_color(batch), device=batch.device)
+            target = ImageBatch.allocate(sizes, color=new_color, device=batch.device)
             target.errors = batch.errors
             return target, target
         fits = isinstance(out, ImageBatch) and (out.color, out.device, out.sizes.tolist()) == (
-            batch.color,
+            new_color,
             batch.device,
             [list(size) for size in sizes],
         )
         if not fits:
-            raise InputError(f"out is {out!r}; expected a batch of {batch.color} on {batch.device} of sizes {sizes}")
+            raise InputError(f"out is {out!r}; expected a batch of {new_color} on {batch.device} of sizes {sizes}")
         return _writable(out, batch), out
     if len(set(sizes)) > 1:
         if out is not None:
             raise InputError(
                 f"out came with images of several sizes, {sizes}; leave it out, or make them an ImageBatch"
             )
-        target = ImageBatch.allocate(sizes, color=interleaved_color(batch), device=batch.device)
+        target = ImageBatch.allocate(sizes, color=new_color, device=batch.device)
         return target, list(target)
     size = sizes[0] if sizes else (0, 0)
-    stack_shape = (len(sizes), *size, batch.channels)
+    stack_shape = (len(sizes), *size, channels)
     shape: tuple[int, ...] = stack_shape
     if hasattr(images, "shape") and len(images.shape) < 4:
-        shape = size if len(images.shape) == 2 else stack_shape[1:]
+        gray = len(images.shape) == 2 if color is None else channels == 1
+        shape = size if gray else stack_shape[1:]
     if out is None:
         array = memory.acquire(math.prod(shape), device=batch.device).view(shape)
     else:
         array = _array_of(out, shape, batch)
-    target = ImageBatch.from_arrays(array.reshape(stack_shape), color=interleaved_color(batch), device=batch.device)
+    target = ImageBatch.from_arrays(array.reshape(stack_shape), color=new_color, device=batch.device)
     return target if out is None else _writable(target, batch), array
 
 

@@ -18,7 +18,16 @@ from nbvision.runtime import memory
 from nbvision.runtime.compile import cpu_loop, load_kernel
 from nbvision.runtime.device import Device, array_module, device_of
 
-__all__ = ["Border", "Interpolation", "flip", "rotate", "rotation_matrix", "warp_affine", "warp_perspective"]
+__all__ = [
+    "Border",
+    "Interpolation",
+    "flip",
+    "rotate",
+    "rotation_matrix",
+    "translated",
+    "warp_affine",
+    "warp_perspective",
+]
 
 Interpolation = Literal["linear", "nearest", "cubic"]
 Border = Literal["constant", "replicate", "reflect"]
@@ -254,14 +263,47 @@ def _warp(
     stream: Any,
 ) -> Any:
     images, batch = collected(images)
-    size = image_size(size)
+    sizes = [image_size(size)] * len(batch)
+    return _warped(images, batch, matrix, lines, sizes, interpolation, border, fill, inverse, out, stream)
+
+
+def translated(
+    images: Any,
+    offset: tuple[int, int],
+    growth: tuple[int, int],
+    border: Border,
+    fill: float | Sequence[float],
+    out: Any,
+    stream: Any,
+) -> Any:
+    """Images moved by whole pixels, down and right, on canvases that are higher and wider by ``growth``."""
+    images, batch = collected(images)
+    sizes = [(height + growth[0], width + growth[1]) for height, width in batch.sizes.tolist()]
+    matrix = np.array([[1, 0, offset[1]], [0, 1, offset[0]]], np.float64)
+    return _warped(images, batch, matrix, 2, sizes, "nearest", border, fill, False, out, stream)
+
+
+def _warped(
+    images: Any,
+    batch: ImageBatch,
+    matrix: Any,
+    lines: int,
+    sizes: list[tuple[int, int]],
+    interpolation: Interpolation,
+    border: Border,
+    fill: float | Sequence[float],
+    inverse: bool,
+    out: Any,
+    stream: Any,
+) -> Any:
     kind = _INTERPOLATIONS[one_of("interpolation", interpolation, Interpolation)]
     edge = np.int32(_BORDERS[one_of("border", border, Border)])
     packed = _packed_fill(fill, batch.channels)
     perspective = np.int32(lines == 3)
     with _on(stream, batch.device):
         matrices = _checked_matrices(matrix, lines, bool(inverse), batch)
-        target, result = target_for(images, batch, [size if present else (0, 0) for present in batch.ok], out)
+        present = [size if there else (0, 0) for size, there in zip(sizes, batch.ok, strict=True)]
+        target, result = target_for(images, batch, present, out)
         coefficients = _coefficients(matrices, bool(inverse))
         if batch.device == "cuda":
             from nbvision_kernels.catalog import warp_kernel
@@ -275,7 +317,7 @@ def _warp(
                 batch.table.reshape(-1),
                 target.table.reshape(-1),
                 len(batch),
-                size[0],
+                max(height for height, _ in sizes),
                 coefficients.reshape(-1),
                 perspective,
                 edge,
