@@ -84,6 +84,15 @@ def test_sizes_people_use_and_sizes_nobody_does(device, rng, source, size, inter
     )
 
 
+@pytest.mark.parametrize("interpolation", FILTERS)
+@pytest.mark.parametrize("lines", [18, 23])
+def test_every_weight_is_pillows(device, rng, interpolation, lines):
+    """A weight that is off by its last bit changes one value in 30,000; of hamming at a third one lies near a half."""
+    image = random_image(rng, lines, 20_000)
+    got = resized([image], (6, 20_000), device, interpolation)[0]
+    assert int((got != by_pillow(image, 6, 20_000, interpolation)).sum()) == 0
+
+
 @pytest.mark.parametrize("size", [(2, 3), (300, 2)])
 def test_windows_wider_than_shared_memory(device, rng, size):
     """20,000 columns to 3 and to 2, and with the height first."""

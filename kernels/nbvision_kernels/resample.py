@@ -42,6 +42,7 @@ SUPPORT = {BOX: 0.5, LINEAR: 1.0, HAMMING: 1.0, CUBIC: 2.0, LANCZOS: 3.0}  # hal
 HEADER = 4  # numbers of an entry before its weights, so that these can be read 16 bytes at a time
 TAP_GROUP = 4  # tables are padded with zeros to whole groups, which is what the frame reads at once
 WEIGHT_BITS = 22
+HAMMING_MEAN, HAMMING_SWING = float(np.float32(0.54)), float(np.float32(0.46))  # Pillow has them in single precision
 STRIP = 16  # lines of a canvas that the CPU makes at a time
 
 
@@ -84,7 +85,7 @@ def filter_value(kind, x):
             value = np.float64(1.0)
         elif distance < 1.0:
             turned = distance * math.pi
-            value = math.sin(turned) / turned * (0.54 + 0.46 * math.cos(turned))
+            value = math.sin(turned) / turned * (HAMMING_MEAN + HAMMING_SWING * math.cos(turned))
     elif kind == CUBIC:  # Keys' a = -0.5
         if distance < 1.0:
             value = (1.5 * distance - 2.5) * distance * distance + 1.0
