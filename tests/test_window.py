@@ -7,10 +7,11 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from reference import cover_placement, letterbox_placement, random_image, to_host
+from reference import cover_placement, letterbox_placement, on, random_image, to_host
 
+import nbvision as nbv
 from nbvision.errors import InputError
-from nbvision.image import ImageBatch
+from nbvision.image import ImageBatch, as_batch
 from nbvision.ops._taps import windows_of
 from nbvision.ops.preprocess import Preprocess
 
@@ -64,6 +65,126 @@ def test_sizes_people_use(device, rng, interpolation):
         tensor, _ = pre(ImageBatch.from_arrays(images, device=device))
         for image, canvas in zip(images, to_host(tensor), strict=True):
             np.testing.assert_array_equal(canvas, resized(image, size, interpolation))
+
+
+@pytest.mark.parametrize("channels", [1, 3, 4])
+def test_cubic_of_lines_that_do_not_fill_a_vector(device, rng, channels):
+    """Widths of 1 to 100: where OpenCV's vectors of a line end, and integers begin."""
+    image = random_image(rng, 7, 43, channels)
+    batch = ImageBatch.from_arrays([on(device, image)], color={1: "gray", 3: "bgr", 4: "bgra"}[channels])
+    for width in range(1, 101):
+        pre = Preprocess((40, width), fit="stretch", color="bgr", interpolation="cubic", dtype="uint8", layout="NHWC")
+        wanted = resized(image, (40, width), "cubic")[..., :3]
+        np.testing.assert_array_equal(to_host(pre(batch)[0])[0][..., : min(channels, 3)], wanted)
+
+
+@pytest.mark.parametrize("ratio", [7, 48, 49, 98, 103])
+def test_area_of_whole_ratios_that_opencv_takes_for_none(device, rng, ratio):
+    """Of 49, 98 and 103 the inverse's inverse falls short in float64, so OpenCV takes weights for them."""
+    assert (1 / (1 / ratio) == ratio) is (ratio in (7, 48))
+    for lines in (1, ratio, 2):
+        image = random_image(rng, 3 * lines, 5 * ratio)
+        pre = Preprocess((3, 5), fit="stretch", interpolation="area", dtype="uint8", layout="NHWC")
+        found = to_host(pre(as_batch(image, device=device))[0])[0]
+        np.testing.assert_array_equal(found, resized(image, (3, 5), "area"))
+
+
+@pytest.mark.parametrize(
+    ("interpolation", "dtype", "layout"),
+    [("area", "uint8", "NHWC"), ("cubic", "int8", "NCHW"), ("area", "float16", "NHWC4"), ("cubic", "float32", "NCHW")],
+)
+def test_stores_and_pixel_functions(device, rng, dtype, layout, interpolation):
+    @nbv.pixel
+    def function(r, g, b, x, y):
+        return g + x, b - y, r * 0.5
+
+    image = random_image(rng, 90, 70)
+    plain = resized(image, (33, 35), interpolation)[..., ::-1].astype(np.float32)  # given as bgr
+    y, x = np.mgrid[:33, :35].astype(np.float32)
+    wanted = np.stack([plain[..., 1] + x, plain[..., 2] - y, plain[..., 0] * np.float32(0.5)], -1) * np.float32(0.25)
+    if dtype in ("uint8", "int8"):
+        wanted = np.rint(wanted).clip(np.iinfo(dtype).min, np.iinfo(dtype).max)
+    options = {"fit": "stretch", "dtype": dtype, "layout": layout, "scale": 0.25, "pixel": function}
+    pre = Preprocess((33, 35), interpolation=interpolation, **options)
+    found = to_host(pre(ImageBatch.from_arrays([on(device, image)], color="bgr"))[0])[0]
+    if layout == "NHWC4":
+        assert not found[..., 3].any()
+    found = found.transpose(1, 2, 0) if layout == "NCHW" else found[..., :3]
+    np.testing.assert_array_equal(found, wanted.astype(dtype))
+
+
+@pytest.mark.parametrize(("color", "channels"), [("rgb", 3), ("bgr", 3), ("rgba", 4), ("bgra", 4), ("gray", 1)])
+@pytest.mark.parametrize("output", ["rgb", "bgr", "gray"])
+@pytest.mark.parametrize("interpolation", ["area", "cubic"])
+def test_orders_of_channels(device, rng, color, channels, output, interpolation):
+    """Normalised by other numbers for each channel, where there are any; gray is OpenCV's of the resized image."""
+    image = random_image(rng, 61, 83, channels)
+    batch = ImageBatch.from_arrays([on(device, image)], color=color)
+    mean = 3 if output == "gray" else (1, 2, 3)
+    options = {"fit": "stretch", "color": output, "layout": "NHWC", "interpolation": interpolation, "mean": mean}
+    found = to_host(Preprocess((24, 40), **options)(batch)[0])[0]
+    wanted = resized(image, (24, 40), interpolation)[..., :3]
+    if output == "gray" and channels > 1:
+        wanted = cv2.cvtColor(wanted, cv2.COLOR_RGB2GRAY if color[:3] == "rgb" else cv2.COLOR_BGR2GRAY)[..., None]
+    elif channels > 1 and color[:3] != output:
+        wanted = wanted[..., ::-1]
+    np.testing.assert_array_equal(found, wanted.astype(np.float32) - np.array(mean, np.float32))
+
+
+@pytest.mark.parametrize("interpolation", ["area", "cubic"])
+def test_views_with_a_pitch(device, rng, interpolation):
+    image = random_image(rng, 120, 200)
+    view = on(device, image)[7:107, 31:171]
+    for size in [(20, 28), (33, 171), (150, 90)]:
+        pre = Preprocess(size, fit="stretch", interpolation=interpolation, dtype="uint8", layout="NHWC")
+        found = to_host(pre(view)[0])[0]
+        np.testing.assert_array_equal(found, resized(image[7:107, 31:171], size, interpolation))
+
+
+SAMPLERS = [("area", "cv2"), ("cubic", "cv2"), ("linear", "torch"), ("cubic", "torch")]
+
+
+@pytest.mark.parametrize(("interpolation", "parity"), SAMPLERS)
+def test_missing_images_and_empty_batches(device, interpolation, parity):
+    pre = Preprocess((5, 4), fill=9, interpolation=interpolation, parity=parity)
+    batch = nbv.decode([b"no image"], device=device)
+    tensor, geometry = pre(batch)
+    assert (to_host(tensor) == 9).all()
+    assert not to_host(geometry.valid).any()
+    assert pre(batch.select([]))[0].shape == (0, 3, 5, 4)
+
+
+@pytest.mark.parametrize(("interpolation", "parity"), SAMPLERS)
+def test_sources_that_are_no_bytes_side_by_side_are_refused(device, rng, interpolation, parity):
+    pre = Preprocess((5, 4), interpolation=interpolation, parity=parity)
+    planar = as_batch(on(device, np.zeros((3, 8, 6), np.uint8)), layout="CHW")
+    floats = as_batch(on(device, np.zeros((8, 6, 3), np.float32)))
+    frames = ImageBatch.from_arrays([on(device, np.zeros((12, 6), np.uint8))], color="nv12", yuv="bt601")
+    for batch in (planar, floats, frames):
+        with pytest.raises(InputError, match="expected"):
+            pre(batch)
+
+
+@pytest.mark.needs_cuda
+@pytest.mark.parametrize(("interpolation", "parity"), SAMPLERS)
+@pytest.mark.parametrize("fit", ["stretch", "letterbox", "cover"])
+def test_both_devices_give_the_same_bits(rng, interpolation, parity, fit):
+    """Whole images, boxes of the host and boxes of the device; those of no area are fill."""
+    images = [random_image(rng, *size) for size in [(1, 1), (1, 900), (700, 1), (333, 517), (37, 53)]]
+    boxes = np.array([[0, 0, 1, 1], [3, 0, 800, 1], [0, 9, 1, 555], [1, 0, 300, 333], [52, 36, 53, 37]], np.float32)
+    which = np.arange(5)
+    pre = Preprocess((50, 66), fit=fit, interpolation=interpolation, parity=parity, fill=(1, 2, 3), scale=1 / 255)
+    host, gpu = (ImageBatch.from_arrays(images, device=device) for device in ("cpu", "cuda"))
+    np.testing.assert_array_equal(to_host(pre(gpu)[0]), pre(host)[0])
+    wanted = pre(host, boxes=boxes, box_images=which)[0]
+    np.testing.assert_array_equal(to_host(pre(gpu, boxes=boxes, box_images=which)[0]), wanted)
+    none = np.array([[5, 5, 5, 9], [np.nan, 0, 4, 4]], np.float32)
+    given = on("cuda", np.concatenate([boxes, none])), on("cuda", np.append(which, [3, 3]))
+    found, geometry = pre(gpu, boxes=given[0], box_images=given[1])
+    np.testing.assert_array_equal(to_host(found)[:5], wanted)
+    assert to_host(geometry.valid).tolist() == [True] * 5 + [False] * 2
+    filled = np.broadcast_to((np.array([1, 2, 3], np.float32) * np.float32(1 / 255))[:, None, None], (2, 3, 50, 66))
+    np.testing.assert_array_equal(to_host(found)[5:], filled)
 
 
 @pytest.mark.parametrize("interpolation", ["area", "cubic"])
