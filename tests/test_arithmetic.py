@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import cv2
 import numpy as np
+import PIL.Image
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -103,6 +104,21 @@ def test_blend(device, rng, channels, dtype):
     for image, one, other, share in zip(found, first, second, shares, strict=True):
         one, other = (to_host(array).astype(np.float32) for array in (one, other))
         np.testing.assert_array_equal(to_host(image), np.rint(other + (one - other) * share[..., None]))
+
+
+def test_blend_of_bytes_is_pillows_composite(device, rng):
+    one, other, mask = random_image(rng, 200, 300), random_image(rng, 200, 300), random_image(rng, 200, 300, 1)[..., 0]
+    pictures = [PIL.Image.fromarray(array) for array in (one, other, mask)]
+    found = nbv.blend(*(on(device, array) for array in (one, other, mask)))
+    np.testing.assert_array_equal(to_host(found), np.asarray(PIL.Image.composite(*pictures)))
+
+
+def test_shares_beyond_all_and_nothing(device):
+    """Limited, NaN too, on both devices alike."""
+    mask = np.array([[-2, -np.inf, np.nan, 0.5, 7, np.inf]], np.float32)
+    one, other = np.full((1, 6), 200, np.uint8), np.full((1, 6), 100, np.uint8)
+    found = nbv.blend(on(device, one), on(device, other), on(device, mask))
+    assert to_host(found).tolist() == [[100, 100, 100, 150, 200, 200]]
 
 
 def test_blend_of_all_and_nothing_is_the_image_itself(device, rng):

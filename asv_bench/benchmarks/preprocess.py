@@ -124,7 +124,16 @@ class BatchesOnGPU:
 class AntialiasOnGPU:
     """64 x 1080p to 224 x 224 float16, antialiased and normalised as ImageNet's: the input of a classifier."""
 
-    params = (["nbvision, Pillow's bits", "torchvision v2", "torch interpolate", "CV-CUDA hq_resize"],)
+    params = (
+        [
+            "nbvision, Pillow's bits",
+            "nbvision, torch's levels",
+            "nbvision, OpenCV's area",
+            "torchvision v2",
+            "torch interpolate",
+            "CV-CUDA hq_resize",
+        ],
+    )
     param_names = ("how",)
     side = 224
 
@@ -139,7 +148,10 @@ class AntialiasOnGPU:
         expected, _ = pre(batch)
         self.moved_bytes = expected.nbytes + images.nbytes
         if how.startswith("nbvision"):
-            self.call: Callable[[], Any] = lambda: pre(batch, out=expected)
+            kinds = {"torch": {"parity": "torch"}, "OpenCV": {"parity": "cv2", "interpolation": "area"}}
+            options |= next((kind for name, kind in kinds.items() if name in how), {})
+            asked = Preprocess((self.side, self.side), **options)
+            self.call: Callable[[], Any] = lambda: asked(batch, out=expected)
         else:
             self.call = _antialias_peer(how, images, self.side)
             _check_close(self.call(), expected)
@@ -155,6 +167,67 @@ class AntialiasOnGPU:
         return gpu_us(self.call) / (self.moved_bytes / copied_bytes_per_us())
 
     track_copy_bounds.unit = "x the copy bound"
+
+
+class SourcesOnGPU:
+    """64 x 1080p to 640 letterbox, float16, from images that lie in memory in one way or another."""
+
+    params = (["uint8 side by side", "uint8 planes", "float16", "float32"],)
+    param_names = ("source",)
+
+    def setup(self, source: str) -> None:
+        need_cuda()
+        import cupy
+
+        from nbvision import Preprocess, as_batch
+
+        images = images_on_gpu(EXACT)
+        if source == "uint8 planes":
+            images = cupy.ascontiguousarray(images.transpose(0, 3, 1, 2))
+        elif source.startswith("float"):
+            images = images.astype(source)
+        batch = as_batch(images, layout="CHW" if "planes" in source else "HWC")
+        pre = Preprocess((640, 640), scale=1 / 255, dtype="float16")
+        out, _ = pre(batch)
+        self.call: Callable[[], Any] = lambda: pre(batch, out=out)
+
+    def track_us(self, source: str) -> float:
+        """The GPU's time."""
+        return gpu_us(self.call)
+
+    track_us.unit = "us"
+
+
+class WindowsOnCPU:
+    """One 1080p image to 224 x 224 on the host, by filters that sum windows."""
+
+    params = (["area", "cubic", "antialiased"], ["nbvision", "its library"])
+    param_names = ("filter", "how")
+    size = (1080, 1920)
+
+    def setup(self, kind: str, how: str) -> None:
+        from PIL import Image
+
+        from nbvision import Preprocess
+
+        image = noise(*self.size, 0)
+        if how == "nbvision":
+            options: Any = {"interpolation": kind} if kind != "antialiased" else {"parity": "pil"}
+            pre = Preprocess((224, 224), fit="stretch", dtype="uint8", layout="NHWC", **options)
+            out, _ = pre(image)
+            self.call: Callable[[], Any] = lambda: pre(image, out=out)
+        elif kind == "antialiased":
+            self.call = lambda: np.asarray(Image.fromarray(image).resize((224, 224), Image.Resampling.BILINEAR))
+        else:
+            cv2 = need("cv2")
+            flag = {"area": cv2.INTER_AREA, "cubic": cv2.INTER_CUBIC}[kind]
+            self.call = lambda: cv2.resize(image, (224, 224), interpolation=flag)
+
+    def track_us(self, kind: str, how: str) -> float:
+        """Time of one call, on all cores."""
+        return wall_us(self.call)
+
+    track_us.unit = "us"
 
 
 class CropsOnGPU:

@@ -115,6 +115,7 @@ def make_byte(operation, channels, out_channels):
                     share = np.float32(pixels[mask + np.int64(pixel)]) / np.float32(255)
                 else:
                     share = floats[(mask >> 2) + np.int64(pixel)]
+                    share = min(share, np.float32(1)) if share > np.float32(0) else np.float32(0)  # so is NaN
                 result = rounded_byte(other + (one - other) * share)
         return result
 

@@ -126,7 +126,8 @@ def blend(first: Any, second: Any, mask: Any, *, out: Any = None, stream: Any = 
     first, second : ImageBatch, array or iterable of arrays
         Images of equal sizes and channels on one device; see :func:`threshold`.
     mask : ImageBatch, array or iterable of arrays
-        (H, W) for one image, (N, H, W) or one (H, W) for each of several: bool, uint8 of 0..255, or float32 of 0..1.
+        (H, W) for one image, (N, H, W) or one (H, W) for each of several: bool, uint8 of 0..255, or float32,
+        limited to 0..1, NaN being 0. Of uint8 masks the result is that of Pillow's ``Image.composite``.
     out : ImageBatch or array, optional
         Where to write; no memory of the images.
     stream : CUDA stream, optional
