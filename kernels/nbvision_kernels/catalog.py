@@ -14,6 +14,7 @@ from nbvision_kernels import nv12 as planes
 from nbvision_kernels import pointwise, read_source, regions, resample
 from nbvision_kernels import preprocess as plan
 from nbvision_kernels import warp as warping
+from nbvision_kernels import warp_plan as warped
 from nbvision_kernels import window as windows
 from nbvision_kernels.chain import Chain, extended, make_shade_export
 from nbvision_kernels.gray import GRAY_CV2, GRAY_PIL
@@ -48,6 +49,7 @@ __all__ = [
     "suppress_kernel",
     "warp_coefficients_kernel",
     "warp_kernel",
+    "warp_plan_kernel",
     "window_kernel",
 ]
 
@@ -421,6 +423,23 @@ def warp_kernel(interpolation: int, channels: int) -> NumbaKernel:
     return NumbaKernel(f"warp-{_INTERPOLATIONS[interpolation]}-{channels}-bytes", "warp", make, arguments)
 
 
+def warp_plan_kernel(
+    interpolation: int, channels: int, layout: int, store: int, *, chain: Chain | None = None
+) -> CudaFrame:
+    """The fused plan through matrices."""
+    arguments = (u8_pointer, u32_pointer, i64, i64, i32, i32, f32_pointer, *(i32,) * 5)
+    return CudaFrame(
+        name=f"warp-plan-{_INTERPOLATIONS[interpolation]}-{_LAYOUTS[layout]}-{_STORES[store][0]}-{channels}-bytes"
+        + (f"-{chain.digest}" if chain else ""),
+        entry="warp_plan",
+        source="warp_plan.cu",
+        defines={"PIXEL_BYTES": channels, "STORE_TYPE": store, "LAYOUT": layout, "COEFFICIENTS": warping.COEFFICIENTS}
+        | _chain_defines(chain),
+        functions={"nbv_warp": (warped.make_warp_export(interpolation, channels), types.uint32, arguments)}
+        | _chain_function(chain),
+    )
+
+
 def move_kernel(channels: int) -> NumbaKernel:
     """Images flipped and turned."""
 
@@ -511,6 +530,7 @@ def all_kernels() -> Iterator[Kernel]:
         yield move_kernel(channels)
         for interpolation in _INTERPOLATIONS:
             yield warp_kernel(interpolation, channels)
+            yield warp_plan_kernel(interpolation, channels, plan.NCHW, plan.STORE_F16)
         for operation in pointwise.OPERATIONS:
             if operation != pointwise.COLOR:
                 yield pointwise_kernel(operation, channels, channels)

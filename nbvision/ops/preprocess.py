@@ -19,6 +19,7 @@ from nbvision.ops._taps import TapTables, windows_of
 from nbvision.ops.arguments import finite, one_of, three_numbers
 from nbvision.ops.geometry import Geometry
 from nbvision.ops.pixel import PixelFunction, as_pixel_functions, chain_of
+from nbvision.ops.warp import BORDERS, INTERPOLATIONS, Border, coefficients_of, packed_fill
 from nbvision.runtime import memory
 from nbvision.runtime.compile import compile_without_spills, cpu_loop, load_kernel
 from nbvision.runtime.device import (
@@ -27,6 +28,7 @@ from nbvision.runtime.device import (
     compute_capability,
     cuda_unavailable_because,
     device_of,
+    on_stream,
     require_cupy,
 )
 
@@ -236,6 +238,66 @@ class Preprocess:
         with stream if stream is not None else contextlib.nullcontext():
             return self._run_cuda(batch, boxes, box_images, out)
 
+    def warp(
+        self,
+        images: Any,
+        matrices: Any,
+        *,
+        matrix_images: Any = None,
+        inverse: bool = False,
+        border: Border = "constant",
+        out: Any = None,
+        stream: Any = None,
+    ) -> Any:
+        """Preprocess images through matrices, in one launch: aligned faces, turned boxes, corrected documents.
+
+        What :func:`nbvision.warp_affine` and :func:`nbvision.warp_perspective` make of uint8 images, then ``pixel``,
+        ``scale``, ``mean`` and ``std``, stored as every tensor of this plan; ``fit`` and ``box_margin`` have no part
+        in it.
+
+        Parameters
+        ----------
+        images : ImageBatch, array or iterable of arrays
+            uint8 with channels side by side.
+        matrices : (M, 2, 3) or (M, 3, 3) array
+            Source to canvas, in pixels, the centre of the first being 0, on the host or the images' device. On a CUDA
+            device they never come to the host; one that cannot be inverted gives a canvas of fill there.
+        matrix_images : (M,) integer array, optional
+            The image of each matrix; default: one matrix for each image, or one (2, 3) or (3, 3) for all. On a CUDA
+            device, one that is none gives a canvas of fill.
+        inverse : bool
+            Whether matrices map canvas to source.
+        border : {"constant", "replicate", "reflect"}
+            What lies outside the image: ``fill``, rounded to whole levels, the border's pixel, or the image mirrored.
+        out, stream : optional
+            As in a call.
+
+        Returns
+        -------
+        tensor : array, as a call returns it
+
+        Raises
+        ------
+        InputError
+            For matrices and images that do not fit, and for a plan whose interpolation is not ``"linear"``,
+            ``"nearest"`` or ``"cubic"`` with parity ``"cv2"`` or ``"fast"``.
+        """
+        if self.parity not in ("cv2", "fast") or self.interpolation not in INTERPOLATIONS:
+            raise InputError(
+                f"the plan has interpolation {self.interpolation!r} and parity {self.parity!r}; warps have 'linear', "
+                "'nearest' and 'cubic' of parity 'cv2'"
+            )
+        batch = images if isinstance(images, ImageBatch) else as_batch(images)
+        interleaved_color(batch)
+        edge = np.int32(BORDERS[one_of("border", border, Border)])
+        with on_stream(stream, batch.device):
+            owners = self._matrix_images(matrix_images, matrices, batch)
+            coefficients, perspective = coefficients_of(matrices, len(owners), bool(inverse), batch.device)
+            tensor, flat = self._output(batch, len(owners), out)
+            if len(owners):
+                self._warp(batch, owners, coefficients, flat, (perspective, edge))
+        return tensor
+
     def output_shape(self, count: int) -> tuple[int, int, int, int]:
         """Shape of the tensor for ``count`` canvases."""
         height, width = self.size
@@ -402,6 +464,53 @@ class Preprocess:
             return window_kernel(self._windows.kind, *types, pixel_bytes=batch.channels, chain=chain)
         source_type = _source_type(batch)
         return preprocess_kernel(*self._types(batch), channels=batch.channels, source_type=source_type, chain=chain)
+
+    # -- matrices ----------------------------------------------------------------------------------------------
+
+    def _matrix_images(self, given: Any, matrices: Any, batch: ImageBatch) -> Any:
+        """(M,) int64 on the batch's device: the image of each canvas."""
+        xp = array_module(batch.device)
+        if given is None:
+            return xp.arange(len(batch), dtype=np.int64)
+        owners = xp.ascontiguousarray(to_device(given, batch.device))
+        if owners.ndim != 1 or owners.dtype.kind not in "iu":
+            raise InputError(
+                f"matrix_images have shape {owners.shape} and dtype {owners.dtype}; expected (M,) integers"
+            )
+        if device_of(given) == "cpu" and len(owners):
+            low, high = int(owners.min()), int(owners.max())
+            if low < 0 or high >= len(batch):
+                raise InputError(f"matrix_images go from {low} to {high}; the batch has {len(batch)} images")
+        return owners.astype(np.int64, copy=False)
+
+    def _warp(self, batch: ImageBatch, owners: Any, coefficients: Any, flat: Any, how: tuple[Any, ...]) -> None:
+        _, _, swap = self._channels(batch)
+        chain = self._chain_for(batch)
+        in_source_order = slice(None, None, -1 if swap else 1)
+        fill = self._fill[in_source_order]
+        limited = [min(max(float(value), 0.0), 255.0) for value in fill]
+        packed = packed_fill([*limited, 255.0][: batch.channels], batch.channels)
+        kind = INTERPOLATIONS[self.interpolation]
+        types = (kind, batch.channels, self._layout, self._store(batch.device))
+        if batch.device == "cpu":
+            sizes = (len(owners), *self._int_size)
+            tables = (batch.table.reshape(-1), owners, coefficients.reshape(-1))
+            values = (swap, self._gain, self._bias, *how, packed, self._blue_first(batch))
+            _warp_loop(*types, chain)(np.int64(0), *tables, flat, *sizes, *values, self._numbers or (np.float32(0),))
+            return
+        from nbvision_kernels.catalog import warp_plan_kernel
+
+        batch.use_on_current_stream()
+        numbers = [number for group in (self._gain, self._bias) for number in group[in_source_order]]
+        launch = (*self._int_size, swap, *numbers, *how, packed, np.int32(len(batch)))
+        if chain is not None:
+            launch += (np.int32(self._blue_first(batch) != bool(swap)), *self._numbers)
+        kernel = load_kernel(warp_plan_kernel(*types, chain=chain), flat.device.id)
+        height, width = self.size
+        for first in range(0, len(owners), _MAX_GRID_Z):
+            part = slice(first, first + _MAX_GRID_Z)
+            grid = (-(-width // 32), -(-height // 8), len(owners[part]))
+            kernel(grid, (32, 8), (0, 0, batch.table, owners[part], coefficients[part], flat[part], *launch))
 
     # -- regions -----------------------------------------------------------------------------------------------
 
@@ -572,6 +681,15 @@ def _region_loop(name: str) -> Any:
     if name not in _region_loops:
         _region_loops[name] = cpu_loop(name, getattr(regions, name), parallel=False)
     return _region_loops[name]
+
+
+@functools.cache
+def _warp_loop(kind: int, channels: int, layout: int, store: int, chain: Chain | None) -> Any:
+    """The CPU loop of one type of the plan through matrices."""
+    from nbvision_kernels.warp_plan import make_cpu_loop
+
+    name = f"warp-plan-{kind}-{channels}-{layout}-{store}" + (f"-{chain.digest}" if chain else "")
+    return cpu_loop(name, make_cpu_loop(kind, channels, layout, store, chain))
 
 
 @functools.cache

@@ -19,9 +19,13 @@ from nbvision.runtime.compile import cpu_loop, load_kernel
 from nbvision.runtime.device import Device, array_module, device_of
 
 __all__ = [
+    "BORDERS",
+    "INTERPOLATIONS",
     "Border",
     "Interpolation",
+    "coefficients_of",
     "flip",
+    "packed_fill",
     "rotate",
     "rotation_matrix",
     "translated",
@@ -32,8 +36,8 @@ __all__ = [
 Interpolation = Literal["linear", "nearest", "cubic"]
 Border = Literal["constant", "replicate", "reflect"]
 
-_INTERPOLATIONS = {"nearest": 0, "linear": 1, "cubic": 2}  # as nbvision_kernels.warp numbers them
-_BORDERS = {"constant": 0, "replicate": 1, "reflect": 2}
+INTERPOLATIONS = {"nearest": 0, "linear": 1, "cubic": 2}  # as nbvision_kernels.warp numbers them
+BORDERS = {"constant": 0, "replicate": 1, "reflect": 2}
 _MAX_GRID_Z = 65535
 _THREADS = 64
 
@@ -296,12 +300,12 @@ def _warped(
     out: Any,
     stream: Any,
 ) -> Any:
-    kind = _INTERPOLATIONS[one_of("interpolation", interpolation, Interpolation)]
-    edge = np.int32(_BORDERS[one_of("border", border, Border)])
-    packed = _packed_fill(fill, batch.channels)
+    kind = INTERPOLATIONS[one_of("interpolation", interpolation, Interpolation)]
+    edge = np.int32(BORDERS[one_of("border", border, Border)])
+    packed = packed_fill(fill, batch.channels)
     perspective = np.int32(lines == 3)
     with _on(stream, batch.device):
-        matrices = _checked_matrices(matrix, lines, bool(inverse), batch)
+        matrices = _checked_matrices(matrix, lines, bool(inverse), len(batch), batch.device)
         present = [size if there else (0, 0) for size, there in zip(sizes, batch.ok, strict=True)]
         target, result = target_for(images, batch, present, out)
         coefficients = _coefficients(matrices, bool(inverse))
@@ -369,6 +373,13 @@ def _launch(
         function(grid, block, (0, 0, *(table[part] for table in tables), *numbers))
 
 
+def coefficients_of(matrix: Any, count: int, inverse: bool, device: Device) -> tuple[Any, np.int32]:
+    """(count, 9) float32 on the device, and whether the matrices, affine or not, are perspective: output to source."""
+    lines = 3 if tuple(getattr(matrix, "shape", np.shape(matrix)))[-2:] == (3, 3) else 2
+    matrices = _checked_matrices(matrix, lines, inverse, count, device)
+    return _coefficients(matrices, inverse), np.int32(lines == 3)
+
+
 def _coefficients(matrices: Any, inverse: bool) -> Any:
     """(N, 9) float32 where the matrices are: output to source."""
     from nbvision_kernels.warp import COEFFICIENTS
@@ -405,10 +416,10 @@ def _on(stream: Any, device: Device) -> contextlib.AbstractContextManager[Any]:
 # --- arguments --------------------------------------------------------------------------------------------------------
 
 
-def _checked_matrices(matrix: Any, lines: int, inverse: bool, batch: ImageBatch) -> Any:
-    """(N, lines, 3) float64 on the batch's device; what is on the host is known to be of use."""
+def _checked_matrices(matrix: Any, lines: int, inverse: bool, count: int, device: Device) -> Any:
+    """(count, lines, 3) float64 on the device; what is on the host is known to be of use."""
     given_on = device_of(matrix)
-    if given_on == "cuda" and batch.device == "cpu":
+    if given_on == "cuda" and device == "cpu":
         raise InputError("matrix is on cuda, the images are on cpu; give both on one device")
     try:
         matrices = to_device(matrix, given_on)
@@ -416,16 +427,16 @@ def _checked_matrices(matrix: Any, lines: int, inverse: bool, batch: ImageBatch)
             raise TypeError(f"dtype {matrices.dtype}")
     except (TypeError, ValueError) as error:
         raise InputError(f"matrix is no array of numbers ({error}); expected ({lines}, 3) or (N, {lines}, 3)") from None
-    if matrices.shape not in {(lines, 3), (len(batch), lines, 3)}:
+    if matrices.shape not in {(lines, 3), (count, lines, 3)}:
         raise InputError(
-            f"matrix has shape {matrices.shape}; expected ({lines}, 3) for all images or ({len(batch)}, {lines}, 3), "
+            f"matrix has shape {matrices.shape}; expected ({lines}, 3) for all images or ({count}, {lines}, 3), "
             "one for each"
         )
     if given_on == "cpu":
         _check_on_host(matrices.reshape(-1, lines, 3).astype(np.float64), inverse)
-    xp = array_module(batch.device)
+    xp = array_module(device)
     matrices = xp.asarray(matrices, dtype=np.float64)
-    return xp.ascontiguousarray(xp.broadcast_to(matrices, (len(batch), lines, 3)))
+    return xp.ascontiguousarray(xp.broadcast_to(matrices, (count, lines, 3)))
 
 
 def _check_on_host(matrices: npt.NDArray[np.float64], inverse: bool) -> None:
@@ -443,7 +454,7 @@ def _check_on_host(matrices: npt.NDArray[np.float64], inverse: bool) -> None:
             )
 
 
-def _packed_fill(fill: float | Sequence[float], channels: int) -> Any:
+def packed_fill(fill: float | Sequence[float], channels: int) -> Any:
     """One byte a channel in an int32, the first in the lowest."""
     try:
         values = np.broadcast_to(np.asarray(fill, np.float64).reshape(-1), channels)
