@@ -17,6 +17,8 @@ IMAGES = 64
 
 NBVISION = ["nbvision, parity cv2", "nbvision, parity fast"]
 WITH_FUNCTION = "nbvision, a pixel function"
+# What OpenCV has besides linear and nearest, of 1080p: name -> interpolation and height and width of the output.
+SAMPLED = {"area, a third": ("area", 360, 640), "area to 224": ("area", 224, 224), "cubic to 640": ("cubic", 640, 640)}
 
 
 @functools.lru_cache(maxsize=1)
@@ -230,6 +232,42 @@ class WindowsOnCPU:
     track_us.unit = "us"
 
 
+class SamplersOnGPU:
+    """64 x 1080p to float16 in 0..1 by OpenCV's area, of a whole ratio and of another, and by its cubic."""
+
+    params = (list(SAMPLED), ["nbvision", "torch interpolate", "CV-CUDA", "OpenCV, copied up"])
+    param_names = ("what", "how")
+
+    def setup(self, what: str, how: str) -> None:
+        need_cuda()
+        from nbvision import Preprocess, as_batch
+
+        interpolation, *size = SAMPLED[what]
+        images = images_on_gpu(EXACT)
+        batch = as_batch(images)
+        options: Any = {"fit": "stretch", "interpolation": interpolation, "dtype": "float16", "scale": 1 / 255}
+        pre = Preprocess((size[0], size[1]), **options)
+        expected, _ = pre(batch)
+        self.moved_bytes = expected.nbytes + images.nbytes
+        if how == "nbvision":
+            self.call: Callable[[], Any] = lambda: pre(batch, out=expected)
+        else:
+            self.call = _SAMPLER_PEERS[how](what, images)
+            _check_close(self.call(), expected)
+
+    def track_us(self, what: str, how: str) -> float:
+        """The GPU's time."""
+        return gpu_us(self.call)
+
+    track_us.unit = "us"
+
+    def track_copy_bounds(self, what: str, how: str) -> float:
+        """The same, as a multiple of the time that a copy of all images and of the output takes."""
+        return gpu_us(self.call) / (self.moved_bytes / copied_bytes_per_us())
+
+    track_copy_bounds.unit = "x the copy bound"
+
+
 class CropsOnGPU:
     """Boxes on the GPU, of 64 images, to 224 x 224 float16: from a detector to a classifier."""
 
@@ -396,6 +434,51 @@ def _antialias_peer(how: str, images: Any, side: int) -> Callable[[], Any]:
         ).contiguous()
     interpolate = torch.nn.functional.interpolate
     return lambda: interpolate(pictures.half(), size, mode="bilinear", antialias=True).div_(255).contiguous()
+
+
+def _sampled_by_torch(what: str, images: Any) -> Callable[[], Any]:
+    torch = need("torch")
+    interpolation, *size = SAMPLED[what]
+    if what == "area to 224":
+        raise NotImplementedError("its area takes whole pixels")
+    pictures = torch.from_dlpack(images).permute(0, 3, 1, 2)
+    mode = {"area": "area", "cubic": "bicubic"}[interpolation]
+    interpolate = torch.nn.functional.interpolate
+    return lambda: interpolate(pictures.half(), size, mode=mode).clamp_(0, 255).div_(255).contiguous()
+
+
+def _sampled_by_cvcuda(what: str, images: Any) -> Callable[[], Any]:
+    cvcuda = need("cvcuda")
+    interpolation, *size = SAMPLED[what]
+    batch = cvcuda.as_tensor(images, "NHWC")
+    kind = getattr(cvcuda.Interp, interpolation.upper())
+
+    def call() -> Any:
+        small = cvcuda.resize(batch, (IMAGES, *size, 3), kind)
+        return cvcuda.reformat(cvcuda.convertto(small, np.float32, scale=1 / 255), "NCHW").cuda()
+
+    return call  # it has no float16 here, so it writes twice the bytes
+
+
+def _sampled_and_copied_up(what: str, images: Any) -> Callable[[], Any]:
+    import cupy
+
+    baseline, cv2 = straightforward(), need("cv2")
+    interpolation, height, width = SAMPLED[what]
+    flag = getattr(cv2, f"INTER_{interpolation.upper()}")
+
+    def call() -> Any:
+        small = [cv2.resize(image, (width, height), interpolation=flag) for image in images_on_host(EXACT)]
+        return cupy.asarray(baseline.tensor_of(small, (height, width)).astype(np.float16))
+
+    return call
+
+
+_SAMPLER_PEERS: dict[str, Callable[[str, Any], Callable[[], Any]]] = {
+    "torch interpolate": _sampled_by_torch,
+    "CV-CUDA": _sampled_by_cvcuda,
+    "OpenCV, copied up": _sampled_and_copied_up,
+}
 
 
 def _warmer() -> Any:
