@@ -239,13 +239,20 @@ class ImageBatch:
         own_width = array.nbytes // array.shape[0]
         start = address_of(array)
         stop = start + (array.shape[0] - 1) * array.strides[0] + own_width
-        first, last, width, pitch = self._extents
-        if not len(first) or stop <= first.min() or last.max() <= start:
+        low, high = self._span
+        if stop <= low or high <= start:
             return False
+        first, last, width, pitch = self._extents
         # Lines of one pitch may lie beside each other: two pictures on one canvas.
         offset = (start - first) % pitch
         beside = (array.strides[0] == pitch) & (offset >= width) & (offset + own_width <= pitch)
         return bool(((first < stop) & (start < last) & ~beside).any())
+
+    @functools.cached_property
+    def _span(self) -> tuple[int, int]:
+        """Where the first of the images begins and the last ends; 0, 0 for none."""
+        first, last, _, _ = self._extents
+        return (int(first.min()), int(last.max())) if len(first) else (0, 0)
 
     @functools.cached_property
     def _extents(self) -> tuple[npt.NDArray[np.int64], ...]:

@@ -94,8 +94,9 @@ def run_nv12(rng: np.random.Generator) -> None:
         results = [np.full(len(given) * 3 * height * width, np.nan, np.float32) for _ in range(2)]
         types = (sampler, preprocess.NCHW, preprocess.STORE_F32)
         preprocess.pointer_from_address = lambda _: pixels
-        loop = preprocess.make_cpu_loop(*types, source_type=preprocess.SOURCE_NV12)
-        numbers = (len(given), height, width, 1, 0, 0, gain, bias, fill, False, [], matrix)
+        loop = preprocess.make_cpu_loop(sampler, preprocess.STORE_F32, source_type=preprocess.SOURCE_NV12)
+        strides = preprocess.canvas_strides(preprocess.NCHW, height, width)
+        numbers = (len(given), height, width, 1, 0, 0, gain, bias, fill, False, [], matrix, strides)
         loop(0, sources, *tables, results[0], *numbers)
         kernel = preprocess_cuda.make_kernel(*types, preprocess.SOURCE_NV12)
         arguments = (pixels, sources, *tables, results[1], height, width, 1, 0, 0, *gain, *bias, *fill, *matrix)

@@ -15,7 +15,7 @@ from nbvision.ops.preprocess import Preprocess
 
 
 def canvas_geometry(device: str, sizes: list[tuple[int, int]], canvas: tuple[int, int] = (320, 320)) -> Geometry:
-    geometry = Preprocess(canvas)._image_regions_on_host(np.array(sizes, np.int32).reshape(-1, 2))
+    geometry = Preprocess(canvas)._regions.of(np.array(sizes, np.int32).reshape(-1, 2))
     return geometry_on(device, geometry)
 
 

@@ -53,7 +53,7 @@ def test_masks_are_those_of_the_whole_canvas(device, rng, size, cells, threshold
 
 
 def test_boxes_in_source_pixels_go_back_to_the_canvas(device, rng):
-    geometry = Preprocess((96, 96))._image_regions_on_host(np.array([[200, 100], [50, 333]], np.int32))
+    geometry = Preprocess((96, 96))._regions.of(np.array([[200, 100], [50, 333]], np.int32))
     geometry = geometry_on(device, geometry)
     coefficients, planes, boxes, images = random_scene(rng, 9, (96, 96))
     scales = to_host(geometry.scales)[images]

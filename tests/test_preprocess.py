@@ -122,7 +122,7 @@ def test_letterbox_geometry_is_ultralytics(device, rng, scaleup, center):
 )
 def test_letterbox_rounding_is_pythons(height, width, size):
     """Geometry alone, so that sizes can be large: the same integers as Python's float arithmetic and round()."""
-    geometry = Preprocess(size)._image_regions_on_host(np.array([[height, width]], np.int32))
+    geometry = Preprocess(size)._regions.of(np.array([[height, width]], np.int32))
     new_height, new_width, top, left = letterbox_placement(height, width, size)
     assert geometry.regions[0, [8, 7, 6, 5]].tolist() == [new_height, new_width, top, left]
 

@@ -283,7 +283,7 @@ def test_device_boxes_have_room_for_their_windows(names, image, size, fit, corne
     x1, x2 = sorted((int(corners[0] * (width - 1)), int(corners[1] * (width - 1))))
     y1, y2 = sorted((int(corners[2] * (height - 1)), int(corners[3] * (height - 1))))
     pre = Preprocess(size, fit=fit, parity=names[0], interpolation=names[1])
-    geometry = pre._box_regions_on_host(
+    geometry = pre._regions._of_host_boxes(
         np.array([image], np.int32), np.array([[x1, y1, x2 + 1, y2 + 1]], np.float32), np.zeros(1, np.int64)
     )
     most = windows.most(np.array([image], np.int32), size, keeps_ratio=fit != "stretch")
@@ -301,7 +301,7 @@ def test_lanczos_sums_fit_into_32_bits():
         for length in (1, 2, 3, 7, 30, 100):
             windows = windows_of("pil", "lanczos")
             pre = Preprocess((1, length), fit="stretch", parity="pil", interpolation="lanczos")
-            geometry = pre._image_regions_on_host(np.array([[1, source]], np.int32))
+            geometry = pre._regions.of(np.array([[1, source]], np.int32))
             weights = (
                 windows.tables(geometry, (1, length), windows.limits(geometry.regions)).x[0, :, 4:].astype(np.int64)
             )

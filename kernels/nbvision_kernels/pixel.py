@@ -17,6 +17,12 @@ from numba.extending import intrinsic
 pixel_function = njit(inline="always", error_model="numpy")
 
 
+def line_function(function: Any) -> Any:
+    """A pixel function that does a whole line, compiled apart for the parallel loop that calls it: once a line, so the
+    call costs nothing, and Numba's passes for parallel loops do not go through it, which takes them seconds."""
+    return njit(error_model="numpy")(function.py_func)
+
+
 @intrinsic
 def pointer_from_address(typing_context: Any, address: Any) -> Any:
     """A flat byte buffer that starts at ``address`` (int64). CPU only: CUDA kernels get pointers as arguments."""

@@ -19,6 +19,7 @@ from nbvision_kernels.pixel import (
     half_bits,
     half_value,
     halves_from_address,
+    line_function,
     pixel_function,
     pointer_from_address,
     round_to_i8,
@@ -55,6 +56,7 @@ __all__ = [
     "STORE_HALF_BITS",
     "STORE_I8",
     "STORE_U8",
+    "canvas_strides",
     "make_blend_export",
     "make_cpu_loop",
     "make_span_writer",
@@ -75,6 +77,14 @@ def pixel_bytes_of(source_type, channels):
     if source_type in (SOURCE_CHW, SOURCE_NV12):
         return 1
     return channels * {SOURCE_F16: 2, SOURCE_F32: 4}.get(source_type, 1)
+
+
+def canvas_strides(layout, height, width):
+    """Values from a canvas to the next, from a pixel to the next, from a channel to the next; and channels stored."""
+    plane, channels = height * width, OUT_CHANNELS.get(layout, 3)
+    if layout == NCHW:
+        return np.int64(channels * plane), np.int64(1), np.int64(plane), np.int64(channels)
+    return np.int64(channels * plane), np.int64(channels), np.int64(1), np.int64(channels)
 
 
 # sampler -> (along_x, along_y, blend), see sampling.py
@@ -155,15 +165,15 @@ def make_reader(source):
     return read
 
 
-def make_span_writer(sampler, layout, store, chain=None, source_type=SOURCE_U8):
+def make_span_writer(sampler, store, chain=None, source_type=SOURCE_U8):
     """The body of the plan: write output pixels ``x_first <= x < x_stop`` of line ``y`` of canvas ``item``.
 
-    Planes and NV12 have a ``pixel_bytes`` of 1; the ``matrix`` is read for NV12 alone.
+    Planes and NV12 have a ``pixel_bytes`` of 1; the ``matrix`` is read for NV12 alone. ``strides`` are those of
+    :func:`canvas_strides`: where values go decides nothing about how they are made.
     """
     nv12 = source_type == SOURCE_NV12
     read = make_reader(source_type)
     channel_bytes = {SOURCE_F16: 2, SOURCE_F32: 4}.get(source_type, 1)
-    out_channels = OUT_CHANNELS.get(layout, 3)
     along_x, along_y, blend = SAMPLERS[sampler]
     read_nv12 = make_nv12_reader(blend, exact=sampler != LINEAR_FAST)
     shade = make_shade(chain)
@@ -192,6 +202,7 @@ def make_span_writer(sampler, layout, store, chain=None, source_type=SOURCE_U8):
         bgr,
         numbers,
         matrix,
+        strides,
     ):
         row = np.int64(item) * region.FIELDS
         step_row = np.int64(item) * region.STEPS
@@ -231,12 +242,9 @@ def make_span_writer(sampler, layout, store, chain=None, source_type=SOURCE_U8):
             chroma = sources[source] + sources[source + 2] * pitch
             chroma_above = chroma + np.int64(np.int32(region_y + top) >> 1) * pitch
             chroma_below = chroma + np.int64(np.int32(region_y + bottom) >> 1) * pitch
-        plane = np.int64(height) * np.int64(width)
-        canvas = np.int64(item) * out_channels * plane
+        to_canvas, to_pixel, to_channel, stored = strides
+        canvas = np.int64(item) * to_canvas
         line_start = np.int64(y) * np.int64(width)
-        # The second channel's distance to the first, and a pixel's to the next.
-        to_channel = plane if layout == NCHW else np.int64(1)
-        to_pixel = np.int64(1) if layout == NCHW else np.int64(out_channels)
         for x in range(x_first, x_stop):
             value_0 = fill[0]
             value_1 = fill[1]
@@ -307,22 +315,22 @@ def make_span_writer(sampler, layout, store, chain=None, source_type=SOURCE_U8):
             value_0, value_1, value_2 = shade(value_0, value_1, value_2, x, y, bgr, numbers)
             at = canvas + (line_start + np.int64(x)) * to_pixel
             save(out, at, value_0 * gain[0] + bias[0])
-            if layout != GRAY:
+            if stored > 1:
                 save(out, at + to_channel, value_1 * gain[1] + bias[1])
                 save(out, at + 2 * to_channel, value_2 * gain[2] + bias[2])
-            if layout == NHWC4:
+            if stored > 3:
                 save(out, at + 3, np.float32(0))
 
     return write_span
 
 
-def make_cpu_loop(sampler, layout, store, chain=None, source_type=SOURCE_U8):
+def make_cpu_loop(sampler, store, chain=None, source_type=SOURCE_U8):
     """The plan as a parallel CPU loop over output lines.
 
     ``base`` is what the table's addresses count from: 0, but as an argument, because the compiler takes a constant null
     pointer for one that is never read.
     """
-    write_span = make_span_writer(sampler, layout, store, chain, source_type)
+    write_span = line_function(make_span_writer(sampler, store, chain, source_type))
 
     def loop(
         base,
@@ -343,6 +351,7 @@ def make_cpu_loop(sampler, layout, store, chain=None, source_type=SOURCE_U8):
         bgr,
         numbers,
         matrix,
+        strides,
     ):
         for line in prange(items * height):
             if source_type == SOURCE_F32:
@@ -374,6 +383,7 @@ def make_cpu_loop(sampler, layout, store, chain=None, source_type=SOURCE_U8):
                 bgr,
                 numbers,
                 matrix,
+                strides,
             )
 
     return loop

@@ -17,7 +17,7 @@ from numba import njit, prange
 from nbvision_kernels import regions as region
 from nbvision_kernels.chain import make_shade
 from nbvision_kernels.pixel import clamp, pixel_function, pointer_from_address
-from nbvision_kernels.preprocess import GRAY, NCHW, NHWC4, OUT_CHANNELS, make_store
+from nbvision_kernels.preprocess import make_store
 
 __all__ = [
     "BOX",
@@ -198,11 +198,10 @@ def sum_of_taps(values, at, to_next, table, entry):
     return round_sum(total)
 
 
-def make_cpu_loop(layout, store, chain=None, order="pil"):
+def make_cpu_loop(store, chain=None, order="pil"):
     """The plan as a parallel CPU loop over strips of output lines; see ``preprocess.make_cpu_loop``."""
     shade = make_shade(chain)
     save = make_store(store)
-    out_channels = OUT_CHANNELS.get(layout, 3)
     is_vertical_first = ORDERS[order]
 
     def loop(
@@ -225,6 +224,7 @@ def make_cpu_loop(layout, store, chain=None, order="pil"):
         fill,
         bgr,
         numbers,
+        strides,
     ):
         strips = (height + STRIP - 1) // STRIP
         channels = 1 if gray else 3
@@ -285,10 +285,8 @@ def make_cpu_loop(layout, store, chain=None, order="pil"):
                             at = start + np.int64(x_table[entry]) * pixel_bytes + channel
                             value = sum_of_taps(pixels, at, np.int64(pixel_bytes), x_table, entry)
                             between[(line * width + x) * channels + channel] = value
-            plane = np.int64(height) * np.int64(width)
-            to_channel = plane if layout == NCHW else np.int64(1)
-            to_pixel = np.int64(1) if layout == NCHW else np.int64(out_channels)
-            canvas = np.int64(item) * out_channels * plane
+            to_canvas, to_pixel, to_channel, stored = strides
+            canvas = np.int64(item) * to_canvas
             for y in range(y_first, y_stop):
                 y_entry = y_entries + y * y_stride
                 for x in range(width):
@@ -314,10 +312,10 @@ def make_cpu_loop(layout, store, chain=None, order="pil"):
                     value_0, value_1, value_2 = shade(value_0, value_1, value_2, x, y, bgr, numbers)
                     to = canvas + (np.int64(y) * width + x) * to_pixel
                     save(out, to, value_0 * gain[0] + bias[0])
-                    if layout != GRAY:
+                    if stored > 1:
                         save(out, to + to_channel, value_1 * gain[1] + bias[1])
                         save(out, to + 2 * to_channel, value_2 * gain[2] + bias[2])
-                    if layout == NHWC4:
+                    if stored > 3:
                         save(out, to + 3, np.float32(0))
 
     return loop

@@ -10,7 +10,7 @@ from numba import njit, prange
 
 from nbvision_kernels.chain import make_shade
 from nbvision_kernels.pixel import pixel_function, pointer_from_address, words_from_address
-from nbvision_kernels.preprocess import GRAY, NCHW, NHWC4, OUT_CHANNELS, make_store
+from nbvision_kernels.preprocess import make_store
 from nbvision_kernels.warp import COEFFICIENTS, SAMPLERS, warp_position
 
 __all__ = ["make_cpu_loop", "make_warp_export"]
@@ -32,12 +32,11 @@ def make_warp_export(interpolation, channels):
     return warp_export
 
 
-def make_cpu_loop(interpolation, channels, layout, store, chain=None):
+def make_cpu_loop(interpolation, channels, store, chain=None):
     """The plan as a parallel CPU loop over output lines."""
     sample = njit(error_model="numpy")(SAMPLERS[interpolation].py_func)
     shade = make_shade(chain)
     save = make_store(store)
-    out_channels = OUT_CHANNELS.get(layout, 3)
 
     def loop(
         base,
@@ -56,6 +55,7 @@ def make_cpu_loop(interpolation, channels, layout, store, chain=None):
         fill,
         bgr,
         numbers,
+        strides,
     ):
         for job in prange(items * height):
             pixels = pointer_from_address(base)
@@ -67,10 +67,8 @@ def make_cpu_loop(interpolation, channels, layout, store, chain=None):
             pitch = sources[source + 1]
             source_height = np.int32(sources[source + 2])
             source_width = np.int32(sources[source + 3])
-            plane = np.int64(height) * np.int64(width)
-            to_channel = plane if layout == NCHW else np.int64(1)
-            to_pixel = np.int64(1) if layout == NCHW else np.int64(out_channels)
-            canvas = np.int64(item) * out_channels * plane
+            to_canvas, to_pixel, to_channel, stored = strides
+            canvas = np.int64(item) * to_canvas
             for x in range(width):
                 packed = np.uint32(fill)
                 at = np.int64(item) * COEFFICIENTS
@@ -102,10 +100,10 @@ def make_cpu_loop(interpolation, channels, layout, store, chain=None):
                 value_0, value_1, value_2 = shade(value_0, value_1, value_2, x, y, bgr, numbers)
                 to = canvas + (np.int64(y) * width + x) * to_pixel
                 save(out, to, value_0 * gain[0] + bias[0])
-                if layout != GRAY:
+                if stored > 1:
                     save(out, to + to_channel, value_1 * gain[1] + bias[1])
                     save(out, to + 2 * to_channel, value_2 * gain[2] + bias[2])
-                if layout == NHWC4:
+                if stored > 3:
                     save(out, to + 3, np.float32(0))
 
     return loop

@@ -22,7 +22,7 @@ from nbvision_kernels.pixel import (
     pointer_from_address,
     rint32,
 )
-from nbvision_kernels.preprocess import GRAY, NCHW, NHWC4, OUT_CHANNELS, make_store
+from nbvision_kernels.preprocess import make_store
 from nbvision_kernels.resample import HEADER, LINEAR, filter_support, filter_value
 from nbvision_kernels.sampling import exact_blend
 
@@ -330,13 +330,12 @@ def make_window_export(kind):
     return window_export
 
 
-def make_cpu_loop(kind, layout, store, chain=None):
+def make_cpu_loop(kind, store, chain=None):
     """The plan as a parallel CPU loop over output lines; see ``preprocess.make_cpu_loop``."""
     # Not inlined: the loop calls it in three places.
     window = njit(error_model="numpy")(WINDOWS[kind].py_func)
     shade = make_shade(chain)
     save = make_store(store)
-    out_channels = OUT_CHANNELS.get(layout, 3)
 
     def loop(
         base,
@@ -358,6 +357,7 @@ def make_cpu_loop(kind, layout, store, chain=None):
         fill,
         bgr,
         numbers,
+        strides,
     ):
         x_stride = np.int64(x_limit + HEADER)
         y_stride = np.int64(y_limit + HEADER)
@@ -373,10 +373,8 @@ def make_cpu_loop(kind, layout, store, chain=None):
             region_height = regions[row + region.HEIGHT]
             left = regions[row + region.LEFT]
             values = np.int32(regions[row + region.OUT_WIDTH] * pixel_bytes)
-            plane = np.int64(height) * np.int64(width)
-            to_channel = plane if layout == NCHW else np.int64(1)
-            to_pixel = np.int64(1) if layout == NCHW else np.int64(out_channels)
-            canvas = np.int64(item) * out_channels * plane
+            to_canvas, to_pixel, to_channel, stored = strides
+            canvas = np.int64(item) * to_canvas
             y_entry = (np.int64(item) * height + y) * y_stride
             for x in range(width):
                 x_entry = (np.int64(item) * width + x) * x_stride
@@ -435,10 +433,10 @@ def make_cpu_loop(kind, layout, store, chain=None):
                 value_0, value_1, value_2 = shade(value_0, value_1, value_2, x, y, bgr, numbers)
                 to = canvas + (np.int64(y) * width + x) * to_pixel
                 save(out, to, value_0 * gain[0] + bias[0])
-                if layout != GRAY:
+                if stored > 1:
                     save(out, to + to_channel, value_1 * gain[1] + bias[1])
                     save(out, to + 2 * to_channel, value_2 * gain[2] + bias[2])
-                if layout == NHWC4:
+                if stored > 3:
                     save(out, to + 3, np.float32(0))
 
     return loop

@@ -8,9 +8,9 @@ import numpy as np
 
 from nbvision.errors import InputError
 from nbvision.image import ImageBatch, as_batch, interleaved_color
+from nbvision.ops._regions import checked_host_boxes
 from nbvision.ops.arguments import collected, image_size
 from nbvision.ops.pad import pad
-from nbvision.ops.preprocess import checked_host_boxes
 from nbvision.runtime.device import device_of
 
 __all__ = ["center_crop", "crop"]

@@ -11,11 +11,12 @@ import numpy.typing as npt
 
 from nbvision.errors import InputError
 from nbvision.image import ImageBatch, as_batch, interleaved_color, to_device
+from nbvision.ops._regions import checked_host_boxes
 from nbvision.ops.arguments import number, three_numbers, whole
 from nbvision.ops.boxes import Detections, FlatDetections
 from nbvision.ops.geometry import Geometry, checked_geometry
 from nbvision.ops.instances import Masks, mask_table
-from nbvision.ops.preprocess import affine, checked_host_boxes
+from nbvision.ops.preprocess import affine
 from nbvision.runtime import memory
 from nbvision.runtime.compile import cpu_loop, load_kernel
 from nbvision.runtime.device import Device, array_module, device_of

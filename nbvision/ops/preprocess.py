@@ -3,25 +3,24 @@
 from __future__ import annotations
 
 import contextlib
-import functools
 import math
 import operator
-from collections import OrderedDict
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
-import numpy.typing as npt
 
 from nbvision.errors import InputError, MissingExtraError
 from nbvision.image import ImageBatch, as_batch, interleaved_color, to_device
+from nbvision.ops._loops import plan_loop, warp_loop, windows_loop
+from nbvision.ops._regions import Regions, flat_tables, tables_of
 from nbvision.ops._taps import TapTables, windows_of
-from nbvision.ops.arguments import finite, one_of, three_numbers
+from nbvision.ops.arguments import finite, image_size, one_of, three_numbers
 from nbvision.ops.geometry import Geometry
 from nbvision.ops.pixel import PixelFunction, as_pixel_functions, chain_of
 from nbvision.ops.warp import BORDERS, INTERPOLATIONS, Border, coefficients_of, packed_fill
 from nbvision.runtime import memory
-from nbvision.runtime.compile import compile_without_spills, cpu_loop, load_kernel
+from nbvision.runtime.compile import compile_without_spills, load_kernel
 from nbvision.runtime.device import (
     Device,
     array_module,
@@ -29,13 +28,12 @@ from nbvision.runtime.device import (
     cuda_unavailable_because,
     device_of,
     on_stream,
-    require_cupy,
 )
 
 if TYPE_CHECKING:
     from nbvision_kernels.chain import Chain
 
-__all__ = ["DType", "Fit", "Interpolation", "Layout", "Parity", "Preprocess", "affine", "checked_host_boxes"]
+__all__ = ["DType", "Fit", "Interpolation", "Layout", "Parity", "Preprocess", "affine"]
 
 Fit = Literal["cover", "letterbox", "stretch"]
 Interpolation = Literal["area", "box", "cubic", "hamming", "lanczos", "linear", "nearest"]
@@ -50,7 +48,6 @@ _INTERPOLATIONS: dict[str, tuple[str, ...]] = {
     "pil-11": ("box", "linear", "hamming", "cubic", "lanczos"),
     "torch": ("linear", "cubic"),
 }
-_KNOWN_SIZES = 64  # sets of image sizes whose regions are kept; video has one, a shop's batches many
 _MAX_GRID_Z = 65535
 _FRAME_BLOCK = (32, 4, 1)
 _FRAME_PIXELS = 4  # side by side a thread
@@ -146,7 +143,7 @@ class Preprocess:
         quantize: tuple[float, int] | None = None,
         box_margin: float = 0.0,
     ) -> None:
-        self.size = _checked_size(size)
+        self.size = image_size(size)
         self.fit = one_of("fit", fit, Fit)
         self.color = one_of("color", color, Literal["rgb", "bgr", "gray"])
         self.dtype = _dtype_of(one_of("dtype", _dtype_name(dtype), DType))
@@ -176,8 +173,17 @@ class Preprocess:
         self.crop_pct = finite("crop_pct", crop_pct)
         if not 0 < self.crop_pct <= 1:
             raise InputError(f"crop_pct is {crop_pct}; expected a share above 0 and up to 1")
-        self._cover_size = [math.floor(length / self.crop_pct) for length in self.size]
-
+        height, width = self.size
+        self._regions = Regions(
+            self.size,
+            self.fit,
+            (math.floor(height / self.crop_pct), math.floor(width / self.crop_pct)),
+            self.scaleup,
+            self.center,
+            self.interpolation == "linear",
+            self.box_margin,
+            self._windows,
+        )
         self._gain, self._bias = affine(
             finite("scale", scale),
             three_numbers("mean", 0.0 if mean is None else mean),
@@ -186,8 +192,7 @@ class Preprocess:
         )
         self._fill = tuple(np.float32(value) for value in three_numbers("fill", fill))
         self._int_size = (np.int32(self.size[0]), np.int32(self.size[1]))
-        self._frames: dict[tuple[int, str, str | None, int], Any] = {}
-        self._known_regions: OrderedDict[tuple[bytes, int], tuple[Geometry, TapTables | None]] = OrderedDict()
+        self._frames: dict[tuple[int, str, str | None, str, np.dtype[Any]], Any] = {}
 
     def __call__(
         self,
@@ -356,7 +361,7 @@ class Preprocess:
 
     def _bytes_moved(self, batch: ImageBatch) -> tuple[int, int]:
         """At least: each source line that a sampler touches once, each output value once."""
-        regions = self._image_regions_on_host(batch.sizes).regions.astype(np.int64)
+        regions = self._regions.of(batch.sizes).regions.astype(np.int64)
         taps = 1 if self.interpolation == "nearest" else 2
         if self._windows is not None:
             taps = 2**31  # every line
@@ -370,10 +375,7 @@ class Preprocess:
     # -- CPU ---------------------------------------------------------------------------------------------------
 
     def _run_cpu(self, batch: ImageBatch, boxes: Any, box_images: Any, out: Any) -> tuple[Any, Geometry]:
-        if boxes is None:
-            geometry = self._image_regions_on_host(batch.sizes)
-        else:
-            geometry = self._box_regions_on_host(batch.sizes, *checked_host_boxes(boxes, box_images, batch.sizes))
+        geometry, taps = self._regions.on_host(batch, boxes, box_images)
         tensor, flat = self._output(batch, len(geometry), out)
         if not len(geometry):
             return tensor, geometry
@@ -382,34 +384,21 @@ class Preprocess:
         chain = self._chain_for(batch)
         numbers = self._numbers or (np.float32(0),)  # Numba types no empty tuple
         canvases = (flat, len(geometry), *self._int_size, *self._channels(batch))
-        if self._windows is not None:
-            taps = self._windows.tables(geometry, self.size, self._windows.limits(geometry.regions))
+        if self._windows is not None and taps is not None:
             tables = (geometry.regions.reshape(-1), taps.x.reshape(-1), taps.y.reshape(-1), *taps.limits)
-            loop = _windows_loop(self.parity, self._windows.kind, self._layout, self._store("cpu"), chain)
-            loop(*images, *tables, *canvases, *values, numbers)
+            loop = windows_loop(self.parity, self._windows.kind, self._store("cpu"), chain)
+            loop(*images, *tables, *canvases, *values, numbers, self._strides)
         else:
-            _plan_loop(*self._types(batch), chain, _source_type(batch))(
-                *images, *_flat(geometry), *canvases, *values, numbers, self._matrix(batch)
-            )
+            loop = plan_loop(self._sampler(batch), self._store("cpu"), chain, _source_type(batch))
+            tables = flat_tables(geometry)
+            loop(*images, *tables, *canvases, *values, numbers, self._matrix(batch), self._strides)
         return tensor, geometry
 
     # -- CUDA --------------------------------------------------------------------------------------------------
 
     def _run_cuda(self, batch: ImageBatch, boxes: Any, box_images: Any, out: Any) -> tuple[Any, Geometry]:
         stream = batch.use_on_current_stream()
-        taps = None
-        if boxes is None:
-            geometry, taps = self._image_regions_on_device(batch.sizes, stream.ptr)
-        elif device_of(boxes) == "cuda":
-            geometry = self._box_regions_on_device(batch, boxes, box_images)
-            if self._windows is not None:
-                limits = self._windows.most(batch.sizes, self.size, keeps_ratio=self.fit != "stretch")
-                taps = self._windows.tables(geometry, self.size, limits)
-        else:
-            host = self._box_regions_on_host(batch.sizes, *checked_host_boxes(boxes, box_images, batch.sizes))
-            geometry = _on_device(host)
-            if self._windows is not None:
-                taps = self._windows.tables(geometry, self.size, self._windows.limits(host.regions))
+        geometry, taps = self._regions.on_device(batch, boxes, box_images, stream.ptr)
         count = len(geometry)
         tensor, flat = self._output(batch, count, out)
         if count:
@@ -418,7 +407,7 @@ class Preprocess:
 
     def _launch(self, batch: ImageBatch, geometry: Geometry, taps: TapTables | None, flat: Any, count: int) -> None:
         kernel, grid, block, numbers = self._frame(flat.device.id, batch)
-        tables = _tables(geometry) if taps is None else (geometry.regions, taps.x, taps.y)
+        tables = tables_of(geometry) if taps is None else (geometry.regions, taps.x, taps.y)
         limits = () if taps is None else taps.limits
         for first in range(0, count, _MAX_GRID_Z):
             part = slice(first, first + _MAX_GRID_Z)
@@ -430,9 +419,9 @@ class Preprocess:
         self, device_id: int, batch: ImageBatch
     ) -> tuple[Any, tuple[int, int], tuple[int, int, int], tuple[Any, ...]]:
         """The kernel for images like these, the blocks of a canvas, their threads, and the launch's numbers; kept."""
-        _, _, swap = self._channels(batch)
-        key = (device_id, batch.color, batch.yuv, _source_type(batch))
+        key = (device_id, batch.color, batch.yuv, batch.layout, batch.dtype)
         if key not in self._frames:
+            _, _, swap = self._channels(batch)
             spec = self._spec(batch)
             height, width = self.size
             in_source_order = slice(None, None, -1 if swap else 1)
@@ -491,12 +480,13 @@ class Preprocess:
         limited = [min(max(float(value), 0.0), 255.0) for value in fill]
         packed = packed_fill([*limited, 255.0][: batch.channels], batch.channels)
         kind = INTERPOLATIONS[self.interpolation]
-        types = (kind, batch.channels, self._layout, self._store(batch.device))
+        store = self._store(batch.device)
         if batch.device == "cpu":
             sizes = (len(owners), *self._int_size)
             tables = (batch.table.reshape(-1), owners, coefficients.reshape(-1))
             values = (swap, self._gain, self._bias, *how, packed, self._blue_first(batch))
-            _warp_loop(*types, chain)(np.int64(0), *tables, flat, *sizes, *values, self._numbers or (np.float32(0),))
+            last = (self._numbers or (np.float32(0),), self._strides)
+            warp_loop(kind, batch.channels, store, chain)(np.int64(0), *tables, flat, *sizes, *values, *last)
             return
         from nbvision_kernels.catalog import warp_plan_kernel
 
@@ -505,74 +495,12 @@ class Preprocess:
         launch = (*self._int_size, swap, *numbers, *how, packed, np.int32(len(batch)))
         if chain is not None:
             launch += (np.int32(self._blue_first(batch) != bool(swap)), *self._numbers)
-        kernel = load_kernel(warp_plan_kernel(*types, chain=chain), flat.device.id)
+        kernel = load_kernel(warp_plan_kernel(kind, batch.channels, self._layout, store, chain=chain), flat.device.id)
         height, width = self.size
         for first in range(0, len(owners), _MAX_GRID_Z):
             part = slice(first, first + _MAX_GRID_Z)
             grid = (-(-width // 32), -(-height // 8), len(owners[part]))
             kernel(grid, (32, 8), (0, 0, batch.table, owners[part], coefficients[part], flat[part], *launch))
-
-    # -- regions -----------------------------------------------------------------------------------------------
-
-    def _image_regions_on_host(self, sizes: npt.NDArray[np.int32]) -> Geometry:
-        sources = np.zeros((len(sizes), 4), np.int64)
-        sources[:, 2:] = sizes
-        geometry = _empty_geometry(len(sizes), "cpu")
-        _region_loop("fill_regions_cpu")(sources.reshape(-1), *_flat(geometry), *self._fit_numbers())
-        return geometry
-
-    def _image_regions_on_device(self, sizes: npt.NDArray[np.int32], stream: int) -> tuple[Geometry, TapTables | None]:
-        """Kept per set of sizes, so that a film or a repeated batch uploads nothing; and per stream, so that no
-        stream reads a table before another's upload of it is done."""
-        key = (sizes.tobytes(), stream)
-        known = self._known_regions.get(key)
-        if known is None:
-            host = self._image_regions_on_host(sizes)
-            geometry = _on_device(host)
-            taps = None
-            if self._windows is not None:
-                taps = self._windows.tables(geometry, self.size, self._windows.limits(host.regions))
-            known = geometry, taps
-            self._known_regions[key] = known
-            if len(self._known_regions) > _KNOWN_SIZES:
-                self._known_regions.popitem(last=False)
-        return known
-
-    def _box_regions_on_host(self, sizes: npt.NDArray[np.int32], boxes: Any, box_images: Any) -> Geometry:
-        sources = np.zeros((len(sizes), 4), np.int64)
-        sources[:, 2:] = sizes
-        geometry = _empty_geometry(len(boxes), "cpu")
-        _region_loop("fill_box_regions_cpu")(
-            sources.reshape(-1),
-            box_images,
-            boxes.reshape(-1),
-            self.box_margin,
-            *_flat(geometry),
-            *self._fit_numbers(),
-        )
-        return geometry
-
-    def _box_regions_on_device(self, batch: ImageBatch, boxes: Any, box_images: Any) -> Geometry:
-        from nbvision_kernels.catalog import box_regions_kernel
-
-        cupy = require_cupy("boxes on a CUDA device")
-        boxes = cupy.ascontiguousarray(to_device(boxes, "cuda"), dtype=np.float32)
-        box_images = _box_images_or_zeros(box_images, boxes.shape, len(batch), cupy)
-        geometry = _empty_geometry(len(boxes), "cuda")
-        if len(boxes):
-            kernel = load_kernel(box_regions_kernel(), boxes.device.id)
-            numbers = [np.int32(number) for number in self._fit_numbers()]
-            arguments = (batch.table, box_images, boxes, np.int32(len(boxes)), self.box_margin)
-            kernel((-(-len(boxes) // 64),), (64,), (*arguments, *_tables(geometry), *numbers))
-        return geometry
-
-    def _fit_numbers(self) -> tuple[int, int, int, int, int, bool, bool, bool]:
-        from nbvision_kernels.regions import FIT_COVER, FIT_LETTERBOX, FIT_STRETCH
-
-        fit = {"cover": FIT_COVER, "letterbox": FIT_LETTERBOX, "stretch": FIT_STRETCH}[self.fit]
-        cover_height, cover_width = self._cover_size
-        linear = self.interpolation == "linear"
-        return (*self.size, fit, cover_height, cover_width, self.scaleup, self.center, linear)
 
     # -- types and numbers of the kernel -----------------------------------------------------------------------
 
@@ -601,6 +529,14 @@ class Preprocess:
     def _blue_first(self, batch: ImageBatch) -> bool:
         """Whether the chain's first channel is blue once channels are in the order of the output; gray has none."""
         return batch.color.startswith("bgr") if self.color == "gray" else self.color == "bgr"
+
+    @property
+    def _strides(self) -> tuple[np.int64, np.int64, np.int64, np.int64]:
+        """What CPU loops know of the layout."""
+        from nbvision_kernels.preprocess import canvas_strides
+
+        strides: tuple[np.int64, np.int64, np.int64, np.int64] = canvas_strides(self._layout, *self.size)
+        return strides
 
     @property
     def _layout(self) -> int:
@@ -663,113 +599,6 @@ def _source_type(batch: ImageBatch) -> int:
     return {"uint8": plan.SOURCE_U8, "float16": plan.SOURCE_F16, "float32": plan.SOURCE_F32}[batch.dtype.name]
 
 
-def _plan_loop(sampler: int, layout: int, store: int, chain: Chain | None, source_type: int) -> Any:
-    """The CPU loop of one type of plan, compiled once per process and kept on disk."""
-    from nbvision_kernels.preprocess import make_cpu_loop
-
-    key = (sampler, layout, store, chain, source_type)
-    if key not in _plan_loops:
-        name = f"preprocess-{sampler}-{layout}-{store}-{source_type}"
-        name += f"-{chain.digest}" if chain else ""
-        _plan_loops[key] = cpu_loop(name, make_cpu_loop(*key))
-    return _plan_loops[key]
-
-
-def _region_loop(name: str) -> Any:
-    from nbvision_kernels import regions
-
-    if name not in _region_loops:
-        _region_loops[name] = cpu_loop(name, getattr(regions, name), parallel=False)
-    return _region_loops[name]
-
-
-@functools.cache
-def _warp_loop(kind: int, channels: int, layout: int, store: int, chain: Chain | None) -> Any:
-    """The CPU loop of one type of the plan through matrices."""
-    from nbvision_kernels.warp_plan import make_cpu_loop
-
-    name = f"warp-plan-{kind}-{channels}-{layout}-{store}" + (f"-{chain.digest}" if chain else "")
-    return cpu_loop(name, make_cpu_loop(kind, channels, layout, store, chain))
-
-
-@functools.cache
-def _windows_loop(parity: str, kind: int, layout: int, store: int, chain: Chain | None) -> Any:
-    """The CPU loop of one type of the families that read tap tables."""
-    from nbvision_kernels import resample, window
-
-    name = f"{layout}-{store}" + (f"-{chain.digest}" if chain else "")
-    if parity.startswith("pil"):
-        return cpu_loop(f"resample-{parity}-{name}", resample.make_cpu_loop(layout, store, chain, parity))
-    return cpu_loop(f"window-{kind}-{name}", window.make_cpu_loop(kind, layout, store, chain))
-
-
-_plan_loops: dict[tuple[int, int, int, Chain | None, int], Any] = {}
-_region_loops: dict[str, Any] = {}
-
-
-def _empty_geometry(count: int, device: Device) -> Geometry:
-    from nbvision_kernels.regions import FIELDS, SCALES, STEPS
-
-    xp = array_module(device)
-    regions, steps = xp.empty((count, FIELDS), np.int32), xp.empty((count, STEPS), np.int64)
-    return Geometry(regions, steps, xp.empty((count, SCALES), np.float32), device)
-
-
-def _tables(geometry: Geometry) -> tuple[Any, Any, Any]:
-    return geometry.regions, geometry.steps, geometry.scales
-
-
-def _flat(geometry: Geometry) -> tuple[Any, ...]:
-    return tuple(table.reshape(-1) for table in _tables(geometry))
-
-
-def _on_device(geometry: Geometry) -> Geometry:
-    cupy = require_cupy("a CUDA array")
-    regions, steps, scales = (cupy.asarray(table) for table in _tables(geometry))
-    return Geometry(regions, steps, scales, "cuda")
-
-
-def checked_host_boxes(
-    boxes: Any, box_images: Any, sizes: npt.NDArray[np.int32]
-) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.int64]]:
-    """Boxes on the host as float32, each known to cover a part of its image."""
-    try:
-        boxes = np.ascontiguousarray(to_device(boxes, "cpu"), dtype=np.float32)
-    except (TypeError, ValueError) as error:
-        raise InputError(f"boxes are no array of numbers ({error}); expected (M, 4): x1, y1, x2, y2") from None
-    if boxes.size == 0:
-        boxes = boxes.reshape(0, 4)
-    images = np.ascontiguousarray(_box_images_or_zeros(box_images, boxes.shape, len(sizes), np), dtype=np.int64)
-    if len(images) and not (images.min() >= 0 and images.max() < len(sizes)):
-        raise InputError(f"box_images go from {images.min()} to {images.max()}; the batch has {len(sizes)} images")
-    height, width = sizes[images].T.astype(np.float32)
-    x1, y1, x2, y2 = boxes.T
-    good = (x1 < x2) & (y1 < y2) & (x2 > 0) & (y2 > 0) & (x1 < width) & (y1 < height)
-    if not good.all():
-        index = int(np.argmin(good))
-        raise InputError(
-            f"box {index} is {boxes[index].tolist()} in image {images[index]} of height {height[index]:.0f} and width "
-            f"{width[index]:.0f}; expected x1 < x2 and y1 < y2 with a part inside the image"
-        )
-    return boxes, images
-
-
-def _box_images_or_zeros(box_images: Any, box_shape: tuple[int, ...], image_count: int, xp: Any) -> Any:
-    if len(box_shape) != 2 or box_shape[1] != 4:
-        raise InputError(f"boxes have shape {box_shape}; expected (M, 4): x1, y1, x2, y2")
-    if box_images is None:
-        if image_count != 1 and box_shape[0]:
-            raise InputError(f"box_images is missing; {image_count} images need the image of each box")
-        return xp.zeros(box_shape[0], np.int64)
-    box_images = xp.ascontiguousarray(to_device(box_images, "cpu" if xp is np else "cuda"))
-    if box_images.shape != (box_shape[0],) or box_images.dtype.kind not in "iu":
-        raise InputError(
-            f"box_images have shape {box_images.shape} and dtype {box_images.dtype}; "
-            f"expected ({box_shape[0]},) integers, one per box"
-        )
-    return box_images.astype(np.int64, copy=False)
-
-
 def _checked_out(out: Any, shape: tuple[int, ...], dtype: np.dtype[Any], device: Device) -> Any:
     """``out`` as an array of this device, or an error that says what does not fit."""
     where = device_of(out)
@@ -789,16 +618,6 @@ def _checked_out(out: Any, shape: tuple[int, ...], dtype: np.dtype[Any], device:
     if device == "cpu" and not array.flags.writeable:
         raise InputError("out is read-only; expected an array that can be written")
     return array
-
-
-def _checked_size(size: tuple[int, int]) -> tuple[int, int]:
-    try:
-        height, width = (operator.index(length) for length in size)
-    except (TypeError, ValueError):
-        height = width = 0
-    if not (0 < height < 65536 and 0 < width < 65536):
-        raise InputError(f"size is {size!r}; expected (height, width), each an integer from 1 to 65535")
-    return height, width
 
 
 def _dtype_name(dtype: Any) -> str:
