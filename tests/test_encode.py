@@ -126,9 +126,10 @@ def test_lossless_sizes(height: int, width: int, color: str, case: Any, seed: in
     np.testing.assert_array_equal(back, pixels)
 
 
-def test_optimised_png_is_smaller() -> None:
+@pytest.mark.parametrize("format", ["png", "avif", "jpeg"])
+def test_optimised_is_smaller(format: Any) -> None:
     pixels = smooth(120, 160)
-    assert len(nbv.encode(pixels, "png", optimize=True)) < len(nbv.encode(pixels, "png"))
+    assert len(nbv.encode(pixels, format, optimize=True)) < len(nbv.encode(pixels, format))
 
 
 # --- JPEG ------------------------------------------------------------------------------------------------------------
@@ -253,13 +254,19 @@ def test_lossy_formats_stay_close(format: str, options: Any, least: float, devic
         assert psnr(np.asarray(image.convert(mode)), expected) > least, color
 
 
-@pytest.mark.parametrize("format", ["webp", "avif"])
 @pytest.mark.parametrize("color", COLORS)
-def test_webp_and_avif_are_pillows(format: str, color: str) -> None:
+@pytest.mark.parametrize(
+    ("format", "options", "pillows"),
+    [
+        ("webp", {}, {}),
+        ("avif", {}, {"speed": 9, "max_threads": 1}),
+        ("avif", {"optimize": True}, {"speed": 6, "max_threads": 1}),
+    ],
+)
+def test_webp_and_avif_are_pillows(format: str, options: Any, pillows: Any, color: str) -> None:
     pixels = smooth(31, 33, color)
-    threads = {"max_threads": 1} if format == "avif" else {}
-    expected = by_pillow(red_first(pixels, color), format.upper(), quality=60, **threads)
-    assert nbv.encode(pixels, format, color=color, quality=60) == expected
+    expected = by_pillow(red_first(pixels, color), format.upper(), quality=60, **pillows)
+    assert nbv.encode(pixels, format, color=color, quality=60, **options) == expected
 
 
 @pytest.mark.parametrize("format", ["jpeg", "webp", "avif"])
@@ -369,7 +376,7 @@ def test_work_queued_before_is_waited_for() -> None:
         ("jpeg", {"subsampling": "411"}, "subsampling is '411'; expected one of"),
         ("jpeg", {"subsampling": 420}, "subsampling is 420"),
         ("webp", {"subsampling": "444"}, "subsampling is an option of jpeg, not of webp; leave it out"),
-        ("avif", {"optimize": True}, "optimize is an option of jpeg and png, not of avif"),
+        ("webp", {"optimize": True}, "optimize is an option of jpeg, png and avif, not of webp"),
         ("png", {"progressive": True}, "progressive is an option of jpeg, not of png"),
         ("jpeg", {"lossless": True}, "lossless is an option of webp and png, not of jpeg"),
         ("jpeg", {"threads": 0}, "threads is 0"),
