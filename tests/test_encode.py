@@ -313,6 +313,7 @@ def test_views_are_what_they_show(format: str, options: Any, device: str) -> Non
     frame = on(device, noise(41, 62))
     views = [frame[3:30, 5:40], frame[::2], frame[:, ::3], frame[::-1], frame[:, ::-1], frame[:, :, ::-1]]
     views += [frame.transpose(1, 0, 2), frame[5:6, :, :], frame[:, 7:8], frame[:, :, 1], frame[:, :, 1:2][2:, 3:]]
+    views += [on(device, noise(41, 62, 1))[2:30, 3:9]]  # gray lines at a pitch
     for view in views:
         copied = np.ascontiguousarray(view if device == "cpu" else view.get())
         assert nbv.encode(view, format, **options) == nbv.encode(copied, format, **options)
