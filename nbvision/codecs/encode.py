@@ -89,8 +89,8 @@ def encode(
         JPEG only: pixels that share a colour, 2 x 2, 1 x 2, or none; ``"gray"`` keeps the luma alone. Gray images have
         no colours to share.
     optimize : bool
-        Fewer bytes in more time. JPEG: Huffman tables of this image instead of the standard ones. PNG: the smallest
-        that Pillow finds. AVIF: the encoder's speed 6, Pillow's own, instead of 9, OpenCV's.
+        Fewer bytes in more time. JPEG: Huffman tables of this image instead of the standard ones. PNG: zlib's longest
+        search instead of run lengths. AVIF: the encoder's speed 6, Pillow's own, instead of 9, OpenCV's.
     progressive : bool
         JPEG only: in several scans, from coarse to fine. Decoders need two to three times as long for it, and hardware
         ones often refuse.
