@@ -22,7 +22,7 @@ from nbvision.errors import (
 )
 
 if TYPE_CHECKING:
-    from nbvision.codecs import decode
+    from nbvision.codecs import decode, encode
     from nbvision.engines import Engine
     from nbvision.image import ImageBatch, as_batch
     from nbvision.ops.arithmetic import add_weighted, blend, convert, lut, normalize, threshold
@@ -77,6 +77,7 @@ __all__ = [
     "cvt_color",
     "decode",
     "draw",
+    "encode",
     "errors",
     "flip",
     "instance_masks",
@@ -125,6 +126,7 @@ _ROOM_OF = {
     "cvt_color": "nbvision.ops.color",
     "decode": "nbvision.codecs",
     "draw": "nbvision.ops.draw",
+    "encode": "nbvision.codecs",
     "flip": "nbvision.ops.warp",
     "instance_masks": "nbvision.ops.instances",
     "letterbox": "nbvision.ops.resize",

@@ -106,9 +106,9 @@ def test_mask_peers_give_what_nbvision_gives(peer):
 @pytest.fixture
 def reduced(monkeypatch, tmp_path):
     """The suite at a size for tests, on the CPU alone."""
-    from benchmarks import common, decode, draw, eager, masks, nv12, pipeline, preprocess, warp
+    from benchmarks import common, decode, draw, eager, encode, masks, nv12, pipeline, preprocess, warp
 
-    for module in (decode, draw, eager, masks, nv12, pipeline, preprocess, warp):
+    for module in (decode, draw, eager, encode, masks, nv12, pipeline, preprocess, warp):
         monkeypatch.setattr(module, "wall_us", lambda call, **_: common.wall_us(call, seconds=0))
         monkeypatch.setattr(module, "need_cuda", _no_cuda, raising=False)
     monkeypatch.setattr(decode, "SIZES", {"500x375": (37, 51), "1920x1080": (109, 191)})
@@ -120,6 +120,7 @@ def reduced(monkeypatch, tmp_path):
     monkeypatch.setattr(masks.MasksOnCPU, "size", (109, 191))
     monkeypatch.setattr(warp.WarpOnCPU, "size", (109, 191))
     monkeypatch.setattr(eager.EagerOnCPU, "size", (109, 191))
+    monkeypatch.setattr(encode.EncodeOnCPU, "size", (27, 41))
     monkeypatch.setattr(preprocess.WindowsOnCPU, "size", (109, 191))
     monkeypatch.setattr(pipeline.Recognize, "images", {"cpu": 2})
     monkeypatch.setattr(pipeline.RecognizeRatio, "images", {"cpu": 2})
@@ -140,7 +141,9 @@ def _drawn_at(files, count, directory, monkeypatch):
     return drawn
 
 
-@pytest.mark.parametrize("module", ["preprocess", "nv12", "masks", "draw", "warp", "eager", "decode", "pipeline"])
+@pytest.mark.parametrize(
+    "module", ["preprocess", "nv12", "masks", "draw", "warp", "eager", "decode", "encode", "pipeline"]
+)
 def test_every_benchmark_runs(module, reduced, capsys):
     import run_gpu
 

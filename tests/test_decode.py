@@ -160,7 +160,7 @@ def test_without_imagecodecs_all_is_the_same(name: str, color: Any, monkeypatch:
         damaged[rng.integers(16, len(damaged))] ^= 1 << rng.integers(8)
         files.append(bytes(damaged))
     with_it = decode(files, color=color, device="cpu", limit_pixels=10**6)
-    monkeypatch.setattr(host, "_imagecodecs", lambda: None)
+    monkeypatch.setattr(host, "imagecodecs_module", lambda: None)
     without = decode(files, color=color, device="cpu", limit_pixels=10**6)
     assert [error and error.kind for error in with_it.errors] == [error and error.kind for error in without.errors]
     for index in np.flatnonzero(without.ok):

@@ -70,8 +70,12 @@ def test_pictures_and_links_exist():
 
 @pytest.mark.parametrize(
     ("page", "functions"),
-    [("preprocess.md", [nbv.Preprocess, nbv.Preprocess.__call__]), ("draw.md", [nbv.draw])],
-    ids=["preprocess", "draw"],
+    [
+        ("preprocess.md", [nbv.Preprocess, nbv.Preprocess.__call__]),
+        ("draw.md", [nbv.draw]),
+        ("codecs.md", [nbv.encode]),
+    ],
+    ids=["preprocess", "draw", "codecs"],
 )
 def test_tables_have_every_option_and_its_default(page, functions):
     told = {}

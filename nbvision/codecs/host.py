@@ -31,7 +31,7 @@ from nbvision.codecs.headers import Header
 from nbvision.errors import DecodeError, DecodeErrorKind
 from nbvision.image import Color
 
-__all__ = ["decode_into"]
+__all__ = ["decode_into", "imagecodecs_module"]
 
 Pixels = npt.NDArray[np.uint8]
 
@@ -108,7 +108,8 @@ def _decode_jpeg_into(out: Pixels, data: bytes, header: Header, color: Color) ->
 
 
 @functools.cache
-def _imagecodecs() -> ModuleType | None:
+def imagecodecs_module() -> ModuleType | None:
+    """The package, where it is installed."""
     try:
         import imagecodecs
     except ImportError:
@@ -119,7 +120,7 @@ def _imagecodecs() -> ModuleType | None:
 
 def _suits_imagecodecs(header: Header, color: Color) -> bool:
     return (
-        _imagecodecs() is not None
+        imagecodecs_module() is not None
         and (header.format == "webp" or (header.format == "png" and header.channels >= 3))
         and header.bits == 8
         and color != "gray"
@@ -128,7 +129,7 @@ def _suits_imagecodecs(header: Header, color: Color) -> bool:
 
 def _decode_by_imagecodecs_into(out: Pixels, data: bytes, header: Header, color: Color) -> bool:
     """Decode a PNG or a WebP; False, and nothing promised of ``out``, where Pillow has to judge or to convert."""
-    codec: Any = _imagecodecs()
+    codec: Any = imagecodecs_module()
     channels = out.shape[2]
     try:
         pixels = codec.webp_decode(data, hasalpha=channels == 4) if header.format == "webp" else codec.spng_decode(data)
