@@ -75,7 +75,8 @@ def test_info(capsys: pytest.CaptureFixture[str]) -> None:
     assert f"numpy {np.__version__}" in printed
     assert sum(line.startswith("cuda ") for line in lines) == 1
     extras = lines[lines.index("extras") + 1 :]
-    assert [line.split()[0] for line in extras] == ["cuda13", "tensorrt", "tensorrt-rtx", "onnx", "search", "cli"]
+    named = ["cuda13", "tensorrt", "tensorrt-rtx", "onnx", "search", "codecs", "polygons", "bfloat16", "cli"]
+    assert [line.split()[0] for line in extras] == named
 
 
 def test_demo(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:

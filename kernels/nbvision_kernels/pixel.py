@@ -17,10 +17,12 @@ from numba.extending import intrinsic
 pixel_function = njit(inline="always", error_model="numpy")
 
 
-def line_function(function: Any) -> Any:
-    """A pixel function that does a whole line, compiled apart for the parallel loop that calls it: once a line, so the
-    call costs nothing, and Numba's passes for parallel loops do not go through it, which takes them seconds."""
-    return njit(error_model="numpy")(function.py_func)
+def compiled_apart(function: Any) -> Any:
+    """A function for CPU loops that is called, not inlined: one that makes a line, or that has several callers.
+
+    Numba's passes for parallel loops take seconds for what they go through, and a call costs a line nothing.
+    """
+    return njit(error_model="numpy")(getattr(function, "py_func", function))
 
 
 @intrinsic

@@ -10,6 +10,7 @@ from numba import prange
 
 from nbvision_kernels.pixel import (
     clamp,
+    compiled_apart,
     floats_from_address,
     fma32,
     pixel_function,
@@ -127,20 +128,23 @@ def make_pointwise_cpu(operation, channels, out_channels):
     no meaning for the operation is that of the first images."""
     byte = make_byte(operation, channels, out_channels)
 
+    @compiled_apart
+    def write_line(base, firsts, seconds, masks, targets, row, y, n0, n1, n2):
+        pixels = pointer_from_address(base)
+        floats = floats_from_address(base)
+        first = firsts[row] + y * firsts[row + 1]
+        second = seconds[row] + y * seconds[row + 1]
+        mask = masks[row] + y * masks[row + 1]
+        target = targets[row] + y * targets[row + 1]
+        for index in range(np.int32(targets[row + 3] * out_channels)):
+            value = byte(pixels, floats, first, second, mask, np.int32(index), n0, n1, n2)
+            pixels[target + index] = np.uint8(value)
+
     def loop(base, firsts, seconds, masks, targets, images, height, n0, n1, n2):
         for job in prange(images * height):
-            pixels = pointer_from_address(base)
-            floats = floats_from_address(base)
             image = job // height
             y = job - image * height
-            row = image * 4
-            if y < targets[row + 2]:
-                first = firsts[row] + y * firsts[row + 1]
-                second = seconds[row] + y * seconds[row + 1]
-                mask = masks[row] + y * masks[row + 1]
-                target = targets[row] + y * targets[row + 1]
-                for index in range(np.int32(targets[row + 3] * out_channels)):
-                    value = byte(pixels, floats, first, second, mask, np.int32(index), n0, n1, n2)
-                    pixels[target + index] = np.uint8(value)
+            if y < targets[image * 4 + 2]:
+                write_line(base, firsts, seconds, masks, targets, image * 4, y, n0, n1, n2)
 
     return loop

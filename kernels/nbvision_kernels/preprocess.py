@@ -15,11 +15,11 @@ from nbvision_kernels.chain import make_shade
 from nbvision_kernels.nv12 import make_nv12_reader
 from nbvision_kernels.pixel import (
     bfloat_bits,
+    compiled_apart,
     floats_from_address,
     half_bits,
     half_value,
     halves_from_address,
-    line_function,
     pixel_function,
     pointer_from_address,
     round_to_i8,
@@ -330,7 +330,7 @@ def make_cpu_loop(sampler, store, chain=None, source_type=SOURCE_U8):
     ``base`` is what the table's addresses count from: 0, but as an argument, because the compiler takes a constant null
     pointer for one that is never read.
     """
-    write_span = line_function(make_span_writer(sampler, store, chain, source_type))
+    write_span = compiled_apart(make_span_writer(sampler, store, chain, source_type))
 
     def loop(
         base,

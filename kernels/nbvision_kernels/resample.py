@@ -16,7 +16,7 @@ from numba import njit, prange
 
 from nbvision_kernels import regions as region
 from nbvision_kernels.chain import make_shade
-from nbvision_kernels.pixel import clamp, pixel_function, pointer_from_address
+from nbvision_kernels.pixel import clamp, compiled_apart, pixel_function, pointer_from_address
 from nbvision_kernels.preprocess import make_store
 
 __all__ = [
@@ -204,7 +204,9 @@ def make_cpu_loop(store, chain=None, order="pil"):
     save = make_store(store)
     is_vertical_first = ORDERS[order]
 
-    def loop(
+    @compiled_apart
+    def make_strip(
+        job,
         base,
         sources,
         regions,
@@ -230,92 +232,138 @@ def make_cpu_loop(store, chain=None, order="pil"):
         channels = 1 if gray else 3
         x_stride = np.int64(x_limit + HEADER)
         y_stride = np.int64(y_limit + HEADER)
-        for job in prange(items * strips):
-            pixels = pointer_from_address(base)
-            item = job // strips
-            y_first = (job - item * strips) * STRIP
-            y_stop = min(y_first + STRIP, height)
-            row = np.int64(item) * region.FIELDS
-            source = np.int64(regions[row + region.IMAGE]) * 4
-            pitch = sources[source + 1]
-            origin = sources[source] + regions[row + region.Y] * pitch + np.int64(regions[row + region.X] * pixel_bytes)
-            x_entries = np.int64(item) * width * x_stride
-            y_entries = np.int64(item) * height * y_stride
-            # What the strip needs of the source.
-            low = np.int64(1 << 40)
-            high = np.int64(0)
+        pixels = pointer_from_address(base)
+        item = job // strips
+        y_first = (job - item * strips) * STRIP
+        y_stop = min(y_first + STRIP, height)
+        row = np.int64(item) * region.FIELDS
+        source = np.int64(regions[row + region.IMAGE]) * 4
+        pitch = sources[source + 1]
+        origin = sources[source] + regions[row + region.Y] * pitch + np.int64(regions[row + region.X] * pixel_bytes)
+        x_entries = np.int64(item) * width * x_stride
+        y_entries = np.int64(item) * height * y_stride
+        # What the strip needs of the source.
+        low = np.int64(1 << 40)
+        high = np.int64(0)
+        for y in range(y_first, y_stop):
+            entry = y_entries + y * y_stride
+            if y_table[entry + 1] > 0:
+                low = min(low, np.int64(y_table[entry]))
+                high = max(high, np.int64(y_table[entry] + y_table[entry + 1]))
+        left = np.int64(1 << 40)
+        right = np.int64(0)
+        for x in range(width):
+            entry = x_entries + x * x_stride
+            if x_table[entry + 1] > 0:
+                left = min(left, np.int64(x_table[entry]))
+                right = max(right, np.int64(x_table[entry] + x_table[entry + 1]))
+        anything = high > 0 and right > 0
+        first_vertical = is_vertical_first(
+            regions[row + region.WIDTH],
+            regions[row + region.HEIGHT],
+            regions[row + region.OUT_WIDTH],
+            regions[row + region.OUT_HEIGHT],
+        )
+        between = np.empty(0, np.uint8)
+        if anything and first_vertical:
+            columns = right - left
+            between = np.empty((y_stop - y_first) * columns * channels, np.uint8)
             for y in range(y_first, y_stop):
                 entry = y_entries + y * y_stride
-                if y_table[entry + 1] > 0:
-                    low = min(low, np.int64(y_table[entry]))
-                    high = max(high, np.int64(y_table[entry] + y_table[entry + 1]))
-            left = np.int64(1 << 40)
-            right = np.int64(0)
-            for x in range(width):
-                entry = x_entries + x * x_stride
-                if x_table[entry + 1] > 0:
-                    left = min(left, np.int64(x_table[entry]))
-                    right = max(right, np.int64(x_table[entry] + x_table[entry + 1]))
-            anything = high > 0 and right > 0
-            first_vertical = is_vertical_first(
-                regions[row + region.WIDTH],
-                regions[row + region.HEIGHT],
-                regions[row + region.OUT_WIDTH],
-                regions[row + region.OUT_HEIGHT],
-            )
-            between = np.empty(0, np.uint8)
-            if anything and first_vertical:
-                columns = right - left
-                between = np.empty((y_stop - y_first) * columns * channels, np.uint8)
-                for y in range(y_first, y_stop):
-                    entry = y_entries + y * y_stride
-                    start = origin + np.int64(y_table[entry]) * pitch
-                    for column in range(columns):
-                        for channel in range(channels):
-                            at = start + (left + column) * pixel_bytes + channel
-                            value = sum_of_taps(pixels, at, pitch, y_table, entry)
-                            between[((y - y_first) * columns + column) * channels + channel] = value
-            elif anything:
-                between = np.empty((high - low) * width * channels, np.uint8)
-                for line in range(high - low):
-                    start = origin + (low + line) * pitch
-                    for x in range(width):
-                        entry = x_entries + x * x_stride
-                        for channel in range(channels):
-                            at = start + np.int64(x_table[entry]) * pixel_bytes + channel
-                            value = sum_of_taps(pixels, at, np.int64(pixel_bytes), x_table, entry)
-                            between[(line * width + x) * channels + channel] = value
-            to_canvas, to_pixel, to_channel, stored = strides
-            canvas = np.int64(item) * to_canvas
-            for y in range(y_first, y_stop):
-                y_entry = y_entries + y * y_stride
+                start = origin + np.int64(y_table[entry]) * pitch
+                for column in range(columns):
+                    for channel in range(channels):
+                        at = start + (left + column) * pixel_bytes + channel
+                        value = sum_of_taps(pixels, at, pitch, y_table, entry)
+                        between[((y - y_first) * columns + column) * channels + channel] = value
+        elif anything:
+            between = np.empty((high - low) * width * channels, np.uint8)
+            for line in range(high - low):
+                start = origin + (low + line) * pitch
                 for x in range(width):
-                    x_entry = x_entries + x * x_stride
-                    value_0 = fill[0]
-                    value_1 = fill[1]
-                    value_2 = fill[2]
-                    if x_table[x_entry + 1] > 0 and y_table[y_entry + 1] > 0:
-                        if first_vertical:  # what is left to do is along the line, or across the lines
-                            table, entry, to_next = x_table, x_entry, np.int64(channels)
-                            at = ((y - y_first) * (right - left) + x_table[x_entry] - left) * channels
-                        else:
-                            table, entry, to_next = y_table, y_entry, np.int64(width) * channels
-                            at = ((y_table[y_entry] - low) * width + x) * channels
-                        value_0 = np.float32(sum_of_taps(between, at, to_next, table, entry))
-                        value_1 = value_0
-                        value_2 = value_0
-                        if not gray:
-                            value_1 = np.float32(sum_of_taps(between, at + 1, to_next, table, entry))
-                            value_2 = np.float32(sum_of_taps(between, at + 2, to_next, table, entry))
-                        if swap:
-                            value_0, value_2 = value_2, value_0
-                    value_0, value_1, value_2 = shade(value_0, value_1, value_2, x, y, bgr, numbers)
-                    to = canvas + (np.int64(y) * width + x) * to_pixel
-                    save(out, to, value_0 * gain[0] + bias[0])
-                    if stored > 1:
-                        save(out, to + to_channel, value_1 * gain[1] + bias[1])
-                        save(out, to + 2 * to_channel, value_2 * gain[2] + bias[2])
-                    if stored > 3:
-                        save(out, to + 3, np.float32(0))
+                    entry = x_entries + x * x_stride
+                    for channel in range(channels):
+                        at = start + np.int64(x_table[entry]) * pixel_bytes + channel
+                        value = sum_of_taps(pixels, at, np.int64(pixel_bytes), x_table, entry)
+                        between[(line * width + x) * channels + channel] = value
+        to_canvas, to_pixel, to_channel, stored = strides
+        canvas = np.int64(item) * to_canvas
+        for y in range(y_first, y_stop):
+            y_entry = y_entries + y * y_stride
+            for x in range(width):
+                x_entry = x_entries + x * x_stride
+                value_0 = fill[0]
+                value_1 = fill[1]
+                value_2 = fill[2]
+                if x_table[x_entry + 1] > 0 and y_table[y_entry + 1] > 0:
+                    if first_vertical:  # what is left to do is along the line, or across the lines
+                        table, entry, to_next = x_table, x_entry, np.int64(channels)
+                        at = ((y - y_first) * (right - left) + x_table[x_entry] - left) * channels
+                    else:
+                        table, entry, to_next = y_table, y_entry, np.int64(width) * channels
+                        at = ((y_table[y_entry] - low) * width + x) * channels
+                    value_0 = np.float32(sum_of_taps(between, at, to_next, table, entry))
+                    value_1 = value_0
+                    value_2 = value_0
+                    if not gray:
+                        value_1 = np.float32(sum_of_taps(between, at + 1, to_next, table, entry))
+                        value_2 = np.float32(sum_of_taps(between, at + 2, to_next, table, entry))
+                    if swap:
+                        value_0, value_2 = value_2, value_0
+                value_0, value_1, value_2 = shade(value_0, value_1, value_2, x, y, bgr, numbers)
+                to = canvas + (np.int64(y) * width + x) * to_pixel
+                save(out, to, value_0 * gain[0] + bias[0])
+                if stored > 1:
+                    save(out, to + to_channel, value_1 * gain[1] + bias[1])
+                    save(out, to + 2 * to_channel, value_2 * gain[2] + bias[2])
+                if stored > 3:
+                    save(out, to + 3, np.float32(0))
+
+    def loop(
+        base,
+        sources,
+        regions,
+        x_table,
+        y_table,
+        x_limit,
+        y_limit,
+        out,
+        items,
+        height,
+        width,
+        pixel_bytes,
+        gray,
+        swap,
+        gain,
+        bias,
+        fill,
+        bgr,
+        numbers,
+        strides,
+    ):
+        for job in prange(items * ((height + STRIP - 1) // STRIP)):
+            make_strip(
+                job,
+                base,
+                sources,
+                regions,
+                x_table,
+                y_table,
+                x_limit,
+                y_limit,
+                out,
+                items,
+                height,
+                width,
+                pixel_bytes,
+                gray,
+                swap,
+                gain,
+                bias,
+                fill,
+                bgr,
+                numbers,
+                strides,
+            )
 
     return loop

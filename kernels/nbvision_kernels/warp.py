@@ -18,6 +18,7 @@ from numba import prange
 
 from nbvision_kernels.pixel import (
     clamp,
+    compiled_apart,
     fma32,
     pixel_function,
     pointer_from_address,
@@ -353,27 +354,29 @@ def make_warp_cpu(interpolation, channels):
     """The loop of one interpolation and number of channels over all images, lines in parallel."""
     sample = SAMPLERS[interpolation]
 
+    @compiled_apart
+    def warp_line(sources, targets, image, y, coefficients, perspective, border, fill):
+        pixels = pointer_from_address(np.int64(0))
+        words = words_from_address(np.int64(0))
+        base, pitch = sources[image * 4], sources[image * 4 + 1]
+        height, width = np.int32(sources[image * 4 + 2]), np.int32(sources[image * 4 + 3])
+        target = targets[image * 4] + y * targets[image * 4 + 1]
+        at = np.int64(image) * np.int64(COEFFICIENTS)
+        for x in range(np.int32(targets[image * 4 + 3])):
+            source_x, source_y = warp_position(coefficients, at, np.int32(x), y, perspective)
+            packed = np.uint32(fill)
+            if source_x == source_x:
+                packed = sample(pixels, words, base, pitch, height, width, channels, source_x, source_y, border, fill)
+            for channel in range(channels):
+                shift = np.uint32(8 * channel)
+                pixels[target + np.int64(x) * channels + channel] = np.uint8((packed >> shift) & np.uint32(255))
+
     def warp_cpu(sources, targets, image_count, max_height, coefficients, perspective, border, fill):
         for index in prange(image_count * max_height):
-            pixels = pointer_from_address(np.int64(0))
             image = index // max_height
             y = np.int32(index - image * max_height)
             if y < targets[image * 4 + 2]:
-                base, pitch = sources[image * 4], sources[image * 4 + 1]
-                height, width = np.int32(sources[image * 4 + 2]), np.int32(sources[image * 4 + 3])
-                words = words_from_address(np.int64(0))
-                target = targets[image * 4] + y * targets[image * 4 + 1]
-                at = np.int64(image) * np.int64(COEFFICIENTS)
-                for x in range(np.int32(targets[image * 4 + 3])):
-                    source_x, source_y = warp_position(coefficients, at, np.int32(x), y, perspective)
-                    packed = np.uint32(fill)
-                    if source_x == source_x:
-                        packed = sample(
-                            pixels, words, base, pitch, height, width, channels, source_x, source_y, border, fill
-                        )
-                    for channel in range(channels):
-                        shift = np.uint32(8 * channel)
-                        pixels[target + np.int64(x) * channels + channel] = np.uint8((packed >> shift) & np.uint32(255))
+                warp_line(sources, targets, image, y, coefficients, perspective, border, fill)
 
     return warp_cpu
 

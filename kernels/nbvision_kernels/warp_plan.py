@@ -6,10 +6,10 @@ The frame is ``warp_plan.cu``; positions and values are those of ``warp.py``.
 from __future__ import annotations
 
 import numpy as np
-from numba import njit, prange
+from numba import prange
 
 from nbvision_kernels.chain import make_shade
-from nbvision_kernels.pixel import pixel_function, pointer_from_address, words_from_address
+from nbvision_kernels.pixel import compiled_apart, pixel_function, pointer_from_address, words_from_address
 from nbvision_kernels.preprocess import make_store
 from nbvision_kernels.warp import COEFFICIENTS, SAMPLERS, warp_position
 
@@ -34,9 +34,78 @@ def make_warp_export(interpolation, channels):
 
 def make_cpu_loop(interpolation, channels, store, chain=None):
     """The plan as a parallel CPU loop over output lines."""
-    sample = njit(error_model="numpy")(SAMPLERS[interpolation].py_func)
+    sample = compiled_apart(SAMPLERS[interpolation])
     shade = make_shade(chain)
     save = make_store(store)
+
+    @compiled_apart
+    def make_line(
+        job,
+        base,
+        sources,
+        images,
+        coefficients,
+        out,
+        items,
+        height,
+        width,
+        swap,
+        gain,
+        bias,
+        perspective,
+        border,
+        fill,
+        bgr,
+        numbers,
+        strides,
+    ):
+        pixels = pointer_from_address(base)
+        words = words_from_address(base)
+        item = job // height
+        y = np.int32(job - item * height)
+        source = images[item] * 4
+        start = sources[source]
+        pitch = sources[source + 1]
+        source_height = np.int32(sources[source + 2])
+        source_width = np.int32(sources[source + 3])
+        to_canvas, to_pixel, to_channel, stored = strides
+        canvas = np.int64(item) * to_canvas
+        for x in range(width):
+            packed = np.uint32(fill)
+            at = np.int64(item) * COEFFICIENTS
+            source_x, source_y = warp_position(coefficients, at, np.int32(x), y, perspective)
+            if source_x == source_x and source_height > 0:
+                packed = np.uint32(
+                    sample(
+                        pixels,
+                        words,
+                        start,
+                        pitch,
+                        source_height,
+                        source_width,
+                        np.int32(channels),
+                        source_x,
+                        source_y,
+                        border,
+                        fill,
+                    )
+                )
+            value_0 = np.float32(np.int32(packed & np.uint32(255)))
+            value_1 = value_0
+            value_2 = value_0
+            if channels > 1:
+                value_1 = np.float32(np.int32((packed >> np.uint32(8)) & np.uint32(255)))
+                value_2 = np.float32(np.int32((packed >> np.uint32(16)) & np.uint32(255)))
+            if swap:
+                value_0, value_2 = value_2, value_0
+            value_0, value_1, value_2 = shade(value_0, value_1, value_2, x, y, bgr, numbers)
+            to = canvas + (np.int64(y) * width + x) * to_pixel
+            save(out, to, value_0 * gain[0] + bias[0])
+            if stored > 1:
+                save(out, to + to_channel, value_1 * gain[1] + bias[1])
+                save(out, to + 2 * to_channel, value_2 * gain[2] + bias[2])
+            if stored > 3:
+                save(out, to + 3, np.float32(0))
 
     def loop(
         base,
@@ -58,52 +127,25 @@ def make_cpu_loop(interpolation, channels, store, chain=None):
         strides,
     ):
         for job in prange(items * height):
-            pixels = pointer_from_address(base)
-            words = words_from_address(base)
-            item = job // height
-            y = np.int32(job - item * height)
-            source = images[item] * 4
-            start = sources[source]
-            pitch = sources[source + 1]
-            source_height = np.int32(sources[source + 2])
-            source_width = np.int32(sources[source + 3])
-            to_canvas, to_pixel, to_channel, stored = strides
-            canvas = np.int64(item) * to_canvas
-            for x in range(width):
-                packed = np.uint32(fill)
-                at = np.int64(item) * COEFFICIENTS
-                source_x, source_y = warp_position(coefficients, at, np.int32(x), y, perspective)
-                if source_x == source_x and source_height > 0:
-                    packed = np.uint32(
-                        sample(
-                            pixels,
-                            words,
-                            start,
-                            pitch,
-                            source_height,
-                            source_width,
-                            np.int32(channels),
-                            source_x,
-                            source_y,
-                            border,
-                            fill,
-                        )
-                    )
-                value_0 = np.float32(np.int32(packed & np.uint32(255)))
-                value_1 = value_0
-                value_2 = value_0
-                if channels > 1:
-                    value_1 = np.float32(np.int32((packed >> np.uint32(8)) & np.uint32(255)))
-                    value_2 = np.float32(np.int32((packed >> np.uint32(16)) & np.uint32(255)))
-                if swap:
-                    value_0, value_2 = value_2, value_0
-                value_0, value_1, value_2 = shade(value_0, value_1, value_2, x, y, bgr, numbers)
-                to = canvas + (np.int64(y) * width + x) * to_pixel
-                save(out, to, value_0 * gain[0] + bias[0])
-                if stored > 1:
-                    save(out, to + to_channel, value_1 * gain[1] + bias[1])
-                    save(out, to + 2 * to_channel, value_2 * gain[2] + bias[2])
-                if stored > 3:
-                    save(out, to + 3, np.float32(0))
+            make_line(
+                job,
+                base,
+                sources,
+                images,
+                coefficients,
+                out,
+                items,
+                height,
+                width,
+                swap,
+                gain,
+                bias,
+                perspective,
+                border,
+                fill,
+                bgr,
+                numbers,
+                strides,
+            )
 
     return loop

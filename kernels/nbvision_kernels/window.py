@@ -10,13 +10,14 @@ from __future__ import annotations
 import math
 
 import numpy as np
-from numba import njit, prange
+from numba import prange
 
 from nbvision_kernels import regions as region
 from nbvision_kernels.chain import make_shade
 from nbvision_kernels.pixel import (
     bits_to_float,
     clamp,
+    compiled_apart,
     float_to_bits,
     pixel_function,
     pointer_from_address,
@@ -333,11 +334,13 @@ def make_window_export(kind):
 def make_cpu_loop(kind, store, chain=None):
     """The plan as a parallel CPU loop over output lines; see ``preprocess.make_cpu_loop``."""
     # Not inlined: the loop calls it in three places.
-    window = njit(error_model="numpy")(WINDOWS[kind].py_func)
+    window = compiled_apart(WINDOWS[kind])
     shade = make_shade(chain)
     save = make_store(store)
 
-    def loop(
+    @compiled_apart
+    def make_line(
+        job,
         base,
         sources,
         regions,
@@ -361,31 +364,47 @@ def make_cpu_loop(kind, store, chain=None):
     ):
         x_stride = np.int64(x_limit + HEADER)
         y_stride = np.int64(y_limit + HEADER)
-        for job in prange(items * height):
-            pixels = pointer_from_address(base)
-            item = job // height
-            y = job - item * height
-            row = np.int64(item) * region.FIELDS
-            source = np.int64(regions[row + region.IMAGE]) * 4
-            pitch = sources[source + 1]
-            origin = sources[source] + regions[row + region.Y] * pitch + np.int64(regions[row + region.X] * pixel_bytes)
-            region_width = regions[row + region.WIDTH]
-            region_height = regions[row + region.HEIGHT]
-            left = regions[row + region.LEFT]
-            values = np.int32(regions[row + region.OUT_WIDTH] * pixel_bytes)
-            to_canvas, to_pixel, to_channel, stored = strides
-            canvas = np.int64(item) * to_canvas
-            y_entry = (np.int64(item) * height + y) * y_stride
-            for x in range(width):
-                x_entry = (np.int64(item) * width + x) * x_stride
-                value_0 = fill[0]
-                value_1 = fill[1]
-                value_2 = fill[2]
-                if x_table[x_entry + COUNT] > 0 and y_table[y_entry + COUNT] > 0:
-                    place = np.int32((x - left) * pixel_bytes)
-                    value_0 = window(
+        pixels = pointer_from_address(base)
+        item = job // height
+        y = job - item * height
+        row = np.int64(item) * region.FIELDS
+        source = np.int64(regions[row + region.IMAGE]) * 4
+        pitch = sources[source + 1]
+        origin = sources[source] + regions[row + region.Y] * pitch + np.int64(regions[row + region.X] * pixel_bytes)
+        region_width = regions[row + region.WIDTH]
+        region_height = regions[row + region.HEIGHT]
+        left = regions[row + region.LEFT]
+        values = np.int32(regions[row + region.OUT_WIDTH] * pixel_bytes)
+        to_canvas, to_pixel, to_channel, stored = strides
+        canvas = np.int64(item) * to_canvas
+        y_entry = (np.int64(item) * height + y) * y_stride
+        for x in range(width):
+            x_entry = (np.int64(item) * width + x) * x_stride
+            value_0 = fill[0]
+            value_1 = fill[1]
+            value_2 = fill[2]
+            if x_table[x_entry + COUNT] > 0 and y_table[y_entry + COUNT] > 0:
+                place = np.int32((x - left) * pixel_bytes)
+                value_0 = window(
+                    pixels,
+                    origin,
+                    pitch,
+                    pixel_bytes,
+                    x_table,
+                    x_entry,
+                    y_table,
+                    y_entry,
+                    region_width,
+                    region_height,
+                    place,
+                    values,
+                )
+                value_1 = value_0
+                value_2 = value_0
+                if not gray:
+                    value_1 = window(
                         pixels,
-                        origin,
+                        origin + 1,
                         pitch,
                         pixel_bytes,
                         x_table,
@@ -394,49 +413,79 @@ def make_cpu_loop(kind, store, chain=None):
                         y_entry,
                         region_width,
                         region_height,
-                        place,
+                        np.int32(place + 1),
                         values,
                     )
-                    value_1 = value_0
-                    value_2 = value_0
-                    if not gray:
-                        value_1 = window(
-                            pixels,
-                            origin + 1,
-                            pitch,
-                            pixel_bytes,
-                            x_table,
-                            x_entry,
-                            y_table,
-                            y_entry,
-                            region_width,
-                            region_height,
-                            np.int32(place + 1),
-                            values,
-                        )
-                        value_2 = window(
-                            pixels,
-                            origin + 2,
-                            pitch,
-                            pixel_bytes,
-                            x_table,
-                            x_entry,
-                            y_table,
-                            y_entry,
-                            region_width,
-                            region_height,
-                            np.int32(place + 2),
-                            values,
-                        )
-                    if swap:
-                        value_0, value_2 = value_2, value_0
-                value_0, value_1, value_2 = shade(value_0, value_1, value_2, x, y, bgr, numbers)
-                to = canvas + (np.int64(y) * width + x) * to_pixel
-                save(out, to, value_0 * gain[0] + bias[0])
-                if stored > 1:
-                    save(out, to + to_channel, value_1 * gain[1] + bias[1])
-                    save(out, to + 2 * to_channel, value_2 * gain[2] + bias[2])
-                if stored > 3:
-                    save(out, to + 3, np.float32(0))
+                    value_2 = window(
+                        pixels,
+                        origin + 2,
+                        pitch,
+                        pixel_bytes,
+                        x_table,
+                        x_entry,
+                        y_table,
+                        y_entry,
+                        region_width,
+                        region_height,
+                        np.int32(place + 2),
+                        values,
+                    )
+                if swap:
+                    value_0, value_2 = value_2, value_0
+            value_0, value_1, value_2 = shade(value_0, value_1, value_2, x, y, bgr, numbers)
+            to = canvas + (np.int64(y) * width + x) * to_pixel
+            save(out, to, value_0 * gain[0] + bias[0])
+            if stored > 1:
+                save(out, to + to_channel, value_1 * gain[1] + bias[1])
+                save(out, to + 2 * to_channel, value_2 * gain[2] + bias[2])
+            if stored > 3:
+                save(out, to + 3, np.float32(0))
+
+    def loop(
+        base,
+        sources,
+        regions,
+        x_table,
+        y_table,
+        x_limit,
+        y_limit,
+        out,
+        items,
+        height,
+        width,
+        pixel_bytes,
+        gray,
+        swap,
+        gain,
+        bias,
+        fill,
+        bgr,
+        numbers,
+        strides,
+    ):
+        for job in prange(items * height):
+            make_line(
+                job,
+                base,
+                sources,
+                regions,
+                x_table,
+                y_table,
+                x_limit,
+                y_limit,
+                out,
+                items,
+                height,
+                width,
+                pixel_bytes,
+                gray,
+                swap,
+                gain,
+                bias,
+                fill,
+                bgr,
+                numbers,
+                strides,
+            )
 
     return loop

@@ -505,8 +505,8 @@ class Preprocess:
     # -- types and numbers of the kernel -----------------------------------------------------------------------
 
     def _types(self, batch: ImageBatch) -> tuple[int, int, int]:
-        """Sampler, layout and store of the compiled code."""
-        return self._sampler(batch), self._layout, self._store(batch.device)
+        """Sampler, layout and store of the CUDA kernel."""
+        return self._sampler(batch), self._layout, self._store("cuda")
 
     def _sampler(self, batch: ImageBatch) -> int:
         from nbvision_kernels import preprocess as plan
