@@ -418,3 +418,26 @@ def test_out_in_the_images_memory_is_refused(device, rng):
         pre(image, out=memory[6:18].reshape(1, 2, 2, 3))
     beside = memory[:12].reshape(1, 2, 2, 3)
     assert pre(image, out=beside)[0] is beside
+
+
+@pytest.mark.needs_cuda
+@pytest.mark.parametrize("boxes", [None, [[0, 0, 20, 30], [5, 6, 50, 37], [1, 1, 2, 2]]])
+def test_a_launch_is_captured_in_a_graph(rng, boxes):
+    """After a call that compiled it: nothing in a call waits, copies from the host, or allocates anew."""
+    import cupy
+
+    stream = cupy.cuda.Stream(non_blocking=True)
+    with stream:
+        batch = ImageBatch.from_arrays([random_image(rng, *size) for size in SIZES], device="cuda")
+        options = {} if boxes is None else {"boxes": cupy.array(boxes, np.float32), "box_images": cupy.array([4, 3, 5])}
+        pre = Preprocess((40, 52), scale=1 / 255)
+        wanted = to_host(pre(batch, **options)[0])
+        out = cupy.zeros(wanted.shape, np.float32)
+        pre(batch, out=out, **options)
+        out.fill(0)
+        stream.begin_capture()
+        pre(batch, out=out, **options)
+        graph = stream.end_capture()
+        assert not to_host(out).any()
+        graph.launch()
+        np.testing.assert_array_equal(to_host(out), wanted)
