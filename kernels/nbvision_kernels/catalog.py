@@ -474,14 +474,14 @@ def all_kernels() -> Iterator[Kernel]:
     """Every kernel of every common type, each rarer type at least once; of the portable one, which nothing launches but
     tests, each sampler once. What differs in nothing but how a value is stored is compiled for three bytes a pixel."""
     layouts, stores = (plan.NCHW, plan.NHWC), (plan.STORE_U8, plan.STORE_F16, plan.STORE_F32)
-    rare_stores = (plan.STORE_I8, plan.STORE_BF16)
     for sampler in _SAMPLERS:
         for layout, store in itertools.product(layouts, stores):
             for channels in (1, 3, 4):
                 yield preprocess_kernel(sampler, layout, store, channels=channels)
             yield preprocess_kernel(sampler, layout, store, source_type=plan.SOURCE_NV12)
-        for layout, store in itertools.product(layouts, rare_stores):
-            yield preprocess_kernel(sampler, layout, store)
+        for layout in layouts:
+            yield preprocess_kernel(sampler, layout, plan.STORE_I8)
+        yield preprocess_kernel(sampler, plan.NCHW, plan.STORE_BF16)
         yield preprocess_kernel(sampler, plan.NHWC4, plan.STORE_F16)
         yield preprocess_kernel(sampler, plan.GRAY, plan.STORE_F16, chain=_OPENCVS_GRAY)
         for store in (plan.STORE_U8, plan.STORE_F16):
@@ -491,14 +491,17 @@ def all_kernels() -> Iterator[Kernel]:
                 sampler, plan.NCHW, plan.STORE_F32, channels=1, source_type=source_type, frame=False
             )
     for sampler, source_type in itertools.product((plan.NEAREST, plan.LINEAR_FAST), (plan.SOURCE_F16, plan.SOURCE_F32)):
-        for channels in (1, 3, 4):
-            yield preprocess_kernel(sampler, plan.NCHW, plan.STORE_F16, channels=channels, source_type=source_type)
+        yield preprocess_kernel(sampler, plan.NCHW, plan.STORE_F16, source_type=source_type)
+    for channels in (1, 4):
+        yield preprocess_kernel(
+            plan.LINEAR_FAST, plan.NCHW, plan.STORE_F16, channels=channels, source_type=plan.SOURCE_F32
+        )
     for layout in layouts:
         for pixel_bytes, store in itertools.product((1, 3, 4), stores):
             yield resample_kernel(layout, store, pixel_bytes=pixel_bytes)
-        for store in rare_stores:
-            yield resample_kernel(layout, store)
+        yield resample_kernel(layout, plan.STORE_I8)
     yield resample_kernel(plan.NHWC4, plan.STORE_F16)
+    yield resample_kernel(plan.NCHW, plan.STORE_BF16)
     yield resample_kernel(plan.GRAY, plan.STORE_F16, chain=_PILLOWS_GRAY)
     yield resample_kernel(plan.NCHW, plan.STORE_F16, order="pil-11")
     yield fill_taps_kernel()
@@ -526,14 +529,15 @@ def all_kernels() -> Iterator[Kernel]:
     yield instance_masks_kernel()
     yield dense_masks_kernel()
     yield warp_coefficients_kernel()
+    for operation in (pointwise.THRESHOLD, pointwise.ADD_WEIGHTED):  # which know of no channels
+        yield pointwise_kernel(operation, 3, 3)
     for channels in (1, 3, 4):
         yield move_kernel(channels)
         for interpolation in _INTERPOLATIONS:
             yield warp_kernel(interpolation, channels)
             yield warp_plan_kernel(interpolation, channels, plan.NCHW, plan.STORE_F16)
-        for operation in pointwise.OPERATIONS:
-            if operation != pointwise.COLOR:
-                yield pointwise_kernel(operation, channels, channels)
+        for operation in (pointwise.LUT, pointwise.BLEND_BYTES, pointwise.BLEND_FLOATS):
+            yield pointwise_kernel(operation, channels, channels)
         for out_channels in (1, 3, 4):
             yield pointwise_kernel(pointwise.COLOR, channels, out_channels)
 

@@ -6,6 +6,7 @@ C frame calls the same through LTO.  The numbers of the links are arguments, so 
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -94,6 +95,7 @@ def make_shade(chain):
     return shade
 
 
+@functools.cache
 def make_shade_export(chain):
     """The chain for C: ``rgb[0:3]`` is changed in place."""
     apply = chain.make()

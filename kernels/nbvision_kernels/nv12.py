@@ -6,6 +6,8 @@ u_to_g, v_to_g, u_to_b)``, in :data:`SHIFT` bits fixed point or as floats.
 
 from __future__ import annotations
 
+import functools
+
 import numpy as np
 
 from nbvision_kernels.pixel import clamp, pixel_function
@@ -76,6 +78,7 @@ def fast_rgb(y, u, v, matrix):
     return clamp(red, low, high), clamp(green, low, high), clamp(blue, low, high)
 
 
+@functools.cache
 def make_convert_export(convert):
     """``convert`` for C, which knows no tuples: ``yuv[0:3]`` to ``rgb[0:3]`` by ``matrix[0:6]``."""
 

@@ -7,6 +7,8 @@ frame ``preprocess.cu`` calls the same samplers through LTO.
 
 from __future__ import annotations
 
+import functools
+
 import numpy as np
 from numba import prange
 
@@ -95,6 +97,7 @@ SAMPLERS = {
 }
 
 
+@functools.cache
 def make_taps_export(along):
     """``along`` for C, which knows no tuples: the pixels go to ``taps[0:2]``, their weights to ``weights[0:2]``."""
 
@@ -109,6 +112,7 @@ def make_taps_export(along):
     return taps_export
 
 
+@functools.cache
 def make_blend_export(blend):
     """``blend`` for C: ``pixels`` are top left, top right, bottom left, bottom right."""
 

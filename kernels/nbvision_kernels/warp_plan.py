@@ -5,6 +5,8 @@ The frame is ``warp_plan.cu``; positions and values are those of ``warp.py``.
 
 from __future__ import annotations
 
+import functools
+
 import numpy as np
 from numba import prange
 
@@ -16,6 +18,7 @@ from nbvision_kernels.warp import COEFFICIENTS, SAMPLERS, warp_position
 __all__ = ["make_cpu_loop", "make_warp_export"]
 
 
+@functools.cache
 def make_warp_export(interpolation, channels):
     """The packed pixel of canvas position (x, y); ``fill`` where the matrix gives none. For C: ``coefficients`` points
     to the canvas' own."""

@@ -7,6 +7,7 @@ An axis has a tap table, laid out as in ``resample.py``; an entry's weights are 
 
 from __future__ import annotations
 
+import functools
 import math
 
 import numpy as np
@@ -319,6 +320,7 @@ def float_window(pixels, at, pitch, pixel_bytes, x_table, x_entry, y_table, y_en
 WINDOWS = {CV2_AREA: area_window, CV2_CUBIC: cubic_window, TORCH_LINEAR: float_window, TORCH_CUBIC: float_window}
 
 
+@functools.cache
 def make_window_export(kind):
     """A window for C: ``x_entry`` and ``y_entry`` are pointers to the entries."""
     window = WINDOWS[kind]

@@ -68,7 +68,8 @@ def _linked(kernel: Kernel, cc: ComputeCapability, form: Literal["cubin", "ptx"]
     except ImportError as error:
         raise MissingExtraError(str(error.name), extra=CUDA_EXTRA, needed_for="compiling a CUDA kernel") from error
     try:
-        return _link([_frame_ltoir(kernel, cc), *_function_ltoirs(kernel)], cc, form)
+        functions = [_function_ltoir(name, *how) for name, how in kernel.device_functions().items()]
+        return _link([_frame_ltoir(kernel, cc), *functions], cc, form)
     except (RuntimeError, ValueError, TypeError, numba.core.errors.NumbaError) as error:
         raise CompileError(f"kernel {kernel.name!r} does not compile for sm_{cc[0]}{cc[1]}:\n{error}") from error
 
@@ -87,25 +88,22 @@ def _frame_ltoir(kernel: Kernel, cc: ComputeCapability) -> bytes:
     return bytes(Program(kernel.source_text(), "c++", options).compile("ltoir").code)
 
 
-@functools.lru_cache(maxsize=4)
-def _function_ltoirs(kernel: Kernel) -> list[bytes]:
-    """The Python device functions of a kernel as LTO-IR."""
+@functools.lru_cache(maxsize=16)
+def _function_ltoir(name: str, function: Callable[..., Any], result: Any, arguments: tuple[Any, ...]) -> bytes:
+    """A Python device function as LTO-IR; kept, because kernels that differ in how they store share theirs."""
     from numba import cuda
 
-    codes = []
-    for name, (function, result, arguments) in kernel.device_functions().items():
-        python_function = getattr(function, "py_func", function)
-        ltoir, _ = cuda.compile(
-            python_function,
-            result(*arguments),
-            cc=OLDEST,
-            output="ltoir",
-            device=True,
-            abi="c",
-            abi_info={"abi_name": name},
-        )
-        codes.append(ltoir)
-    return codes
+    ltoir, _ = cuda.compile(
+        getattr(function, "py_func", function),
+        result(*arguments),
+        cc=OLDEST,
+        output="ltoir",
+        device=True,
+        abi="c",
+        abi_info={"abi_name": name},
+    )
+    code: bytes = ltoir
+    return code
 
 
 def _link(objects: list[bytes], cc: ComputeCapability, form: Literal["cubin", "ptx"]) -> tuple[bytes, str]:
