@@ -9,6 +9,9 @@ from __future__ import annotations
 import importlib.util
 import os
 
+# Two test processes share the cores: threads that wait for each other by spinning would take them from each other.
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+
 import numpy as np
 import pytest
 
