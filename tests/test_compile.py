@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -51,3 +54,45 @@ def test_a_damaged_file_is_compiled_anew(tmp_path, monkeypatch, content):
     load = compiling.load_kernel.__wrapped__  # past the functions that this process has loaded
     assert load(kernel) is not None
     assert len(path.read_bytes()) > 1000
+
+
+TWO_LOOPS = """
+import sys
+import numpy as np
+from numba import njit
+from nbvision.runtime.compile import cpu_loop
+
+def make(value):
+    @njit
+    def paths(steps):  # calls itself twice, so that it is not inlined
+        if steps < 2:
+            return value
+        return paths(steps - 1) + paths(steps - 2)
+
+    def loop(out):
+        for i in range(out.size):
+            out[i] = paths(i)
+
+    return loop
+
+for value in map(int, sys.argv[1:]):
+    out = np.zeros(5, np.int64)
+    cpu_loop(f"paths-{value}", make(value), parallel=False)(out)
+    print(*out)
+"""
+
+
+def test_loops_of_two_processes_keep_their_own_functions(tmp_path):
+    """Numba gives the functions of both one name, and LLVM keeps one of a name."""
+
+    def run(*values: str) -> list[str]:
+        command = [sys.executable, "-c", TWO_LOOPS, *values]
+        environment = os.environ | {"NBVISION_CACHE_DIR": str(tmp_path)}
+        return subprocess.run(command, env=environment, capture_output=True, text=True, check=True).stdout.split("\n")[
+            :-1
+        ]
+
+    one, ten = "1 1 2 3 5", "10 10 20 30 50"
+    assert run("1") == [one]
+    assert run("10") == [ten]
+    assert run("1", "10") == [one, ten]

@@ -30,6 +30,8 @@ BYTES = {"dtype": "uint8", "layout": "NHWC", "parity": PARITY}
 def by_pillow(image: np.ndarray, height: int, width: int, interpolation: str) -> np.ndarray:
     """(H, W, 3) uint8."""
     picture = Image.fromarray(image[:, :, 0] if image.shape[2] == 1 else image)
+    if PARITY == "pil-11":  # its order; 12.2 and 12.3 shrink the height first if it is 100 times the width
+        picture = picture.resize((width, picture.height), FILTERS[interpolation])
     resized = picture.resize((width, height), FILTERS[interpolation])
     return np.asarray(resized.convert("RGB"))
 

@@ -94,7 +94,7 @@ class Preprocess:
     parity : {"cv2", "fast", "pil", "pil-11", "torch"}
         ``"cv2"`` gives the very uint8 values of ``cv2.resize`` before normalising; ``"fast"`` samples in float32 and
         does not round in between (at most one level away). Nearest is always OpenCV's. ``"pil"`` gives the very
-        values of Pillow 13's ``Image.resize``, which antialiases, ``"pil-11"`` those of Pillow 11 and 12. ``"torch"``
+        values of Pillow 13's ``Image.resize``, which antialiases, ``"pil-11"`` those of Pillow 11 to 12.1. ``"torch"``
         is within one level of torchvision's ``resize(antialias=True)``, whose order of float additions depends on the
         device. OpenCV's cubic is that of its own code; builds with Intel's IPP, such as the wheels for x86, use IPP's,
         which differs in one value of twenty by one level. NV12 pixels are converted as

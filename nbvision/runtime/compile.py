@@ -7,6 +7,8 @@ links both to machine code.  Loading and launching go through CuPy, whose launch
 from __future__ import annotations
 
 import functools
+import itertools
+import os
 import pickle
 import re
 import threading
@@ -183,6 +185,7 @@ def cpu_loop(name: str, function: Callable[..., None], *, parallel: bool = True)
     from numba import njit
     from numba.core.errors import NumbaError
 
+    _number_functions_apart()
     dispatcher = njit(parallel=parallel, nogil=True, error_model="numpy")(function)
     setattr(dispatcher, "_cache", _LoopCache(kernel_cache_dir(), name))  # noqa: B010  (Numba has no public hook)
 
@@ -195,6 +198,24 @@ def cpu_loop(name: str, function: Callable[..., None], *, parallel: bool = True)
             raise CompileError(f"loop {name!r} does not compile:\n{error}") from error
 
     return call
+
+
+@functools.cache
+def _number_functions_apart() -> None:
+    """Let this process, and each that it forks, number the functions that Numba compiles from a random start.
+
+    Numba tells functions of one Python name apart by a count within the process, and LLVM takes two of one name and
+    number for the same. Of two loops on disk, compiled by two processes, one would silently call the other's functions.
+    """
+    from numba.core.bytecode import FunctionIdentity
+
+    def start() -> None:
+        count = itertools.count(int.from_bytes(os.urandom(6), "little"))
+        setattr(FunctionIdentity, "_unique_ids", count)  # noqa: B010  (Numba has no public hook)
+
+    start()
+    if hasattr(os, "register_at_fork"):
+        os.register_at_fork(after_in_child=start)
 
 
 class _LoopCache:
