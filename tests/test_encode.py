@@ -336,12 +336,6 @@ def test_threads_change_nothing(format: str, options: Any, device: str) -> None:
         assert nbv.encode(batch, format, threads=threads, **options) == expected
 
 
-def test_torch_tensors(device: str) -> None:
-    torch = pytest.importorskip("torch")
-    pixels = noise(9, 11)
-    assert nbv.encode(torch.from_numpy(pixels).to(device), "png") == nbv.encode(pixels, "png")
-
-
 @pytest.mark.needs_cuda
 def test_work_queued_before_is_waited_for() -> None:
     import cupy

@@ -7,6 +7,7 @@ import pytest
 import torch
 from reference import random_image, to_host
 
+from nbvision.codecs import encode
 from nbvision.image import ImageBatch, as_batch
 from nbvision.ops.boxes import nms
 from nbvision.ops.preprocess import Preprocess
@@ -18,6 +19,11 @@ def test_tensor_in_shares_memory(device, rng):
     batch = ImageBatch.from_arrays([tensor])
     assert batch.device == device
     assert int(to_host(batch.table)[0, 0]) == tensor.data_ptr()
+
+
+def test_a_tensor_is_encoded(device, rng):
+    pixels = random_image(rng, 9, 11)
+    assert encode(torch.from_numpy(pixels).to(device), "png") == encode(pixels, "png")
 
 
 def test_stacked_tensor_is_a_batch(device, rng):
