@@ -18,6 +18,7 @@ from nbvision_kernels import warp_plan as warped
 from nbvision_kernels import window as windows
 from nbvision_kernels.chain import Chain, extended, make_shade_export
 from nbvision_kernels.gray import GRAY_CV2, GRAY_PIL
+from nbvision_kernels.sampling import exact_down
 
 __all__ = [
     "CudaFrame",
@@ -137,8 +138,7 @@ _REGION_FIELDS = ["IMAGE", "X", "Y", "WIDTH", "HEIGHT", "LEFT", "TOP", "OUT_WIDT
 _REGION_FIELDS += ["UNIT_X", "UNIT_Y", "SCALES"]
 # sampler -> lines a thread of the frame, and blocks of 128 threads that shall fit on a multiprocessor: what was fastest
 # on sm_90 for three bytes a pixel; the others get two blocks less, or some spill. docs/preprocess.md has more.
-_FRAME_SHAPES = {plan.NEAREST: (4, 8), plan.LINEAR_EXACT: (3, 8), plan.LINEAR_FAST: (3, 8)}
-# The most blocks without spills: not yet chosen by measurement.
+_FRAME_SHAPES = {plan.NEAREST: (4, 8), plan.LINEAR_EXACT: (3, 8), plan.LINEAR_FAST: (4, 8)}
 _NV12_SHAPES = {plan.NEAREST: (4, 8), plan.LINEAR_EXACT: (3, 7), plan.LINEAR_FAST: (3, 7)}
 
 
@@ -188,6 +188,7 @@ def preprocess_kernel(
                     (f32_pointer if floats else i32_pointer, types.CPointer(weight), types.CPointer(weight)),
                 ),
             }
+            | ({"nbv_down": (exact_down, f32, (i32,) * 4)} if sampler == plan.LINEAR_EXACT and not nv12 else {})
             | (_convert_function(weight) if nv12 else {})
             | _chain_function(chain),
         )
@@ -208,22 +209,20 @@ def _convert_function(weight: Any) -> DeviceFunctions:
     return {"nbv_convert": (planes.make_convert_export(convert), types.void, (types.CPointer(weight),) * 3)}
 
 
-def resample_kernel(
-    layout: int, store: int, *, pixel_bytes: int = 3, chain: Chain | None = None, order: str = "pil"
-) -> CudaFrame:
-    """The plan of the resample family; the filter is in its tap tables. ``order`` is that of Pillow's passes."""
+def resample_kernel(layout: int, store: int, *, pixel_bytes: int = 3, chain: Chain | None = None) -> CudaFrame:
+    """The plan of the resample family; the filter is in its tap tables."""
     return CudaFrame(
         name=f"resample-{_LAYOUTS[layout]}-{_STORES[store][0]}-{pixel_bytes}-bytes"
-        + ("" if order == "pil" else f"-{order}")
         + (f"-{chain.digest}" if chain else ""),
         entry="resample",
         source="resample.cu",
         defines={"PIXEL_BYTES": pixel_bytes, "STORE_TYPE": store, "LAYOUT": layout}
+        | {"LINES": 16}
         | {f"REGION_{name}": getattr(regions, name) for name in _REGION_FIELDS}
         | _chain_defines(chain),
         functions={
             "nbv_round_sum": (resample.round_sum, i32, (i32,)),
-            "nbv_vertical_first": (resample.ORDERS[order], i32, (i32,) * 4),
+            "nbv_vertical_first": (resample.vertical_first, i32, (i32,) * 4),
         }
         | _chain_function(chain),
     )
@@ -503,9 +502,8 @@ def all_kernels() -> Iterator[Kernel]:
     yield resample_kernel(plan.NHWC4, plan.STORE_F16)
     yield resample_kernel(plan.NCHW, plan.STORE_BF16)
     yield resample_kernel(plan.GRAY, plan.STORE_F16, chain=_PILLOWS_GRAY)
-    yield resample_kernel(plan.NCHW, plan.STORE_F16, order="pil-11")
     yield fill_taps_kernel()
-    for kind in (windows.CV2_AREA, windows.CV2_CUBIC, windows.TORCH_LINEAR):
+    for kind in (windows.CV2_AREA, windows.CV2_CUBIC, windows.TORCH_CUBIC):
         for pixel_bytes in (1, 3, 4):
             yield window_kernel(kind, plan.NCHW, plan.STORE_F16, pixel_bytes=pixel_bytes)
         yield window_kernel(kind, plan.NHWC, plan.STORE_U8)

@@ -6,7 +6,8 @@
 #if STORE_TYPE == 0
 typedef unsigned char Stored;
 __device__ __forceinline__ Stored to_stored(float value) {
-    return (unsigned char)fminf(fmaxf(rintf(value), 0.0f), 255.0f);
+    // 2^23 leaves a float no bits for fractions: the sum rounds to even, and its last byte is the integer.
+    return (unsigned char)__float_as_uint(fminf(fmaxf(value, 0.0f), 255.0f) + 8388608.0f);
 }
 #elif STORE_TYPE == 1
 typedef unsigned short Stored;  // the bits of a half
@@ -15,17 +16,33 @@ __device__ __forceinline__ Stored to_stored(float value) {
     asm("cvt.rn.f16.f32 %0, %1;" : "=h"(half) : "f"(value));
     return half;
 }
+#if __CUDA_ARCH__ >= 800
+__device__ __forceinline__ unsigned to_stored(float first, float second) {
+    unsigned halves;
+    asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(halves) : "f"(second), "f"(first));
+    return halves;
+}
+#endif
 #elif STORE_TYPE == 4
 typedef signed char Stored;
 __device__ __forceinline__ Stored to_stored(float value) {
-    return (signed char)fminf(fmaxf(rintf(value), -128.0f), 127.0f);
+    return (signed char)__float_as_uint(fminf(fmaxf(value, -128.0f), 127.0f) + 12582912.0f);  // 1.5 * 2^23, likewise
 }
 #elif STORE_TYPE == 5
-typedef unsigned short Stored;  // the upper half of a float, rounded; sm_75 has no instruction for it
+typedef unsigned short Stored;  // the upper half of a float, rounded
+#if __CUDA_ARCH__ >= 800
+__device__ __forceinline__ unsigned to_stored(float first, float second) {
+    unsigned halves;
+    asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(halves) : "f"(second), "f"(first));
+    return halves;
+}
+__device__ __forceinline__ Stored to_stored(float value) { return (Stored)to_stored(value, value); }
+#else
 __device__ __forceinline__ Stored to_stored(float value) {
     const unsigned bits = __float_as_uint(value);
     return (bits & 0x7fffffff) > 0x7f800000 ? 0x7fff : (bits + 0x7fff + (bits >> 16 & 1)) >> 16;
 }
+#endif
 #else
 typedef float Stored;
 __device__ __forceinline__ Stored to_stored(float value) { return value; }

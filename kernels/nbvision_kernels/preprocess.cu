@@ -1,4 +1,4 @@
-// The fused plan's frame: wide loads, wide stores, four pixels side by side in each of several lines a thread. It only
+// The fused plan's frame: loads by words, wide stores, four pixels in each of several lines a thread. It only
 // moves data; taps and values are the Python pixel functions of sampling.py, linked in through LTO.
 //
 // Compiled with -D: SOURCE (0 bytes side by side, 1 planes of bytes, 2 halves, 3 floats, 4 NV12), PIXEL_BYTES of the
@@ -14,6 +14,7 @@ typedef float Weight;
 #endif
 
 #define NV12 (SOURCE == 4)
+#define DOT (PAIRS && WEIGHT == 0 && SOURCE < 2)
 #define PLANES (SOURCE == 1 ? 3 : 1)
 #if SOURCE == 2 || SOURCE == 3
 typedef float Pixel;
@@ -25,6 +26,9 @@ extern "C" __device__ void nbv_along_x(int index, long long step, long long star
                                        Weight *weights);
 extern "C" __device__ void nbv_along_y(int index, long long step, long long start, float unit, int length, int *taps,
                                        Weight *weights);
+#if DOT
+extern "C" __device__ float nbv_down(int above, int below, Weight top_weight, Weight bottom_weight);
+#endif
 extern "C" __device__ float nbv_blend(const Pixel *pixels, const Weight *weights_x, const Weight *weights_y);
 #if NV12
 extern "C" __device__ void nbv_convert(const Weight *yuv, const Weight *matrix, Weight *rgb);
@@ -36,14 +40,16 @@ extern "C" __device__ void nbv_convert(const Weight *yuv, const Weight *matrix, 
 
 #define COLORS (GRAY ? 1 : 3)  // alpha is dropped
 #define CHANNELS (COLORS / PLANES)  // side by side
-constexpr int THREADS = 128;
+constexpr int THREADS = 128, ROWS = 4;  // blocks of 32 x 4 threads
 // A multiprocessor that holds 2,048 threads takes MIN_BLOCKS; with as many the others would spill registers.
 #if __CUDA_ARCH__ == 800 || __CUDA_ARCH__ == 900 || __CUDA_ARCH__ == 1000
 constexpr int BLOCKS = MIN_BLOCKS;
 #else
 constexpr int BLOCKS = MIN_BLOCKS - 1;
 #endif
-constexpr int PIXELS = 4;  // side by side: 8-byte stores in half precision; docs/preprocess.md has the alternatives
+// A thread has two pixels side by side, and two more half a block's width further: what a warp loads at once is then half
+// as long, and takes half as many accesses. docs/preprocess.md has the alternatives.
+constexpr int PIXELS = 4, SIDE_BY_SIDE = 2, HALF = 64;
 
 struct alignas(16) Row {
     int fields[REGION_FIELDS];
@@ -60,44 +66,138 @@ __device__ __forceinline__ float element(const unsigned char *at) {
 #elif SOURCE == 3
 __device__ __forceinline__ float element(const unsigned char *at) { return __ldg(reinterpret_cast<const float *>(at)); }
 #endif
-struct alignas(PIXELS * sizeof(Stored)) Packed {
-    Stored values[PIXELS];
+struct alignas(SIDE_BY_SIDE * sizeof(Stored)) Packed {
+    Stored values[SIDE_BY_SIDE];
 };
 
 __device__ __forceinline__ void store(Stored *to, const float *values) {
-    Packed packed;
-#pragma unroll
-    for (int i = 0; i < PIXELS; ++i) packed.values[i] = to_stored(values[i]);
-    *reinterpret_cast<Packed *>(to) = packed;
+#if (STORE_TYPE == 1 || STORE_TYPE == 5) && __CUDA_ARCH__ >= 800
+    *reinterpret_cast<unsigned *>(to) = to_stored(values[0], values[1]);
+#else
+    *reinterpret_cast<Packed *>(to) = {to_stored(values[0]), to_stored(values[1])};
+#endif
 }
 
-// Two neighbouring pixels of a line, by aligned words: three loads where bytes would be six. No word without a byte of
-// the pair is touched, so nothing outside the allocation is.
-__device__ __forceinline__ void load_pair(const unsigned char *at, unsigned &low, unsigned &high) {
+#if PAIRS && SOURCE < 2
+// Two neighbouring pixels of a line, by aligned words: two or three loads where bytes would be six. No word without a
+// byte of the pair is touched, so nothing outside the allocation is.
+struct Pair {
+    unsigned low, high;
+};
+__device__ __forceinline__ Pair load_pair(const unsigned char *at) {
     const unsigned long long address = reinterpret_cast<unsigned long long>(at);
     const unsigned *word = reinterpret_cast<const unsigned *>(address & ~3ull);
-    const unsigned *last = reinterpret_cast<const unsigned *>((address + 2 * PIXEL_BYTES - 1) & ~3ull);
-    const int shift = 8 * ((int)address & 3);
-    const unsigned word_0 = __ldg(word), word_1 = __ldg(PIXEL_BYTES == 1 ? last : word + 1);
-    low = __funnelshift_r(word_0, word_1, shift);
-    high = PIXEL_BYTES == 1 ? 0 : __funnelshift_r(word_1, __ldg(last), shift);
+    unsigned low;  // opaque to the compiler, which would test the last bits of all 64
+    asm("cvt.u32.u64 %0, %1;" : "=r"(low) : "l"(address));
+    const int shift = 8 * low;  // the funnel's is modulo 32
+    const unsigned word_0 = __ldg(word);
+    // Of two bytes or six a word more is touched if the first is a word's last, of eight unless it is a word's first. As
+    // an instruction with a predicate it need not be anything else first.
+    unsigned last;
+#if PIXEL_BYTES == 4
+#define TOUCHED "setp.ne.u32 touched, place, 0;"
+#else
+#define TOUCHED "setp.eq.u32 touched, place, 3;"
+#endif
+    asm("{.reg .pred touched; .reg .b32 place; and.b32 place, %2, 3; " TOUCHED " @touched ld.global.nc.u32 %0, [%1];}"
+        : "=r"(last)
+        : "l"(word + (PIXEL_BYTES == 1 ? 1 : 2)), "r"(low));
+#if PIXEL_BYTES == 1
+    return {__funnelshift_r(word_0, last, shift), 0u};
+#else
+    const unsigned word_1 = __ldg(word + 1);
+    return {__funnelshift_r(word_0, word_1, shift), __funnelshift_r(word_1, last, shift)};
+#endif
 }
+
+// The pair that a region of one column does not have.
+__device__ __forceinline__ Pair pair_of_one(const unsigned char *at) {
+    unsigned long long bytes = 0;
+#pragma unroll
+    for (int c = 0; c < CHANNELS; ++c) bytes |= __ldg(at + c) * (1ull << 8 * c | 1ull << 8 * (PIXEL_BYTES + c));
+    return {(unsigned)bytes, (unsigned)(bytes >> 32)};
+}
+
+#if DOT
+// Along a line the weighted sums of OpenCV's integers are dot products of two bytes with two halves of a word.
+typedef unsigned PairWeights;
+__device__ __forceinline__ PairWeights pair_weights(const Weight *weights) { return weights[0] | weights[1] << 16; }
+
+__device__ __forceinline__ void blend_pairs(Pair above, Pair below, PairWeights weights_x, const Weight *weights_y,
+                                            float *values) {
+    constexpr unsigned FIRST_TWO = 0x1100 + 0x1010 * PIXEL_BYTES, THIRD = 0x22 + 0x10 * PIXEL_BYTES;
+    const Pair lines[2] = {above, below};
+    int sums[3][2];
+#pragma unroll
+    for (int k = 0; k < 2; ++k) {
+        const unsigned bytes = __byte_perm(lines[k].low, lines[k].high, FIRST_TWO);
+        asm("dp2a.lo.u32.u32 %0, %1, %2, 0;" : "=r"(sums[0][k]) : "r"(weights_x), "r"(bytes));
+#if CHANNELS == 3
+        const unsigned third = __byte_perm(lines[k].low, lines[k].high, THIRD);
+        asm("dp2a.hi.u32.u32 %0, %1, %2, 0;" : "=r"(sums[1][k]) : "r"(weights_x), "r"(bytes));
+        asm("dp2a.lo.u32.u32 %0, %1, %2, 0;" : "=r"(sums[2][k]) : "r"(weights_x), "r"(third));
+#endif
+    }
+#pragma unroll
+    for (int c = 0; c < CHANNELS; ++c) values[c] = nbv_down(sums[c][0], sums[c][1], weights_y[0], weights_y[1]);
+}
+#else
+struct alignas(8) PairWeights {
+    Weight weights[2];
+};
+__device__ __forceinline__ PairWeights pair_weights(const Weight *weights) { return {{weights[0], weights[1]}}; }
 
 // Channel c of the pair's first (k = 0) or second pixel.
 template <int k, int c>
-__device__ __forceinline__ int pair_byte(unsigned low, unsigned high) {
+__device__ __forceinline__ int pair_byte(Pair pair) {
     constexpr int index = k * PIXEL_BYTES + c;
-    return (int)((index < 4 ? low >> 8 * index : high >> 8 * (index - 4)) & 255);
+    return (int)((index < 4 ? pair.low >> 8 * index : pair.high >> 8 * (index - 4)) & 255);
 }
 
 template <int c>
-__device__ __forceinline__ void blend_channel(unsigned above_low, unsigned above_high, unsigned below_low,
-                                              unsigned below_high, const Weight *weights_x, const Weight *weights_y,
-                                              float &value) {
-    const int taps[4] = {pair_byte<0, c>(above_low, above_high), pair_byte<1, c>(above_low, above_high),
-                         pair_byte<0, c>(below_low, below_high), pair_byte<1, c>(below_low, below_high)};
-    value = nbv_blend(taps, weights_x, weights_y);
+__device__ __forceinline__ float blend_channel(Pair above, Pair below, const Weight *weights_x, const Weight *weights_y) {
+    const int taps[4] = {pair_byte<0, c>(above), pair_byte<1, c>(above), pair_byte<0, c>(below), pair_byte<1, c>(below)};
+    return nbv_blend(taps, weights_x, weights_y);
 }
+
+__device__ __forceinline__ void blend_pairs(Pair above, Pair below, PairWeights weights_x, const Weight *weights_y,
+                                            float *values) {
+    values[0] = blend_channel<0>(above, below, weights_x.weights, weights_y);
+#if CHANNELS == 3
+    values[1] = blend_channel<1>(above, below, weights_x.weights, weights_y);
+    values[2] = blend_channel<2>(above, below, weights_x.weights, weights_y);
+#endif
+}
+#endif
+
+// An output column's pair: where its first pixel is on its line, and the weights of both.
+struct alignas(8) Column {
+    unsigned at;
+    PairWeights weights;
+};
+__device__ __forceinline__ Column column_of(const int *taps, const Weight *weights, int region_width) {
+    // The last column has no right neighbour, and all the weight: it is loaded as the second of a pair.
+    const bool is_last = taps[0] > region_width - 2;
+    const Weight ordered[2] = {is_last ? weights[1] : weights[0], is_last ? weights[0] : weights[1]};
+    return {(unsigned)(PIXEL_BYTES * (taps[0] - is_last)), pair_weights(ordered)};
+}
+#else
+struct alignas(16) Column {
+    int first, second;
+    Weight weights[2];
+};
+__device__ __forceinline__ Column column_of(const int *taps, const Weight *weights, int region_width) {
+    return {taps[0], taps[1], {weights[0], weights[1]}};
+}
+#endif
+
+struct alignas(16) Line {  // an output line's, in the source
+    const unsigned char *above, *below;
+#if NV12
+    const unsigned short *chroma_above, *chroma_below;
+#endif
+    Weight weights[2];
+};
 
 #if NV12
 // Blended red, green and blue of two pixels above and two below: each one's luma, and its chroma as u + 256 * v.
@@ -137,63 +237,83 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
                int height, int width, int swap, float gain_0, float gain_1, float gain_2,
                float bias_0, float bias_1, float bias_2, float fill_0, float fill_1, float fill_2 MATRIX_PARAMETERS
                    CHAIN_PARAMETERS) {
-    const int x_first = PIXELS * (blockIdx.x * blockDim.x + threadIdx.x);
-    if (x_first >= width) return;
-
     const Row row = reinterpret_cast<const Row *>(regions)[blockIdx.z];
-    const Steps step = reinterpret_cast<const Steps *>(steps)[blockIdx.z];
-    const float *scale = scales + (long long)blockIdx.z * REGION_SCALES;
-    // A row of the source table is address, pitch, height, width.
     const Source source = reinterpret_cast<const Source *>(sources)[2 * row.fields[REGION_IMAGE]];
     const int left = row.fields[REGION_LEFT], out_width = row.fields[REGION_OUT_WIDTH];
-    const int region_width = row.fields[REGION_WIDTH], region_height = row.fields[REGION_HEIGHT];
-    const unsigned char *origin = pixels + source.address + row.fields[REGION_Y] * source.pitch +
-                                  (long long)(row.fields[REGION_X] * PIXEL_BYTES);
+    const int region_width = row.fields[REGION_WIDTH];
+
+    // Taps are clamped to the region, so those of columns and lines outside it are harmless.
+    __shared__ Column columns_of_block[THREADS];
+    __shared__ Line lines_of_block[ROWS * LINES];
+    const int thread = blockDim.x * threadIdx.y + threadIdx.x;
+    {
+        const Steps step = reinterpret_cast<const Steps *>(steps)[blockIdx.z];
+        const float *scale = scales + (long long)blockIdx.z * REGION_SCALES;
+        int taps[2];
+        Weight weights[2];
+        nbv_along_x(THREADS * blockIdx.x + thread - left, step.step_x, step.start_x, scale[REGION_UNIT_X], region_width,
+                    taps, weights);
+        columns_of_block[thread] = column_of(taps, weights, region_width);
+        if (thread < ROWS * LINES) {
+            nbv_along_y(ROWS * LINES * blockIdx.y + thread - row.fields[REGION_TOP], step.step_y, step.start_y,
+                        scale[REGION_UNIT_Y], row.fields[REGION_HEIGHT], taps, weights);
+            const unsigned char *origin = pixels + source.address + row.fields[REGION_Y] * source.pitch +
+                                          (long long)(row.fields[REGION_X] * PIXEL_BYTES);
+            Line &line = lines_of_block[thread];
+            line.above = origin + taps[0] * source.pitch;
+            line.below = origin + taps[1] * source.pitch;
+            line.weights[0] = weights[0];
+            line.weights[1] = weights[1];
+#if NV12
+            const long long lines = sources[4 * row.fields[REGION_IMAGE] + 2];
+            const unsigned char *chroma = pixels + source.address + lines * source.pitch;
+            // Half as many lines as of luma, of as many bytes: two for two pixels.
+            const int region_y = row.fields[REGION_Y];
+            line.chroma_above = reinterpret_cast<const unsigned short *>(chroma + ((region_y + taps[0]) >> 1) * source.pitch);
+            line.chroma_below = reinterpret_cast<const unsigned short *>(chroma + ((region_y + taps[1]) >> 1) * source.pitch);
+#endif
+        }
+    }
+    __syncthreads();
+
+    const int x_of_block = SIDE_BY_SIDE * threadIdx.x, x_first = 2 * HALF * blockIdx.x + x_of_block;
+    if (x_first >= width) return;
+    constexpr int offsets[PIXELS] = {0, 1, HALF, HALF + 1};
+    const bool some_inside = x_first < left + out_width && x_first + HALF + 1 >= left;
+    const bool all_inside = x_first >= left && x_first + HALF + 1 < left + out_width;
+    Column columns[PIXELS];
+#pragma unroll
+    for (int i = 0; i < PIXELS; ++i) columns[i] = columns_of_block[x_of_block + offsets[i]];
 #if NV12
     const Weight matrix[6] = {luma_zero, luma_gain, v_to_r, u_to_g, v_to_g, u_to_b};
-    const long long source_height = sources[4 * row.fields[REGION_IMAGE] + 2], chroma_pitch = source.pitch / 2;
-    const unsigned short *chroma = reinterpret_cast<const unsigned short *>(pixels + source.address + source_height * source.pitch);
-    const int region_x = row.fields[REGION_X], region_y = row.fields[REGION_Y];
+    const int region_x = row.fields[REGION_X];
 #endif
 #if SOURCE == 1
     const long long plane_bytes = sources[4 * row.fields[REGION_IMAGE] + 2] * source.pitch;
 #endif
-    const bool some_inside = x_first < left + out_width && x_first + PIXELS > left;
-
-    // What depends on the column alone serves all lines. Taps are clamped to the region, so those of columns outside it
-    // are harmless, and the loads of four pixels are in flight together.
-    int columns[PIXELS][2];
-    Weight weights_x[PIXELS][2];
-#pragma unroll
-    for (int i = 0; i < PIXELS; ++i)
-        nbv_along_x(x_first + i - left, step.step_x, step.start_x, scale[REGION_UNIT_X], region_width, columns[i],
-                    weights_x[i]);
 
     const long long plane = (long long)height * width;
     Stored *canvas = out + (long long)blockIdx.z * OUT_CHANNELS * plane;
-    // Every line starts on a wide boundary when the width is a multiple of PIXELS and `out` itself is aligned.
-    const bool wide = width % PIXELS == 0 && (unsigned long long)out % sizeof(Packed) == 0;
-    int y = blockIdx.y * (LINES * blockDim.y) + threadIdx.y;
+    // Every line starts on a wide boundary when the width is even and `out` itself is aligned.
+    const bool wide = width % SIDE_BY_SIDE == 0 && (unsigned long long)out % sizeof(Packed) == 0;
 #pragma unroll
-    for (int l = 0; l < LINES; ++l, y += blockDim.y) {
+    for (int l = 0; l < LINES; ++l) {
+        const int line_of_block = ROWS * l + threadIdx.y, y = ROWS * LINES * blockIdx.y + line_of_block;
         if (y >= height) return;
         const int line = y - row.fields[REGION_TOP];
         float values[3][PIXELS];
         if (some_inside && line >= 0 && line < row.fields[REGION_OUT_HEIGHT]) {
-            int lines[2];
-            Weight weights_y[2];
-            nbv_along_y(line, step.step_y, step.start_y, scale[REGION_UNIT_Y], region_height, lines, weights_y);
-            const unsigned char *above = origin + lines[0] * source.pitch, *below = origin + lines[1] * source.pitch;
+            const Line from = lines_of_block[line_of_block];
+            const unsigned char *above = from.above, *below = from.below;
+            const Weight *weights_y = from.weights;
 #if NV12
-            // Frames start at even addresses and have even pitches, so the two bytes of a chroma are loaded at once.
-            const unsigned short *chroma_above = chroma + ((region_y + lines[0]) >> 1) * chroma_pitch;
-            const unsigned short *chroma_below = chroma + ((region_y + lines[1]) >> 1) * chroma_pitch;
+            const unsigned short *chroma_above = from.chroma_above, *chroma_below = from.chroma_below;
 #if PAIRS
             int luma[PIXELS][4], pairs[PIXELS][4];
 #pragma unroll
             for (int i = 0; i < PIXELS; ++i) {
                 // Past the region's last column lies another, or the chroma plane: a byte to read, of weight 0.
-                const int at = columns[i][0], first = (region_x + at) >> 1, second = (region_x + columns[i][1]) >> 1;
+                const int at = columns[i].first, first = (region_x + at) >> 1, second = (region_x + columns[i].second) >> 1;
                 luma[i][0] = __ldg(above + at);
                 luma[i][1] = __ldg(above + at + 1);
                 luma[i][2] = __ldg(below + at);
@@ -206,21 +326,21 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
 #pragma unroll
             for (int i = 0; i < PIXELS; ++i) {
                 float rgb[3];
-                blend_nv12(luma[i], pairs[i], weights_x[i], weights_y, matrix, rgb);
+                blend_nv12(luma[i], pairs[i], columns[i].weights, weights_y, matrix, rgb);
 #pragma unroll
                 for (int c = 0; c < 3; ++c) values[c][i] = rgb[c];
             }
 #else
 #pragma unroll
             for (int i = 0; i < PIXELS; ++i) {
-                const int pair = __ldg(chroma_above + ((region_x + columns[i][0]) >> 1));
-                const int yuv[3] = {__ldg(above + columns[i][0]), pair & 255, pair >> 8};
+                const int pair = __ldg(chroma_above + ((region_x + columns[i].first) >> 1));
+                const int yuv[3] = {__ldg(above + columns[i].first), pair & 255, pair >> 8};
                 int rgb[3];
                 nbv_convert(yuv, matrix, rgb);
 #pragma unroll
                 for (int c = 0; c < 3; ++c) {
                     const int taps[4] = {rgb[c], rgb[c], rgb[c], rgb[c]};
-                    values[c][i] = nbv_blend(taps, weights_x[i], weights_y);
+                    values[c][i] = nbv_blend(taps, columns[i].weights, weights_y);
                 }
             }
 #endif
@@ -230,11 +350,11 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
 #pragma unroll
                 for (int c = 0; c < CHANNELS; ++c) {
                     constexpr int bytes = SOURCE == 2 ? 2 : 4;
-                    const int first = PIXEL_BYTES * columns[i][0] + c * bytes;
-                    const int second = PAIRS ? PIXEL_BYTES * columns[i][1] + c * bytes : first;
+                    const int first = PIXEL_BYTES * columns[i].first + c * bytes;
+                    const int second = PAIRS ? PIXEL_BYTES * columns[i].second + c * bytes : first;
                     const float taps[4] = {element(above + first), element(above + second), element(below + first),
                                            element(below + second)};
-                    values[c][i] = nbv_blend(taps, weights_x[i], weights_y);
+                    values[c][i] = nbv_blend(taps, columns[i].weights, weights_y);
                 }
 #else
 #if SOURCE == 1
@@ -247,36 +367,28 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
                 float(&sampled)[3][PIXELS] = values;
 #endif
 #if PAIRS
-            if (region_width == 1) {  // there is no pair
+            {
+                Pair pairs_above[PIXELS], pairs_below[PIXELS];
+                // One branch around all loads: branches between them would keep them from being in flight together.
+                if (region_width > 1) {
 #pragma unroll
-                for (int c = 0; c < CHANNELS; ++c) {
-                    const int taps[4] = {above[c], above[c], below[c], below[c]};
-#pragma unroll
-                    for (int i = 0; i < PIXELS; ++i) sampled[c][i] = nbv_blend(taps, weights_x[i], weights_y);
-                }
-            } else {
-                unsigned above_low[PIXELS], above_high[PIXELS], below_low[PIXELS], below_high[PIXELS];
-#pragma unroll
-                for (int i = 0; i < PIXELS; ++i) {
-                    const int at = PIXEL_BYTES * min(columns[i][0], region_width - 2);
-                    load_pair(above + at, above_low[i], above_high[i]);
-                    load_pair(below + at, below_low[i], below_high[i]);
-                }
-#pragma unroll
-                for (int i = 0; i < PIXELS; ++i) {
-                    // The last column has no right neighbour: it was loaded as a pair's second, whose weight is 0.
-                    if (columns[i][0] > region_width - 2) {
-                        above_low[i] = __funnelshift_rc(above_low[i], above_high[i], 8 * PIXEL_BYTES);
-                        below_low[i] = __funnelshift_rc(below_low[i], below_high[i], 8 * PIXEL_BYTES);
+                    for (int i = 0; i < PIXELS; ++i) {
+                        pairs_above[i] = load_pair(above + columns[i].at);
+                        pairs_below[i] = load_pair(below + columns[i].at);
                     }
-                    blend_channel<0>(above_low[i], above_high[i], below_low[i], below_high[i], weights_x[i], weights_y,
-                                     sampled[0][i]);
-#if CHANNELS == 3
-                    blend_channel<1>(above_low[i], above_high[i], below_low[i], below_high[i], weights_x[i], weights_y,
-                                     sampled[1][i]);
-                    blend_channel<2>(above_low[i], above_high[i], below_low[i], below_high[i], weights_x[i], weights_y,
-                                     sampled[2][i]);
-#endif
+                } else {
+#pragma unroll
+                    for (int i = 0; i < PIXELS; ++i) {
+                        pairs_above[i] = pair_of_one(above);
+                        pairs_below[i] = pair_of_one(below);
+                    }
+                }
+#pragma unroll
+                for (int i = 0; i < PIXELS; ++i) {
+                    float blended[CHANNELS];
+                    blend_pairs(pairs_above[i], pairs_below[i], columns[i].weights, weights_y, blended);
+#pragma unroll
+                    for (int c = 0; c < CHANNELS; ++c) sampled[c][i] = blended[c];
                 }
             }
 #else
@@ -284,9 +396,9 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
             for (int i = 0; i < PIXELS; ++i)
 #pragma unroll
                 for (int c = 0; c < CHANNELS; ++c) {
-                    const int pixel = above[PIXEL_BYTES * columns[i][0] + c];
+                    const int pixel = __ldg(above + PIXEL_BYTES * columns[i].first + c);
                     const int taps[4] = {pixel, pixel, pixel, pixel};
-                    sampled[c][i] = nbv_blend(taps, weights_x[i], weights_y);
+                    sampled[c][i] = nbv_blend(taps, columns[i].weights, weights_y);
                 }
 #endif
 #if SOURCE == 1
@@ -299,15 +411,19 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
 #endif
             }
 #endif
+#if COLORS == 1
 #pragma unroll
-            for (int i = 0; i < PIXELS; ++i) {
-                const int column = x_first + i - left;
-                const bool inside = column >= 0 && column < out_width;
-                const float first = values[0][i], second = values[COLORS == 3 ? 1 : 0][i];
-                const float third = values[COLORS == 3 ? 2 : 0][i];
-                values[0][i] = inside ? first : fill_0;
-                values[1][i] = inside ? second : fill_1;
-                values[2][i] = inside ? third : fill_2;
+            for (int i = 0; i < PIXELS; ++i) values[1][i] = values[2][i] = values[0][i];
+#endif
+            if (!all_inside) {
+#pragma unroll
+                for (int i = 0; i < PIXELS; ++i) {
+                    const int column = x_first + offsets[i] - left;
+                    const bool inside = column >= 0 && column < out_width;
+                    values[0][i] = inside ? values[0][i] : fill_0;
+                    values[1][i] = inside ? values[1][i] : fill_1;
+                    values[2][i] = inside ? values[2][i] : fill_2;
+                }
             }
         } else {
 #pragma unroll
@@ -322,7 +438,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
 #pragma unroll
         for (int i = 0; i < PIXELS; ++i) {
             float rgb[3] = {bgr ? values[2][i] : values[0][i], values[1][i], bgr ? values[0][i] : values[2][i]};
-            nbv_shade(rgb, (float)(x_first + i), (float)y, numbers);
+            nbv_shade(rgb, (float)(x_first + offsets[i]), (float)y, numbers);
             values[0][i] = bgr ? rgb[2] : rgb[0];
             values[1][i] = rgb[1];
             values[2][i] = bgr ? rgb[0] : rgb[2];
@@ -340,13 +456,16 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
         Stored *const planes[3] = {canvas + (swap ? 2 * plane : 0), canvas + plane, canvas + (swap ? 0 : 2 * plane)};
         if (wide) {
 #pragma unroll
-            for (int c = 0; c < OUT_CHANNELS; ++c) store(planes[c] + pixel, values[c]);
+            for (int i = 0; i < PIXELS; i += SIDE_BY_SIDE)
+                if (x_first + offsets[i] < width)
+#pragma unroll
+                    for (int c = 0; c < OUT_CHANNELS; ++c) store(planes[c] + pixel + offsets[i], values[c] + i);
         } else {
 #pragma unroll
-            for (int c = 0; c < OUT_CHANNELS; ++c)
+            for (int i = 0; i < PIXELS; ++i)
+                if (x_first + offsets[i] < width)
 #pragma unroll
-                for (int i = 0; i < PIXELS; ++i)
-                    if (x_first + i < width) planes[c][pixel + i] = to_stored(values[c][i]);
+                    for (int c = 0; c < OUT_CHANNELS; ++c) planes[c][pixel + offsets[i]] = to_stored(values[c][i]);
         }
 #else
         float line_values[OUT_CHANNELS * PIXELS];
@@ -361,12 +480,19 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
         }
         if (wide) {
 #pragma unroll
-            for (int k = 0; k < OUT_CHANNELS; ++k)
-                store(canvas + OUT_CHANNELS * pixel + PIXELS * k, line_values + PIXELS * k);
+            for (int i = 0; i < PIXELS; i += SIDE_BY_SIDE)
+                if (x_first + offsets[i] < width)
+#pragma unroll
+                    for (int k = 0; k < OUT_CHANNELS; ++k)
+                        store(canvas + OUT_CHANNELS * (pixel + offsets[i]) + SIDE_BY_SIDE * k,
+                              line_values + OUT_CHANNELS * i + SIDE_BY_SIDE * k);
         } else {
 #pragma unroll
-            for (int i = 0; i < OUT_CHANNELS * PIXELS; ++i)
-                if (x_first + i / OUT_CHANNELS < width) canvas[OUT_CHANNELS * pixel + i] = to_stored(line_values[i]);
+            for (int i = 0; i < PIXELS; ++i)
+                if (x_first + offsets[i] < width)
+#pragma unroll
+                    for (int c = 0; c < OUT_CHANNELS; ++c)
+                        canvas[OUT_CHANNELS * (pixel + offsets[i]) + c] = to_stored(line_values[OUT_CHANNELS * i + c]);
         }
 #endif
     }

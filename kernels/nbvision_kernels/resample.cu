@@ -1,31 +1,28 @@
-// The resample family's frame: a block makes 32 columns by 16 lines of one canvas. It brings the lines of the source that
-// it needs into shared memory by whole words, sums along them, and then across them; or, where Pillow does, first across.
-// Weights come from the tap tables of resample.py, along lines as bytes, so that one instruction multiplies four pixels;
-// the rounding and the chain are Python functions, linked in.
+// The resample family's frame: a block makes 32 columns by LINES lines of one canvas. It brings the lines of the source that
+// it needs into shared memory, sums along them, and then across them; or, where Pillow does, first across. Weights come
+// from the tap tables of resample.py, along lines as bytes, which is what tensor cores multiply exactly; the rounding and
+// the chain are Python functions, linked in.
 //
-// Compiled with -D: PIXEL_BYTES of the source (1 gray, 3, 4), the fields of regions.py, and those of frame.cuh.
+// Compiled with -D: PIXEL_BYTES of the source (1 gray, 3, 4), LINES of a canvas that a block makes, the fields of
+// regions.py, and those of frame.cuh.
 #include "frame.cuh"
 
 extern "C" __device__ int nbv_round_sum(int total);
 extern "C" __device__ int nbv_vertical_first(int width, int height, int out_width, int out_height);
 #define CHANNELS (PIXEL_BYTES == 1 ? 1 : 3)  // alpha is dropped
-constexpr int COLUMNS = 32, LINES = 16, WARPS = 8, THREADS = 32 * WARPS;
-constexpr int OWN = LINES / WARPS;       // output lines of a thread
-constexpr int RAW_BYTES = 30 * 1024;     // of source lines at a time
-constexpr int MAX_LINES = 32;            // of those, at most: one for each lane
+// Tensor cores multiply 16 bytes of 16 lines by 8 columns at once. Older cards sum four products an instruction.
+#define TENSOR (__CUDA_ARCH__ >= 800)
+constexpr int COLUMNS = 32, WARPS = 8, THREADS = 32 * WARPS;
+constexpr int BLOCKS = PIXEL_BYTES == 4 && __CUDA_ARCH__ == 800 ? 2 : 3;  // with three, that one would spill
+constexpr int OWN = LINES / WARPS;    // output lines of a thread
+constexpr int RAW_BYTES = 30 * 1024;  // of source lines at a time
+constexpr int MAX_LINES = 32;         // of those, at most: one for each lane, or two tiles of 16
 constexpr int BETWEEN_PITCH = COLUMNS + 1;
 
-// Bytes times weights, four at once. A weight is three bytes, of which the highest has the sign.
-struct Sums {
-    unsigned low = 0, middle = 0;
-    int high = 0;
-    __device__ __forceinline__ void add(unsigned four, const uint4 &weights) {
-        low = __dp4a(four, weights.x, low);
-        middle = __dp4a(four, weights.y, middle);
-        asm("dp4a.u32.s32 %0, %1, %2, %0;" : "+r"(high) : "r"(four), "r"(weights.z));
-    }
-    __device__ __forceinline__ int total() const { return (int)(low + (middle << 8)) + (high << 16); }
-};
+// Groups of four weights in a packed entry: a window starts at a multiple of four pixels, with zeros before its first.
+__device__ __forceinline__ int groups_of(const int *entry) {
+    return entry[1] == 0 ? 0 : ((entry[0] & 3) + entry[1] + 3) / 4;
+}
 
 // Four pixels in words, sorted by channel.
 __device__ __forceinline__ void sort_channels(const unsigned *words, unsigned *channels) {
@@ -44,34 +41,135 @@ __device__ __forceinline__ void sort_channels(const unsigned *words, unsigned *c
 #endif
 }
 
-// Sums along a line in shared memory, from byte `start` of `words`; tables are padded to groups of four.
-__device__ __forceinline__ void sum_line(const unsigned *words, int start, const int *entry, int *totals) {
-    const unsigned *at = words + start / 4;
-    const int bits = 8 * (start & 3), count = entry[1];
-    const uint4 *weights = reinterpret_cast<const uint4 *>(entry + 4);
-    Sums sums[CHANNELS];
-    unsigned carried = at[0];
-#pragma unroll 2
-    for (int tap = 0; tap < count; tap += 4) {
-        unsigned group[PIXEL_BYTES], channels[CHANNELS];
+#if TENSOR
+// What a lane needs of eight neighbouring columns: its column's weights, and where the windows of all begin and end.
+struct Tile {
+    const uint4 *weights;
+    int groups, group, steps;  // the lane's first group is before its column's first if another column begins earlier
+    int word;                  // where the lane's first four pixels are on a line that begins at `left`
+};
+__device__ __forceinline__ Tile tile_of(const int *entry, int lane, int left) {
+    const int begin = entry[0] & ~3, groups = groups_of(entry), quarter = lane % 4;
+    const int stop = __reduce_max_sync(~0u, groups == 0 ? 0 : begin + 4 * groups);
+    const int start = __reduce_min_sync(~0u, groups == 0 ? stop : begin);
+    return {reinterpret_cast<const uint4 *>(entry + 4), groups, (start - begin) / 4 + quarter, (stop - start + 15) / 16,
+            ((start - left) / 4 + quarter) * PIXEL_BYTES};
+}
+
+// Sums of 16 lines and 8 columns as one product of matrices, by the warp: pixels times weights, which are zero outside a
+// column's window. Totals: lines lane / 4 and that + 8, of columns 2 * (lane % 4) and the next, in this order.
+__device__ __forceinline__ void sum_tile(const unsigned *upper, const unsigned *lower, const Tile &tile,
+                                         int totals[4][CHANNELS]) {
+    int sums[CHANNELS][3][4] = {};  // of the weights' low, middle and high bytes
+    upper += tile.word;
+    lower += tile.word;
+#pragma unroll (PIXEL_BYTES == 4 ? 1 : 2)
+    for (int step = 0; step < tile.steps; ++step) {
+        const int group = tile.group + 4 * step;
+        const uint4 none = {0, 0, 0, 0}, weight = (unsigned)group < tile.groups ? __ldg(tile.weights + group) : none;
+        unsigned above[CHANNELS], below[CHANNELS];
+        sort_channels(upper + 4 * PIXEL_BYTES * step, above);
+        sort_channels(lower + 4 * PIXEL_BYTES * step, below);
+#define MULTIPLY(types, sum, weight)                                                                              \
+    asm("mma.sync.aligned.m16n8k16.row.col.s32." types ".s32 {%0, %1, %2, %3}, {%4, %5}, {%6}, {%0, %1, %2, %3};"   \
+        : "+r"(sum[0]), "+r"(sum[1]), "+r"(sum[2]), "+r"(sum[3])                                                   \
+        : "r"(above[c]), "r"(below[c]), "r"(weight))
 #pragma unroll
-        for (int i = 0; i < PIXEL_BYTES; ++i) {
-            const unsigned next = at[i + 1];
-            group[i] = __funnelshift_r(carried, next, bits);
-            carried = next;
+        for (int c = 0; c < CHANNELS; ++c) {
+            MULTIPLY("u8.u8", sums[c][0], weight.x);
+            MULTIPLY("u8.u8", sums[c][1], weight.y);
+            MULTIPLY("u8.s8", sums[c][2], weight.z);
         }
-        at += PIXEL_BYTES;
-        sort_channels(group, channels);
-        const uint4 four = __ldg(weights++);
-#pragma unroll
-        for (int c = 0; c < CHANNELS; ++c) sums[c].add(channels[c], four);
+#undef MULTIPLY
     }
 #pragma unroll
-    for (int c = 0; c < CHANNELS; ++c) totals[c] = sums[c].total();
+    for (int i = 0; i < 4; ++i)
+#pragma unroll
+        for (int c = 0; c < CHANNELS; ++c)
+            totals[i][c] = (int)((unsigned)sums[c][0][i] + ((unsigned)sums[c][1][i] << 8) + ((unsigned)sums[c][2][i] << 16));
 }
+
+// Lines of the source straight into shared memory, every eighth by a warp and all of them under way at once. Whole words,
+// but none without a byte of the window, so nothing outside the allocation is touched.
+__device__ __forceinline__ void fetch_lines(const unsigned char *from, long long pitch, int line_bytes, int lines,
+                                            unsigned *to, int line_words, int lane) {
+    const unsigned shared = (unsigned)__cvta_generic_to_shared(to);
+    if (((reinterpret_cast<unsigned long long>(from) | pitch) & 15) == 0) {
+#pragma unroll 1
+        for (int byte = 16 * lane; byte < line_bytes; byte += 16 * 32) {
+            const unsigned char *source = from + byte;
+            unsigned target = shared + byte;
+#pragma unroll 1
+            for (int line = 0; line < lines; line += WARPS, source += WARPS * pitch, target += 4 * WARPS * line_words)
+                asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(target), "l"(source) : "memory");
+        }
+    } else {
+#pragma unroll 1
+        for (int line = 0; line < lines; line += WARPS) {
+            const unsigned char *source = from + line * pitch;
+            const int shift = (int)(reinterpret_cast<unsigned long long>(source) & 3);
+            const unsigned target = shared + 4 * line * line_words;
+#pragma unroll 4
+            for (int byte = 4 * lane; byte < shift + line_bytes; byte += 4 * 32)
+                asm volatile("cp.async.ca.shared.global [%0], [%1], 4;" ::"r"(target + byte), "l"(source - shift + byte)
+                             : "memory");
+        }
+    }
+}
+
+// Moves fetched lines to the beginning of a word.
+__device__ __forceinline__ void align_lines(const unsigned char *from, long long pitch, int line_bytes, int lines,
+                                            unsigned *to, int line_words, int lane) {
+    if (((reinterpret_cast<unsigned long long>(from) | pitch) & 3) == 0) return;
+    const int words = (line_bytes + 3) / 4;
+#pragma unroll 1
+    for (int line = 0; line < lines; line += WARPS, from += WARPS * pitch, to += WARPS * line_words) {
+        const int shift = 8 * (int)(reinterpret_cast<unsigned long long>(from) & 3);
+        for (int word = lane; word - lane < words; word += 32) {
+            unsigned moved = 0;
+            if (word < words) moved = __funnelshift_r(to[word], to[word + 1], shift);
+            __syncwarp();
+            if (word < words) to[word] = moved;
+            __syncwarp();
+        }
+    }
+}
+#else
+// The sum of one line and column, four products at once.
+__device__ __forceinline__ void sum_line(const unsigned *words, const int *entry, int *totals) {
+    const uint4 *weights = reinterpret_cast<const uint4 *>(entry + 4);
+    const int groups = groups_of(entry);
+    unsigned low[CHANNELS] = {}, middle[CHANNELS] = {};
+    int high[CHANNELS] = {};
+#pragma unroll 2
+    for (int group = 0; group < groups; ++group, words += PIXEL_BYTES) {
+        unsigned four[CHANNELS];
+        sort_channels(words, four);
+        const uint4 weight = __ldg(weights + group);
+#pragma unroll
+        for (int c = 0; c < CHANNELS; ++c) {
+            low[c] = __dp4a(four[c], weight.x, low[c]);
+            middle[c] = __dp4a(four[c], weight.y, middle[c]);
+            asm("dp4a.u32.s32 %0, %1, %2, %0;" : "+r"(high[c]) : "r"(four[c]), "r"(weight.z));
+        }
+    }
+#pragma unroll
+    for (int c = 0; c < CHANNELS; ++c) totals[c] = (int)(low[c] + (middle[c] << 8)) + (high[c] << 16);
+}
+
+// A line of the source into shared memory, by the warp. Whole words, but none without a byte of the window, so nothing
+// outside the allocation is touched.
+__device__ __forceinline__ void load_line(const unsigned char *from, int line_bytes, unsigned *to, int lane) {
+    const int shift = (int)(reinterpret_cast<unsigned long long>(from) & 3), last = (shift + line_bytes - 1) / 4;
+    const unsigned *words = reinterpret_cast<const unsigned *>(from - shift);
+    for (int word = lane; word < (line_bytes + 3) / 4; word += 32)
+        to[word] = __funnelshift_r(__ldg(words + word), __ldg(words + min(word + 1, last)), 8 * shift);
+}
+#endif
 
 // One weight of a packed entry.
 __device__ __forceinline__ int weight_of(const int *entry, int tap) {
+    tap += entry[0] & 3;
     const int *four = entry + 4 + (tap & ~3);
     const int shift = 8 * (tap & 3);
     return (int)((unsigned)four[0] >> shift & 255) | (int)((unsigned)four[1] >> shift & 255) << 8 |
@@ -117,14 +215,13 @@ __device__ __forceinline__ unsigned rounded(const int *totals) {
     return pixel;
 }
 
-extern "C" __global__ void __launch_bounds__(THREADS, 4)
+extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
     resample(const unsigned char *pixels, const long long *__restrict__ sources, const int *__restrict__ regions,
-             const int *__restrict__ x_table, const int *__restrict__ y_table, int x_limit, int y_limit,
+             const int *__restrict__ x_table, const int *__restrict__ y_table, int x_limit, int y_limit, int width_first,
              Stored *__restrict__ out, int height, int width, int swap, float gain_0, float gain_1, float gain_2,
              float bias_0, float bias_1, float bias_2, float fill_0, float fill_1, float fill_2 CHAIN_PARAMETERS) {
-    __shared__ unsigned raw[RAW_BYTES / 4 + 8];
+    __shared__ alignas(16) unsigned raw[RAW_BYTES / 4 + 8 * PIXEL_BYTES];  // the last window's padding lies behind
     __shared__ unsigned between[MAX_LINES * BETWEEN_PITCH];  // a pixel a word
-    __shared__ int extents[4];
 
     const int *row = regions + (long long)blockIdx.z * REGION_FIELDS;
     const Source source = reinterpret_cast<const Source *>(sources)[2 * row[REGION_IMAGE]];
@@ -137,30 +234,30 @@ extern "C" __global__ void __launch_bounds__(THREADS, 4)
     const int *x_entries = x_table + ((long long)blockIdx.z * width + x_first) * x_stride;
     const int *y_entries = y_table + ((long long)blockIdx.z * height + y_first) * y_stride;
     const int columns = min(COLUMNS, width - x_first), out_lines = min(LINES, height - y_first);
-    const bool in_columns = lane < columns && x_entries[lane * x_stride + 1] > 0;
 
-    // Columns and lines of the source that the block needs.
-    if (thread < 4) extents[thread] = thread & 1 ? 0 : 0x7fffffff;
-    __syncthreads();
-    if (warp == 0 && in_columns) {
-        atomicMin(&extents[0], x_entries[lane * x_stride]);
-        atomicMax(&extents[1], x_entries[lane * x_stride] + x_entries[lane * x_stride + 1]);
+    // What the block needs of the source lies between the windows of its first and last column and line in the region.
+    const int x_begin = max(row[REGION_LEFT] - x_first, 0), y_begin = max(row[REGION_TOP] - y_first, 0);
+    const int x_last = min(row[REGION_LEFT] + row[REGION_OUT_WIDTH] - x_first, columns) - 1;
+    const int y_last = min(row[REGION_TOP] + row[REGION_OUT_HEIGHT] - y_first, out_lines) - 1;
+    const bool anything = x_begin <= x_last && y_begin <= y_last, in_columns = lane >= x_begin && lane <= x_last;
+    int left = 0, right = 0, top = 0, bottom = 0;
+    if (anything) {
+        left = x_entries[x_begin * x_stride] & ~15;
+        right = x_entries[x_last * x_stride] + x_entries[x_last * x_stride + 1];
+        top = y_entries[y_begin * y_stride];
+        bottom = y_entries[y_last * y_stride] + y_entries[y_last * y_stride + 1];
     }
-    if (warp == 1 && lane < out_lines && y_entries[lane * y_stride + 1] > 0) {
-        atomicMin(&extents[2], y_entries[lane * y_stride]);
-        atomicMax(&extents[3], y_entries[lane * y_stride] + y_entries[lane * y_stride + 1]);
-    }
-    __syncthreads();
-    const int left = extents[0], right = extents[1], top = extents[2], bottom = extents[3];
-    const bool anything = right > 0 && bottom > 0;
-    const int line_bytes = anything ? (right - left) * PIXEL_BYTES : 0;
-    // Words of a line in shared memory: four pixels more for the padding of windows, and a word for the shift. Odd, so
-    // that the same word of 32 lines lies in 32 banks.
-    const int line_words = ((line_bytes + 4 * PIXEL_BYTES + 3) / 4 + 2) | 1;
+    const int line_bytes = (right - left) * PIXEL_BYTES;
+    // Words of a line in shared memory, such that what a warp reads at once, of eight lines or of 32, lies in 32 banks.
+    int line_words = (line_bytes + 3 + 15) / 16 * 4;  // three bytes are those of a word before the first
+    if (!TENSOR) line_words |= 1;
+    else if (PIXEL_BYTES == 4) line_words = (line_words + 15) / 32 * 32 + 16;
+    else line_words = (line_words + 3) / 8 * 8 + 4;
     const bool fits = line_words <= RAW_BYTES / 4;
     const int lines_at_once = min(MAX_LINES, fits ? RAW_BYTES / 4 / line_words : MAX_LINES);
-    const bool across_first = anything && nbv_vertical_first(row[REGION_WIDTH], row[REGION_HEIGHT],
-                                                             row[REGION_OUT_WIDTH], row[REGION_OUT_HEIGHT]);
+    const bool across_first = anything && !width_first &&
+                              nbv_vertical_first(row[REGION_WIDTH], row[REGION_HEIGHT], row[REGION_OUT_WIDTH],
+                                                 row[REGION_OUT_HEIGHT]);
 
     int sums[OWN][CHANNELS];
 #pragma unroll
@@ -168,6 +265,10 @@ extern "C" __global__ void __launch_bounds__(THREADS, 4)
 #pragma unroll
         for (int c = 0; c < CHANNELS; ++c) sums[o][c] = 0;
 
+#if TENSOR
+    const int tile_line = warp % 2 * 16, tile_column = warp / 2 * 8;
+    const Tile tile = tile_of(x_entries + min(tile_column + lane / 4, columns - 1) * x_stride, lane, left);
+#endif
     // `first` counts source lines, or the block's own lines where each is summed across the source first.
     const int stop = across_first ? out_lines : bottom;
     for (int first = across_first ? 0 : top; anything && first < stop; first += lines_at_once) {
@@ -184,29 +285,51 @@ extern "C" __global__ void __launch_bounds__(THREADS, 4)
                 reinterpret_cast<unsigned char *>(raw + line * line_words)[byte] = (unsigned char)nbv_round_sum(total);
             }
         } else if (fits) {
-            // Whole words, but none without a byte of the window, so nothing outside the allocation is touched.
-            for (int line = warp; line < lines; line += WARPS) {
-                const unsigned long long address = reinterpret_cast<unsigned long long>(
-                    origin + (first + line) * source.pitch + (long long)left * PIXEL_BYTES);
-                const unsigned *from = reinterpret_cast<const unsigned *>(address & ~3ull);
-                const int words = ((int)(address & 3) + line_bytes + 3) / 4;
-                for (int word = lane; word < words; word += 32) raw[line * line_words + word] = __ldg(from + word);
-            }
+#if TENSOR
+            const unsigned char *from = origin + (first + warp) * source.pitch + (long long)left * PIXEL_BYTES;
+            fetch_lines(from, source.pitch, line_bytes, lines - warp, raw + warp * line_words, line_words, lane);
+            // The next lines come as far as the L2 cache meanwhile: a thread asks for 128 bytes.
+            if (thread / 8 < stop - first - lines && thread % 8 * 128 < line_bytes)
+                asm volatile("prefetch.global.L2 [%0];" ::"l"(from + (lines - warp + thread / 8) * source.pitch +
+                                                              thread % 8 * 128));
+            asm volatile("cp.async.wait_all;" ::: "memory");
+            __syncwarp();
+            align_lines(from, source.pitch, line_bytes, lines - warp, raw + warp * line_words, line_words, lane);
+#else
+            for (int line = warp; line < lines; line += WARPS)
+                load_line(origin + (first + line) * source.pitch + (long long)left * PIXEL_BYTES, line_bytes, raw + line * line_words, lane);
+#endif
         }
         __syncthreads();
-        // Along the lines: a lane has a line, so the weights of a column serve the whole warp.
-        for (int column = warp; column < columns; column += WARPS) {
+#if TENSOR
+        // Along the lines: a warp has a tile.
+        if (fits && tile_line < lines && tile_column < columns) {
+            const unsigned *upper = raw + min(tile_line + lane / 4, lines - 1) * line_words;
+            const unsigned *lower = raw + min(tile_line + lane / 4 + 8, lines - 1) * line_words;
+            int totals[4][CHANNELS];
+            sum_tile(upper, lower, tile, totals);
+            unsigned *to = between + (tile_line + lane / 4) * BETWEEN_PITCH + tile_column + lane % 4 * 2;
+#pragma unroll
+            for (int i = 0; i < 4; ++i) to[i / 2 * 8 * BETWEEN_PITCH + i % 2] = rounded(totals[i]);
+        }
+        const int first_far = fits ? columns : warp;
+#else
+        const int first_far = warp;
+#endif
+        // Here a lane has a line, so the weights of a column serve the whole warp.
+#pragma unroll 1
+        for (int column = first_far; column < columns; column += WARPS) {
             const int *entry = x_entries + column * x_stride;
             if (entry[1] == 0 || lane >= lines) continue;
             int along[CHANNELS];
-            if (fits) {
-                const unsigned char *start = origin + (first + lane) * source.pitch + (long long)left * PIXEL_BYTES;
-                const int shift = across_first ? 0 : (int)(reinterpret_cast<unsigned long long>(start) & 3);
-                sum_line(raw + lane * line_words, shift + (entry[0] - left) * PIXEL_BYTES, entry, along);
-            } else if (across_first) {
+            if (across_first && !fits) {
                 sum_far_column(origin, source.pitch, entry, y_entries + (first + lane) * y_stride, along);
-            } else {
+            } else if (!fits) {
                 sum_far_line(origin + (first + lane) * source.pitch, entry, along);
+            } else {
+#if !TENSOR
+                sum_line(raw + lane * line_words + ((entry[0] & ~3) - left) / 4 * PIXEL_BYTES, entry, along);
+#endif
             }
             between[lane * BETWEEN_PITCH + column] = rounded(along);
         }
@@ -215,22 +338,21 @@ extern "C" __global__ void __launch_bounds__(THREADS, 4)
 #pragma unroll
         for (int o = 0; o < OWN; ++o) {
             const int line = warp + o * WARPS;
-            if (!in_columns || line >= out_lines) continue;
+            if (!in_columns || line < y_begin || line > y_last) continue;
             const int *entry = y_entries + line * y_stride;
-            int from = max(entry[0], first), until = min(entry[0] + entry[1], first + lines);
-            if (across_first) {
-                from = line;
-                until = line >= first && line < first + lines ? line + 1 : line;
+            if (across_first) {  // nothing is left to sum
+                if (line < first || line >= first + lines) continue;
+                const unsigned pixel = between[(line - first) * BETWEEN_PITCH + lane];
+#pragma unroll
+                for (int c = 0; c < CHANNELS; ++c) sums[o][c] = (int)(pixel >> 8 * c & 255) << 22;
+                continue;
             }
+            const int until = min(entry[0] + entry[1], first + lines), *weights = entry + 4 - entry[0];
 #pragma unroll 4
-            for (int at = from; at < until; ++at) {
-                const int weight = across_first ? 1 << 22 : entry[4 + at - entry[0]];
+            for (int at = max(entry[0], first); at < until; ++at) {
                 const unsigned pixel = between[(at - first) * BETWEEN_PITCH + lane];
-                sums[o][0] += (int)(pixel & 255) * weight;
-#if CHANNELS == 3
-                sums[o][1] += (int)(pixel >> 8 & 255) * weight;
-                sums[o][2] += (int)(pixel >> 16) * weight;
-#endif
+#pragma unroll
+                for (int c = 0; c < CHANNELS; ++c) sums[o][c] += (int)(pixel >> 8 * c & 255) * __ldg(weights + at);
             }
         }
         __syncthreads();
@@ -245,7 +367,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, 4)
         const int y = y_first + warp + o * WARPS;
         if (y >= height) return;
         float values[3] = {fill_0, fill_1, fill_2};
-        if (in_columns && y_entries[(warp + o * WARPS) * y_stride + 1] > 0) {
+        const int line = warp + o * WARPS;
+        if (in_columns && line >= y_begin && line <= y_last) {
             values[0] = (float)nbv_round_sum(sums[o][0]);
             values[1] = CHANNELS == 3 ? (float)nbv_round_sum(sums[o][CHANNELS - 2]) : values[0];
             values[2] = CHANNELS == 3 ? (float)nbv_round_sum(sums[o][CHANNELS - 1]) : values[0];

@@ -1,5 +1,6 @@
 """The resample family: separable windows of any width, as Pillow resizes.  Antialiased, because a window grows with the
-scale.
+scale.  torch's antialiased linear is one of them to a level: no weight is negative, so rounding between the passes
+costs no more.
 
 An axis has a *tap table*: an entry for each column (or line) of the canvas, with the first source column, the count,
 and the weights in fixed point.  :func:`write_taps` fills it in float64, as Pillow does; the images are integers only.
@@ -26,7 +27,6 @@ __all__ = [
     "HEADER",
     "LANCZOS",
     "LINEAR",
-    "ORDERS",
     "SUPPORT",
     "TAP_GROUP",
     "fill_taps_cpu",
@@ -40,7 +40,7 @@ __all__ = [
 BOX, LINEAR, HAMMING, CUBIC, LANCZOS = range(5)
 SUPPORT = {BOX: 0.5, LINEAR: 1.0, HAMMING: 1.0, CUBIC: 2.0, LANCZOS: 3.0}  # half a window, in output pixels
 HEADER = 4  # numbers of an entry before its weights, so that these can be read 16 bytes at a time
-TAP_GROUP = 4  # tables are padded with zeros to whole groups, which is what the frame reads at once
+TAP_GROUP = 4  # tables are whole groups, which is what the frame reads at once
 WEIGHT_BITS = 22
 HAMMING_MEAN, HAMMING_SWING = float(np.float32(0.54)), float(np.float32(0.46))  # Pillow has them in single precision
 STRIP = 16  # lines of a canvas that the CPU makes at a time
@@ -141,22 +141,27 @@ def write_taps_of(table, regions, item, across, canvas_length, limit, vertical, 
 @pixel_function
 def pack_taps(table, entry, limit):
     """The weights of each group of four as their low, middle and high bytes, which is how the frame multiplies four
-    pixels at once; the fourth word stays unused."""
-    for group in range(entry + HEADER, entry + HEADER + limit, TAP_GROUP):
+    pixels at once; the fourth word stays unused. Groups start at multiples of four pixels: up to three zeros come
+    first, and ``limit`` has room for them."""
+    zeros = table[entry] % TAP_GROUP
+    last = np.int32(limit - TAP_GROUP)
+    for before in range(0, limit, TAP_GROUP):  # from the last group, as weights move towards the end
+        group = np.int32(last - before)
         low = np.uint32(0)
         middle = np.uint32(0)
         high = np.uint32(0)
         for tap in range(TAP_GROUP):
-            weight = np.uint32(table[group + tap])
+            place = np.int32(group + tap - zeros)
+            weight = np.uint32(table[entry + HEADER + place] if place >= 0 else np.int32(0))
             shift = np.uint32(8 * tap)
             low = np.uint32(low | np.uint32(np.uint32(weight & np.uint32(255)) << shift))
             middle = np.uint32(
                 middle | np.uint32(np.uint32(np.uint32(weight >> np.uint32(8)) & np.uint32(255)) << shift)
             )
             high = np.uint32(high | np.uint32(np.uint32(np.uint32(weight >> np.uint32(16)) & np.uint32(255)) << shift))
-        table[group] = np.int32(low)
-        table[group + 1] = np.int32(middle)
-        table[group + 2] = np.int32(high)
+        table[entry + HEADER + group] = np.int32(low)
+        table[entry + HEADER + group + 1] = np.int32(middle)
+        table[entry + HEADER + group + 2] = np.int32(high)
 
 
 def fill_taps_cpu(table, regions, canvas_length, limit, vertical, kind):
@@ -169,18 +174,9 @@ def fill_taps_cpu(table, regions, canvas_length, limit, vertical, kind):
 
 @pixel_function
 def vertical_first(width, height, out_width, out_height):
-    """Whether Pillow 13 shrinks the height before the width."""
+    """Whether Pillow 13 shrinks the height before the width, which Pillow 11 and 12 never do, nor torch."""
     shrinks = np.int32(height - out_height)
     return shrinks > 0 and shrinks > 2 * np.int32(width - out_width)
-
-
-@pixel_function
-def never_vertical_first(width, height, out_width, out_height):
-    """Pillow 11 and 12 always shrink the width first."""
-    return False
-
-
-ORDERS = {"pil": vertical_first, "pil-11": never_vertical_first}
 
 
 @pixel_function
@@ -198,11 +194,10 @@ def sum_of_taps(values, at, to_next, table, entry):
     return round_sum(total)
 
 
-def make_cpu_loop(store, chain=None, order="pil"):
+def make_cpu_loop(store, chain=None):
     """The plan as a parallel CPU loop over strips of output lines; see ``preprocess.make_cpu_loop``."""
     shade = make_shade(chain)
     save = make_store(store)
-    is_vertical_first = ORDERS[order]
 
     @compiled_apart
     def make_strip(
@@ -214,6 +209,7 @@ def make_cpu_loop(store, chain=None, order="pil"):
         y_table,
         x_limit,
         y_limit,
+        width_first,
         out,
         items,
         height,
@@ -258,7 +254,7 @@ def make_cpu_loop(store, chain=None, order="pil"):
                 left = min(left, np.int64(x_table[entry]))
                 right = max(right, np.int64(x_table[entry] + x_table[entry + 1]))
         anything = high > 0 and right > 0
-        first_vertical = is_vertical_first(
+        first_vertical = not width_first and vertical_first(
             regions[row + region.WIDTH],
             regions[row + region.HEIGHT],
             regions[row + region.OUT_WIDTH],
@@ -327,6 +323,7 @@ def make_cpu_loop(store, chain=None, order="pil"):
         y_table,
         x_limit,
         y_limit,
+        width_first,
         out,
         items,
         height,
@@ -351,6 +348,7 @@ def make_cpu_loop(store, chain=None, order="pil"):
                 y_table,
                 x_limit,
                 y_limit,
+                width_first,
                 out,
                 items,
                 height,

@@ -22,6 +22,7 @@ __all__ = [
     "exact_along_x",
     "exact_along_y",
     "exact_blend",
+    "exact_down",
     "fast_along",
     "fast_blend",
     "nearest_along",
@@ -116,10 +117,16 @@ def exact_blend(top_left, top_right, bottom_left, bottom_right, left_weight, rig
     # Numba widens int32 products to int64; every one is cast back, or the kernel is a quarter slower.
     above = np.int32(np.int32(np.int32(top_left) * left_weight) + np.int32(np.int32(top_right) * right_weight))
     below = np.int32(np.int32(np.int32(bottom_left) * left_weight) + np.int32(np.int32(bottom_right) * right_weight))
+    return exact_down(above, below, top_weight, bottom_weight)
+
+
+@pixel_function
+def exact_down(above, below, top_weight, bottom_weight):
+    """The second half of :func:`exact_blend`: of the weighted sums along two lines."""
     # All terms are positive and sum to at most 255.5 * 4, so there is nothing to saturate.
-    above = np.int32(np.int32(np.int32(above >> 4) * top_weight) >> 16)
+    above = np.int32(np.int32(np.int32(np.int32(above >> 4) * top_weight) + (2 << 16)) >> 16)  # 2: half of the last 4
     below = np.int32(np.int32(np.int32(below >> 4) * bottom_weight) >> 16)
-    return np.float32(np.int32(np.int32(above + below + 2) >> 2))
+    return np.float32(np.int32(np.int32(above + below) >> 2))
 
 
 @pixel_function

@@ -1,5 +1,5 @@
 """The window family: each output pixel sums its own window of the source, straight through.  OpenCV's area and cubic,
-and torch's antialiased filters, none of which round between the two axes as Pillow does.
+and torch's antialiased cubic, which do not round between the two axes as Pillow does.
 
 An axis has a tap table, laid out as in ``resample.py``; an entry's weights are integers or the bits of floats, by its
 ``MODE``.  A window is a pixel function of one channel of one output pixel.
@@ -25,7 +25,7 @@ from nbvision_kernels.pixel import (
     rint32,
 )
 from nbvision_kernels.preprocess import make_store
-from nbvision_kernels.resample import HEADER, LINEAR, filter_support, filter_value
+from nbvision_kernels.resample import CUBIC, HEADER, filter_support, filter_value
 from nbvision_kernels.sampling import exact_blend
 
 __all__ = [
@@ -33,7 +33,6 @@ __all__ = [
     "CV2_CUBIC",
     "KINDS",
     "TORCH_CUBIC",
-    "TORCH_LINEAR",
     "WINDOWS",
     "fill_windows_cpu",
     "make_cpu_loop",
@@ -41,12 +40,11 @@ __all__ = [
     "write_window_of",
 ]
 
-CV2_AREA, CV2_CUBIC, TORCH_LINEAR, TORCH_CUBIC = range(4)
+CV2_AREA, CV2_CUBIC, TORCH_CUBIC = range(3)
 # parity, interpolation -> kind, and half a window in the wider of source and output pixels; None is four source pixels
 KINDS = {
     ("cv2", "area"): (CV2_AREA, 0.5),
     ("cv2", "cubic"): (CV2_CUBIC, None),
-    ("torch", "linear"): (TORCH_LINEAR, 1.0),
     ("torch", "cubic"): (TORCH_CUBIC, 2.0),
 }
 
@@ -57,7 +55,6 @@ WEIGHTED, MEAN, MEAN_OF_FOUR, BLENDED = range(4)
 WEIGHT_BITS = 11  # of OpenCV's integer weights
 VECTOR = 8  # values that OpenCV's cubic makes at once, in float32; those left over of a line it makes in integers
 THIN = 1e-3  # what of a pixel OpenCV's area leaves out
-CUBIC_TORCH = 3  # of resample.py: Keys' a = -0.5, which torch takes when it antialiases
 
 
 # --- tables -----------------------------------------------------------------------------------------------------------
@@ -158,11 +155,11 @@ def write_cubic(table, at, index, source_length, length):
 
 
 @pixel_function
-def write_antialiased(table, at, limit, index, source_length, length, kind):
-    """torch's antialiased filters: Pillow's windows, with weights in float32."""
+def write_antialiased_cubic(table, at, limit, index, source_length, length):
+    """torch's antialiased cubic: Pillow's windows, with weights in float32."""
     scale = np.float64(source_length) / np.float64(length)
     widening = max(scale, np.float64(1.0))
-    support = filter_support(kind) * widening
+    support = filter_support(CUBIC) * widening
     narrowing = np.float64(1.0) / widening
     center = (np.float64(index) + 0.5) * scale
     first = max(np.int64(center - support + 0.5), np.int64(0))
@@ -170,11 +167,11 @@ def write_antialiased(table, at, limit, index, source_length, length, kind):
     count = clamp(stop - first, np.int64(0), np.int64(limit))
     total = np.float64(0.0)
     for tap in range(count):
-        total += filter_value(kind, (np.float64(tap + first) - center + 0.5) * narrowing)
+        total += filter_value(CUBIC, (np.float64(tap + first) - center + 0.5) * narrowing)
     table[at + FIRST] = np.int32(first)
     table[at + COUNT] = np.int32(count)
     for tap in range(count):
-        weight = filter_value(kind, (np.float64(tap + first) - center + 0.5) * narrowing)
+        weight = filter_value(CUBIC, (np.float64(tap + first) - center + 0.5) * narrowing)
         table[at + HEADER + tap] = bits_of(weight / total if total != 0.0 else weight)
 
 
@@ -198,8 +195,7 @@ def write_window_of(table, regions, item, across, canvas_length, limit, vertical
         elif kind == CV2_CUBIC:
             write_cubic(table, at, index, source_length, length)
         else:
-            filter_kind = LINEAR if kind == TORCH_LINEAR else CUBIC_TORCH
-            write_antialiased(table, at, limit, index, source_length, length, filter_kind)
+            write_antialiased_cubic(table, at, limit, index, source_length, length)
 
 
 def fill_windows_cpu(table, regions, canvas_length, limit, vertical, kind):
@@ -317,7 +313,7 @@ def float_window(pixels, at, pitch, pixel_bytes, x_table, x_entry, y_table, y_en
     return rint32(clamp(result, np.float32(0), np.float32(255)))
 
 
-WINDOWS = {CV2_AREA: area_window, CV2_CUBIC: cubic_window, TORCH_LINEAR: float_window, TORCH_CUBIC: float_window}
+WINDOWS = {CV2_AREA: area_window, CV2_CUBIC: cubic_window, TORCH_CUBIC: float_window}
 
 
 @functools.cache

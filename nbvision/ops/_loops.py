@@ -26,13 +26,13 @@ def plan_loop(sampler: int, store: int, chain: Chain | None, source_type: int) -
 
 
 @functools.cache
-def windows_loop(parity: str, kind: int, store: int, chain: Chain | None) -> Any:
+def windows_loop(module: str, kind: int, store: int, chain: Chain | None) -> Any:
     """The families that read tap tables."""
     from nbvision_kernels import resample, window
 
     name = f"{store}" + (f"-{chain.digest}" if chain else "")
-    if parity.startswith("pil"):
-        return cpu_loop(f"resample-{parity}-{name}", resample.make_cpu_loop(store, chain, parity))
+    if module == "resample":
+        return cpu_loop(f"resample-{name}", resample.make_cpu_loop(store, chain))
     return cpu_loop(f"window-{kind}-{name}", window.make_cpu_loop(kind, store, chain))
 
 

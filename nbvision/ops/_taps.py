@@ -25,11 +25,11 @@ _MAX_GRID_Y = 65535
 @dataclass(frozen=True)
 class TapTables:
     """``x`` is (N, width, taps + 4) int32, ``y`` (N, height, taps + 4), entries as ``nbvision_kernels.resample`` and
-    ``.window`` lay them out; ``limits`` are the taps of x and y."""
+    ``.window`` lay them out; ``numbers`` are the taps of x and y, and what else the kernel takes beside the tables."""
 
     x: Any
     y: Any
-    limits: tuple[np.int32, np.int32]
+    numbers: tuple[np.int32, ...]
 
 
 @dataclass(frozen=True)
@@ -45,6 +45,8 @@ class Windows:
         The filter, in the module's words.
     support : float or None
         Half a window, in the wider of source and output pixels; None for a window of four source pixels.
+    numbers : tuple of numpy.int32
+        What else its kernel takes.
     """
 
     module: str
@@ -52,9 +54,11 @@ class Windows:
     kernel: str
     kind: int
     support: float | None
+    numbers: tuple[np.int32, ...] = ()
 
     def limits(self, regions: npt.NDArray[np.int32]) -> tuple[np.int32, np.int32]:
-        """Taps that the widest window of these regions can have, along x and y, in whole groups."""
+        """Taps that the widest window of these regions can have, along x and y, in whole groups that may start up to
+        three taps before it."""
         from nbvision_kernels.regions import HEIGHT, OUT_HEIGHT, OUT_WIDTH, WIDTH
 
         scales = regions[:, [WIDTH, HEIGHT]] / np.maximum(regions[:, [OUT_WIDTH, OUT_HEIGHT]], 1)
@@ -91,13 +95,13 @@ class Windows:
                     grid = (-(-length // 64), len(table[part]))
                     kernel(grid, (64,), (table[part], geometry.regions[part], *numbers))
             tables.append(table)
-        return TapTables(tables[0], tables[1], limits)
+        return TapTables(tables[0], tables[1], (*limits, *self.numbers))
 
     def _taps_at(self, scale: float) -> np.int32:
         from nbvision_kernels.resample import TAP_GROUP
 
         taps = 4 if self.support is None else math.ceil(self.support * max(scale, 1.0)) * 2 + 1
-        limit: np.int32 = np.int32(math.ceil(taps / TAP_GROUP) * TAP_GROUP)
+        limit: np.int32 = np.int32(math.ceil((taps + TAP_GROUP - 1) / TAP_GROUP) * TAP_GROUP)
         return limit
 
 
@@ -105,9 +109,10 @@ def windows_of(parity: str, interpolation: str) -> Windows | None:
     """The filter of a parity and an interpolation that has one."""
     from nbvision_kernels import resample, window
 
-    if parity.startswith("pil"):
+    if parity.startswith("pil") or (parity, interpolation) == ("torch", "linear"):
         kind = getattr(resample, interpolation.upper())
-        return Windows("resample", "fill_taps_cpu", "fill_taps_kernel", kind, resample.SUPPORT[kind])
+        width_first = np.int32(parity != "pil")  # only Pillow 13 at times begins with the height
+        return Windows("resample", "fill_taps_cpu", "fill_taps_kernel", kind, resample.SUPPORT[kind], (width_first,))
     if (parity, interpolation) not in window.KINDS:
         return None
     kind, support = window.KINDS[parity, interpolation]

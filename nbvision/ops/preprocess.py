@@ -50,7 +50,7 @@ _INTERPOLATIONS: dict[str, tuple[str, ...]] = {
 }
 _MAX_GRID_Z = 65535
 _FRAME_BLOCK = (32, 4, 1)
-_FRAME_PIXELS = 4  # side by side a thread
+_FRAME_PIXELS = 4  # of a line a thread
 
 
 class Preprocess:
@@ -385,8 +385,8 @@ class Preprocess:
         numbers = self._numbers or (np.float32(0),)  # Numba types no empty tuple
         canvases = (flat, len(geometry), *self._int_size, *self._channels(batch))
         if self._windows is not None and taps is not None:
-            tables = (geometry.regions.reshape(-1), taps.x.reshape(-1), taps.y.reshape(-1), *taps.limits)
-            loop = windows_loop(self.parity, self._windows.kind, self._store("cpu"), chain)
+            tables = (geometry.regions.reshape(-1), taps.x.reshape(-1), taps.y.reshape(-1), *taps.numbers)
+            loop = windows_loop(self._windows.module, self._windows.kind, self._store("cpu"), chain)
             loop(*images, *tables, *canvases, *values, numbers, self._strides)
         else:
             loop = plan_loop(self._sampler(batch), self._store("cpu"), chain, _source_type(batch))
@@ -408,12 +408,12 @@ class Preprocess:
     def _launch(self, batch: ImageBatch, geometry: Geometry, taps: TapTables | None, flat: Any, count: int) -> None:
         kernel, grid, block, numbers = self._frame(flat.device.id, batch)
         tables = tables_of(geometry) if taps is None else (geometry.regions, taps.x, taps.y)
-        limits = () if taps is None else taps.limits
+        tap_numbers = () if taps is None else taps.numbers
         for first in range(0, count, _MAX_GRID_Z):
             part = slice(first, first + _MAX_GRID_Z)
             parts = tables if count <= _MAX_GRID_Z else [table[part] for table in tables]
             target = flat if count <= _MAX_GRID_Z else flat[part]
-            kernel((*grid, len(target)), block, (0, batch.table, *parts, *limits, target, *numbers))
+            kernel((*grid, len(target)), block, (0, batch.table, *parts, *tap_numbers, target, *numbers))
 
     def _frame(
         self, device_id: int, batch: ImageBatch
@@ -432,10 +432,10 @@ class Preprocess:
             if self._chain_for(batch) is not None:
                 launch_numbers += (np.int32(self._blue_first(batch) != bool(swap)), *self._numbers)
             if self._windows is not None:
-                block, tile = (32, 8, 1), (32, 16 if self._windows.module == "resample" else 8)
+                block, tile = (32, 8, 1), (32, int(spec.defines.get("LINES", 8)))
             else:
                 block = _FRAME_BLOCK
-                tile = (_FRAME_BLOCK[0] * _FRAME_PIXELS, _FRAME_BLOCK[1] * int(spec.defines["LINES"]))
+                tile = (block[0] * _FRAME_PIXELS, block[1] * int(spec.defines["LINES"]))
             grid = (-(-width // tile[0]), -(-height // tile[1]))
             self._frames[key] = load_kernel(spec, device_id), grid, block, launch_numbers
         kept: tuple[Any, tuple[int, int], tuple[int, int, int], tuple[Any, ...]] = self._frames[key]
@@ -449,7 +449,7 @@ class Preprocess:
         if self._windows is not None:
             types = (self._layout, self._store("cuda"))
             if self._windows.module == "resample":
-                return resample_kernel(*types, pixel_bytes=batch.channels, chain=chain, order=self.parity)
+                return resample_kernel(*types, pixel_bytes=batch.channels, chain=chain)
             return window_kernel(self._windows.kind, *types, pixel_bytes=batch.channels, chain=chain)
         source_type = _source_type(batch)
         return preprocess_kernel(*self._types(batch), channels=batch.channels, source_type=source_type, chain=chain)
