@@ -199,6 +199,18 @@ def run_pointwise(rng: np.random.Generator) -> None:
                 np.testing.assert_array_equal(device, host)
 
 
+def run_image_regions(rng: np.random.Generator) -> None:
+    _, sources = pixels_and_sources(rng)
+    count = sources.size // 4
+    for fit in (regions.FIT_STRETCH, regions.FIT_LETTERBOX, regions.FIT_COVER):
+        host, device = empty_tables(count), empty_tables(count)
+        numbers = (8, 8, fit, 9, 9, True, True, True)
+        regions.fill_regions_cpu(sources, *host, *numbers)
+        launch(regions_cuda.fill_image_regions, 1, 8, sources, count, *device, *numbers)
+        for by_host, by_device in zip(host, device, strict=True):
+            np.testing.assert_array_equal(by_host, by_device)
+
+
 def run_box_regions(rng: np.random.Generator) -> None:
     _, sources = pixels_and_sources(rng)
     given = np.array([[0, 0, 5, 5], [-3, -3, 90, 90], [2, 2, 2, 4], [np.nan, 0, 1, 1], [0.5, 0.5, 3.5, 8]], np.float32)
@@ -510,6 +522,7 @@ if __name__ == "__main__":
         "planes": run_planes,
         "pointwise": run_pointwise,
         "taps": run_taps,
+        "image_regions": run_image_regions,
         "box_regions": run_box_regions,
         "nms": run_nms,
         "masks": run_masks,

@@ -15,7 +15,19 @@ import pytest
 HERE = Path(__file__).parent
 
 
-CASES = ["preprocess", "nv12", "planes", "taps", "box_regions", "nms", "masks", "mask_extras", "instances", "draw"]
+CASES = [
+    "preprocess",
+    "nv12",
+    "planes",
+    "taps",
+    "image_regions",
+    "box_regions",
+    "nms",
+    "masks",
+    "mask_extras",
+    "instances",
+    "draw",
+]
 CASES += ["warp", "move", "pointwise"]
 
 

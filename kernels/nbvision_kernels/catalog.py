@@ -35,6 +35,7 @@ __all__ = [
     "fill_taps_kernel",
     "fill_windows_kernel",
     "head_candidates_kernel",
+    "image_regions_kernel",
     "instance_masks_kernel",
     "lay_out_kernel",
     "mask_boxes_kernel",
@@ -278,6 +279,13 @@ def _chain_function(chain: Chain | None) -> DeviceFunctions:
     return {"nbv_shade": (make_shade_export(chain), types.void, (f32_pointer, f32, f32, f32_pointer))}
 
 
+def image_regions_kernel() -> NumbaKernel:
+    """Regions of whole images."""
+    arguments = (i64_pointer, i32, i32_pointer, i64_pointer, f32_pointer, *(i32,) * 8)
+    make = _imported("regions_cuda", "fill_image_regions")
+    return NumbaKernel("image-regions", "fill_image_regions", make, arguments, float64=True)
+
+
 def box_regions_kernel() -> NumbaKernel:
     """Regions of boxes that live on the device."""
     tables = (i64_pointer, i64_pointer, f32_pointer, i32, f32, i32_pointer, i64_pointer, f32_pointer)
@@ -508,6 +516,7 @@ def all_kernels() -> Iterator[Kernel]:
             yield window_kernel(kind, plan.NCHW, plan.STORE_F16, pixel_bytes=pixel_bytes)
         yield window_kernel(kind, plan.NHWC, plan.STORE_U8)
     yield fill_windows_kernel()
+    yield image_regions_kernel()
     yield box_regions_kernel()
     yield head_candidates_kernel()
     yield box_candidates_kernel()

@@ -1,12 +1,48 @@
-"""Regions of boxes that live on the device: one thread a box."""
+"""Regions made on the device: one thread an image, or a box that lives there."""
 
 from __future__ import annotations
 
+import numpy as np
 from numba import cuda
 
-from nbvision_kernels.regions import write_box_region
+from nbvision_kernels.regions import write_box_region, write_image_region
 
-__all__ = ["fill_box_regions"]
+__all__ = ["fill_box_regions", "fill_image_regions"]
+
+
+def fill_image_regions(
+    sources,
+    count,
+    regions,
+    steps,
+    scales,
+    out_height,
+    out_width,
+    fit,
+    cover_height,
+    cover_width,
+    scaleup,
+    center,
+    linear,
+):
+    """One whole-image region per source."""
+    index = cuda.grid(1)
+    if index < count:
+        write_image_region(
+            regions,
+            steps,
+            scales,
+            np.int64(index),
+            sources,
+            out_height,
+            out_width,
+            fit,
+            cover_height,
+            cover_width,
+            scaleup,
+            center,
+            linear,
+        )
 
 
 def fill_box_regions(

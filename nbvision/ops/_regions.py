@@ -61,7 +61,7 @@ class Regions:
     ) -> tuple[Geometry, TapTables | None]:
         """Of whole images, boxes on the host, or boxes on the device, which never come to the host."""
         if boxes is None:
-            return self._of_images_on_device(batch.sizes, stream)
+            return self._of_images_on_device(batch, stream)
         if device_of(boxes) == "cuda":
             return self._of_device_boxes(batch, boxes, box_images)
         host = self._of_host_boxes(batch.sizes, boxes, box_images)
@@ -74,15 +74,19 @@ class Regions:
         _loop("fill_regions_cpu")(_sources(sizes), *flat_tables(geometry), *self._fit_numbers())
         return geometry
 
-    def _of_images_on_device(self, sizes: npt.NDArray[np.int32], stream: int) -> tuple[Geometry, TapTables | None]:
-        """Kept per set of sizes, so that a film or a repeated batch uploads nothing; and per stream, so that no
-        stream reads a table before another's upload of it is done."""
-        key = (sizes.tobytes(), stream)
+    def _of_images_on_device(self, batch: ImageBatch, stream: int) -> tuple[Geometry, TapTables | None]:
+        """Kept per set of sizes, so that a film or a repeated batch computes nothing; and per stream, so that no
+        stream reads a table before another has filled it."""
+        key = (batch.sizes.tobytes(), stream)
         known = self._known.get(key)
         if known is None:
-            host = self.of(sizes)
-            geometry = _on_device(host)
-            self._known[key] = known = geometry, self._taps(geometry, host.regions)
+            if self.windows is None:
+                known = self._of_table(batch), None
+            else:  # whose widest is known only once the regions are
+                host = self.of(batch.sizes)
+                geometry = _on_device(host)
+                known = geometry, self._taps(geometry, host.regions)
+            self._known[key] = known
             if len(self._known) > _KNOWN_SIZES:
                 self._known.popitem(last=False)
         return known
@@ -92,6 +96,18 @@ class Regions:
         geometry = _empty_geometry(len(boxes), "cpu")
         given = (_sources(sizes), box_images, boxes.reshape(-1), self.box_margin)
         _loop("fill_box_regions_cpu")(*given, *flat_tables(geometry), *self._fit_numbers())
+        return geometry
+
+    def _of_table(self, batch: ImageBatch) -> Geometry:
+        """Of whole images, on their device."""
+        from nbvision_kernels.catalog import image_regions_kernel
+
+        geometry = _empty_geometry(len(batch), "cuda")
+        if len(batch):
+            kernel = load_kernel(image_regions_kernel(), batch.table.device.id)
+            numbers = [np.int32(number) for number in self._fit_numbers()]
+            arguments = (batch.table, np.int32(len(batch)), *tables_of(geometry), *numbers)
+            kernel((-(-len(batch) // 64),), (64,), arguments)
         return geometry
 
     def _of_device_boxes(self, batch: ImageBatch, boxes: Any, box_images: Any) -> tuple[Geometry, TapTables | None]:
