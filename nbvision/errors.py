@@ -92,14 +92,20 @@ class DecodeError(NbvisionError, ValueError):
         ``"too_large"`` (over the pixel limit), ``"unreadable"`` (the file cannot be opened).
     source : str, optional
         The file's path, where there is one.
+    valid_rows : int, optional
+        Of an image that was decoded all the same (``decode(..., recover=True)``): how many rows from the top are as
+        they were, where that is known.
     """
 
-    def __init__(self, message: str, *, kind: DecodeErrorKind, source: str | None = None) -> None:
+    def __init__(
+        self, message: str, *, kind: DecodeErrorKind, source: str | None = None, valid_rows: int | None = None
+    ) -> None:
         if kind not in get_args(DecodeErrorKind):
             raise ValueError(f"kind must be one of {get_args(DecodeErrorKind)}, got {kind!r}")
         super().__init__(message if source is None else f"{source}: {message}")
         self.kind: DecodeErrorKind = kind
         self.source = source
+        self.valid_rows = valid_rows
 
 
 class EngineError(NbvisionError, RuntimeError):

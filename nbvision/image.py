@@ -65,6 +65,9 @@ class ImageBatch:
         Height and width of each picture; 0, 0 where an image is missing.
     errors : tuple of (DecodeError or None)
         Why an image is missing, item by item.
+    damage : tuple of (DecodeError or None)
+        What is wrong with an image that ``decode(..., recover=True)`` has decoded as far as it goes, item by item.
+        Kept by :meth:`select` and :meth:`to`; what operations make of a batch does not have it.
     table : (N, 4) int64 array, on ``device``
         What kernels read: address of the first pixel, pitch in bytes, height, width.
 
@@ -84,6 +87,7 @@ class ImageBatch:
         layout: SourceLayout = "HWC",
         device: Device,
         errors: Sequence[DecodeError | None] | None = None,
+        damage: Sequence[DecodeError | None] | None = None,
         buffer: memory.Buffer | None = None,
         complete: bool = False,
     ) -> None:
@@ -93,6 +97,7 @@ class ImageBatch:
         self.dtype: np.dtype[Any] = next((np.dtype(array.dtype) for array in arrays if array is not None), _BYTE)
         self.device: Device = device
         self.errors: tuple[DecodeError | None, ...] = tuple(errors or (None,) * len(arrays))
+        self.damage: tuple[DecodeError | None, ...] = tuple(damage or (None,) * len(arrays))
         self._arrays = list(arrays)
         self._buffer = buffer
         rows = np.array([_table_row(array, color, layout) for array in arrays], np.int64).reshape(-1, 4)
@@ -272,7 +277,9 @@ class ImageBatch:
         chosen = [int(index) for index in indices]
         if self.device == "cuda":
             self.use_on_current_stream()  # the new batch counts as written there
-        return self.with_views([self._arrays[index] for index in chosen], [self.errors[index] for index in chosen])
+        batch = self.with_views([self._arrays[index] for index in chosen], [self.errors[index] for index in chosen])
+        batch.damage = tuple(self.damage[index] for index in chosen)
+        return batch
 
     def with_views(
         self, arrays: Sequence[Any | None], errors: Sequence[DecodeError | None] | None = None
@@ -296,7 +303,15 @@ class ImageBatch:
         if self.device == "cuda":
             self.use_on_current_stream()
         arrays = [None if array is None else to_device(array, device) for array in self._arrays]
-        return ImageBatch(arrays, color=self.color, yuv=self.yuv, layout=self.layout, device=device, errors=self.errors)
+        return ImageBatch(
+            arrays,
+            color=self.color,
+            yuv=self.yuv,
+            layout=self.layout,
+            device=device,
+            errors=self.errors,
+            damage=self.damage,
+        )
 
     def use_on_current_stream(self) -> Any:
         """Make CuPy's current stream wait for the pixels, and the pixels' memory wait for that stream.

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeAlias, get_args
 
-from nbvision.codecs import gpu, host
+from nbvision.codecs import gpu, host, recovery
 from nbvision.codecs._threads import ahead, available_cores, in_background, map_all, run_all
 from nbvision.codecs.headers import Header, as_bytes, read_header
 from nbvision.errors import DecodeError, InputError
@@ -27,6 +27,7 @@ def decode(
     color: Color = "rgb",
     device: Device | None = None,
     limit_pixels: int = 178_956_970,
+    recover: bool = False,
     threads: int | None = None,
 ) -> ImageBatch:
     """Decode images of any formats and sizes: JPEG, PNG, WebP, TIFF, BMP, GIF.
@@ -45,6 +46,9 @@ def decode(
         Where the images shall be; default: CUDA where there is one.
     limit_pixels : int
         Images of more pixels are refused before any memory is allocated for them. The default is Pillow's.
+    recover : bool
+        Whether damaged JPEG, PNG and WebP files are decoded as far as they go, on the host, instead of being errors.
+        ``batch.damage[i]`` then tells what is wrong with image ``i``; rows that are lost are gray, black or noise.
     threads : int, optional
         Host threads to use at most; default: one for each core of this process.
 
@@ -71,7 +75,7 @@ def decode(
     _check_options(color, limit_pixels, threads)
     target = resolve_device(device)
     threads = threads or available_cores()
-    opened = _open_all(items, limit_pixels, threads)
+    opened = _open_all(items, limit_pixels, recover, threads)
     sizes = [item.header.oriented_size if isinstance(item, _Image) else (0, 0) for item in opened]
     offsets, total_bytes = image_offsets(sizes, CHANNELS[color])
     buffer = memory.acquire(total_bytes, device=target, wait_on_host=True)  # as gpu.decode_into wants it
@@ -80,10 +84,11 @@ def decode(
         if isinstance(item, _Image):
             item.out = buffer.view((*size, CHANNELS[color]), offset_bytes=offset)
             images.append(item)
-    (_decode_on_cuda if target == "cuda" else _decode_on_cpu)(images, color, threads)
+    (_decode_on_cuda if target == "cuda" else _decode_on_cpu)(images, color, recover, threads)
     errors = [item.error if isinstance(item, _Image) else item for item in opened]
     arrays = [item.out if isinstance(item, _Image) and item.error is None else None for item in opened]
-    return ImageBatch(arrays, color=color, device=target, errors=errors, buffer=buffer, complete=True)
+    damage = [item.damage if isinstance(item, _Image) and item.error is None else None for item in opened]
+    return ImageBatch(arrays, color=color, device=target, errors=errors, damage=damage, buffer=buffer, complete=True)
 
 
 def decode_ahead(
@@ -165,24 +170,28 @@ class _Image:
     source: str | None
     out: Any = None  # (H, W, C) on the device of the batch: where the pixels shall be
     error: DecodeError | None = None
+    damage: DecodeError | None = None  # of an image that shall be recovered: what is wrong with it
 
 
-def _open_all(sources: Sequence[Any], limit_pixels: int, threads: int) -> list[_Image | DecodeError]:
+def _open_all(sources: Sequence[Any], limit_pixels: int, recover: bool, threads: int) -> list[_Image | DecodeError]:
     """Read the files and their headers."""
     # Threads help to wait for files; headers of bytes are read faster than a thread is woken.
     reads_files = any(isinstance(source, (str, os.PathLike)) for source in sources)
-    return map_all(lambda source: _open(source, limit_pixels), sources, threads if reads_files else 1)
+    return map_all(lambda source: _open(source, limit_pixels, recover), sources, threads if reads_files else 1)
 
 
-def _open(source: Any, limit_pixels: int) -> _Image | DecodeError:
+def _open(source: Any, limit_pixels: int, recover: bool) -> _Image | DecodeError:
     path = os.fsdecode(source) if isinstance(source, (str, os.PathLike)) else None
     try:
         data = as_bytes(source) if path is None else _read_file(path)
         header = read_header(data)
-        _check_header(header, limit_pixels)
+        _check_size(header, limit_pixels)
+        damage = None if header.complete else _truncated(header)
+        if damage is not None and not recover:
+            raise damage
     except DecodeError as error:
         return _bare(error, path)
-    return _Image(data, header, path)
+    return _Image(data, header, path, damage=damage and _bare(damage, path))
 
 
 def _read_file(path: str) -> bytes:
@@ -194,39 +203,41 @@ def _read_file(path: str) -> bytes:
         raise DecodeError(f"the file cannot be read: {reason}", kind="unreadable") from error
 
 
-def _check_header(header: Header, limit_pixels: int) -> None:
+def _check_size(header: Header, limit_pixels: int) -> None:
     if header.pixels > limit_pixels:
         raise DecodeError(
             f"the header says {header.height} x {header.width} = {header.pixels} pixels; the limit is {limit_pixels}. "
             "Raise limit_pixels if you trust the file",
             kind="too_large",
         )
-    if not header.complete:
-        raise DecodeError(
-            f"this {header.format.upper()} of {header.height} x {header.width} pixels ends before its last pixel",
-            kind="truncated",
-        )
+
+
+def _truncated(header: Header) -> DecodeError:
+    return DecodeError(
+        f"this {header.format.upper()} of {header.height} x {header.width} pixels ends before its last pixel",
+        kind="truncated",
+    )
 
 
 def _bare(error: DecodeError, path: str | None) -> DecodeError:
     """The error without its traceback, whose frames would keep the file and the buffers as long as the error lives."""
-    return DecodeError(str(error), kind=error.kind, source=path)
+    return DecodeError(str(error), kind=error.kind, source=path, valid_rows=error.valid_rows)
 
 
 # --- pixels ----------------------------------------------------------------------------------------------------------
 
 
-def _decode_on_cpu(images: Sequence[_Image], color: Color, threads: int) -> None:
-    run_all(lambda image: _decode_on_host(image, image.out, color), images, threads)
+def _decode_on_cpu(images: Sequence[_Image], color: Color, recover: bool, threads: int) -> None:
+    run_all(lambda image: _decode_on_host(image, image.out, color, recover), images, threads)
 
 
-def _decode_on_cuda(images: Sequence[_Image], color: Color, threads: int) -> None:
-    for_gpu = [image for image in images if gpu.takes(image.header, color)]
-    for_host = [image for image in images if not gpu.takes(image.header, color)]
+def _decode_on_cuda(images: Sequence[_Image], color: Color, recover: bool, threads: int) -> None:
+    for_gpu = [image for image in images if image.damage is None and gpu.takes(image.header, color)]
+    for_host = [image for image in images if image.damage is not None or not gpu.takes(image.header, color)]
     staged = _staging_for(for_host)
 
     def stage(image: _Image) -> None:
-        _decode_on_host(image, staged[image], color)
+        _decode_on_host(image, staged[image], color, recover)
 
     with in_background(stage, for_host, threads):
         decoded = gpu.decode_into(
@@ -256,8 +267,17 @@ def _staging_for(images: Sequence[_Image]) -> dict[_Image, Any]:
     return dict(zip(images, views, strict=True))
 
 
-def _decode_on_host(image: _Image, out: Any, color: Color) -> None:
+def _decode_on_host(image: _Image, out: Any, color: Color, recover: bool) -> None:
     try:
-        host.decode_into(out, image.data, image.header, color=color)
+        if image.damage is None:
+            try:
+                host.decode_into(out, image.data, image.header, color=color)
+                return
+            except DecodeError as error:
+                if not recover or error.kind not in ("truncated", "corrupt"):
+                    raise
+                image.damage = _bare(error, image.source)
+        rows = recovery.decode_into(out, image.data, image.header, color=color, damage=image.damage)
+        image.damage.valid_rows = rows
     except DecodeError as error:
-        image.error = _bare(error, image.source)
+        image.error = image.damage or _bare(error, image.source)

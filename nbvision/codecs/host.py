@@ -51,7 +51,7 @@ _PILLOW_READER: dict[str, type[ImageFile.ImageFile]] = {
 }
 
 
-def decode_into(out: Pixels, data: bytes, header: Header, *, color: Color) -> None:
+def decode_into(out: Pixels, data: bytes, header: Header, *, color: Color, strict: bool = True) -> None:
     """Decode an image, upright, into the caller's memory.
 
     Parameters
@@ -65,6 +65,8 @@ def decode_into(out: Pixels, data: bytes, header: Header, *, color: Color) -> No
     color : {"rgb", "bgr", "rgba", "bgra", "gray"}
         Alpha is dropped, not blended, where ``color`` has none, and 255 where the image has none.  Gray is the luma
         of a JPEG as stored, and ITU-R 601 luma of other images.  16-bit channels keep their upper 8 bits.
+    strict : bool
+        Whether a JPEG that is damaged inside is refused, or decoded as far as it goes.
 
     Raises
     ------
@@ -74,7 +76,7 @@ def decode_into(out: Pixels, data: bytes, header: Header, *, color: Color) -> No
     if not header.complete:
         raise DecodeError(f"this {header.format.upper()} ends before its last pixel", kind="truncated")
     if _suits_simplejpeg(header):
-        done = _decode_jpeg_into(out, data, header, color)
+        done = _decode_jpeg_into(out, data, header, color, strict)
     else:
         done = _suits_imagecodecs(header, color) and _decode_by_imagecodecs_into(out, data, header, color)
     if not done:
@@ -88,12 +90,12 @@ def _suits_simplejpeg(header: Header) -> bool:
     return header.variant in ("baseline", "extended", "progressive") and header.colorspace in ("gray", "ycbcr", "rgb")
 
 
-def _decode_jpeg_into(out: Pixels, data: bytes, header: Header, color: Color) -> bool:
+def _decode_jpeg_into(out: Pixels, data: bytes, header: Header, color: Color, strict: bool) -> bool:
     """Decode a JPEG; False, and nothing done, if it samples its colours in a way that only Pillow takes."""
     upright = header.orientation == 1 and out.flags.c_contiguous
     target = out if upright else np.empty((header.height, header.width, out.shape[2]), np.uint8)
     try:
-        pixels = simplejpeg.decode_jpeg(data, _SIMPLEJPEG_COLOR[color], buffer=target, strict=True)
+        pixels = simplejpeg.decode_jpeg(data, _SIMPLEJPEG_COLOR[color], buffer=target, strict=strict)
     except Exception as error:  # ValueError in all cases we know; nothing else may escape either
         if "subsampling" in str(error):
             return False
