@@ -12,7 +12,7 @@ from nbvision.search import Index
 
 __all__ = ["IMAGE_SUFFIXES", "image_files", "index_files"]
 
-IMAGE_SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif"})
+IMAGE_SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".webp", ".avif", ".bmp", ".tif", ".tiff", ".gif"})
 
 
 def image_files(directory: Path) -> list[Path]:

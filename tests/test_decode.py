@@ -111,6 +111,9 @@ OTHERS = {
     "1-bit tiff": encode(photo(mode="1"), "TIFF", compression="group4"),
     "cmyk tiff": encode(photo(mode="CMYK"), "TIFF"),
     "gif": encode(photo().quantize(32), "GIF"),
+    "avif": encode(photo(), "AVIF"),
+    "rgba avif": encode(photo(mode="RGBA"), "AVIF"),
+    "gray avif": encode(photo(mode="L"), "AVIF"),
     "cmyk jpeg": encode(photo(mode="CMYK"), "JPEG"),
     "rgb jpeg": encode(photo(), "JPEG", keep_rgb=True),
 }
@@ -167,7 +170,7 @@ def test_without_imagecodecs_all_is_the_same(name: str, color: Any, monkeypatch:
         np.testing.assert_array_equal(with_it[index], without[index])
 
 
-@pytest.mark.parametrize("format", ["JPEG", "PNG", "WEBP", "TIFF"])
+@pytest.mark.parametrize("format", ["JPEG", "PNG", "WEBP", "TIFF", "AVIF"])
 @pytest.mark.parametrize("orientation", range(1, 9))
 def test_images_stand_upright(device: Any, format: str, orientation: int) -> None:
     data = with_orientation(photo(), format, orientation)

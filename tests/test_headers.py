@@ -56,6 +56,8 @@ FILES = {
     "lzw tiff": encode(picture(), "TIFF", compression="tiff_lzw"),
     "big tiff": encode(picture(), "TIFF", big_tiff=True),
     "gif": encode(picture().quantize(16), "GIF"),
+    "avif": encode(picture(), "AVIF"),
+    "turned avif with alpha": encode(picture(mode="RGBA"), "AVIF", exif=exif(7)),
 }
 
 
@@ -66,7 +68,7 @@ def test_reads_format_and_size(data: bytes) -> None:
     assert header.complete
 
 
-@pytest.mark.parametrize("format", ["JPEG", "PNG", "WEBP", "TIFF"])
+@pytest.mark.parametrize("format", ["JPEG", "PNG", "WEBP", "TIFF", "AVIF"])
 @pytest.mark.parametrize("orientation", range(1, 9))
 def test_reads_orientation(format: str, orientation: int) -> None:
     data = encode(picture(), format, exif=exif(orientation))
@@ -165,7 +167,10 @@ def test_a_thumbnail_does_not_complete_a_cut_jpeg() -> None:
         (b"\xff\xd8\xff\xd9", "truncated"),
         (b"\xff\xd8\xff\xd9\0\0", "corrupt"),
         (b"\xff\xd8 no marker", "corrupt"),
-        (b"\0\0\0\x20ftypavif", "unsupported"),
+        (b"\0\0\0\x20ftypavif", "truncated"),
+        (b"\0\0\0\x10ftypavif\0\0\0\0", "truncated"),
+        (b"\0\0\0\x14ftypmif1\0\0\0\0heic", "unsupported"),
+        (b"\0\0\0\x10ftypavif\0\0\0\0\0\0\0\x0cmeta\0\0\0\0", "corrupt"),
         (b"\0\0\0\x20ftypheic", "unsupported"),
         (b"\xff\x0a jxl", "unsupported"),
     ],
@@ -209,7 +214,16 @@ def damaged_files(draw: st.DrawFn) -> bytes:
     return bytes(data[: draw(st.one_of(st.just(len(data)), st.integers(0, len(data))))])
 
 
-SIGNATURES = [b"\xff\xd8\xff\xe1", b"\x89PNG\r\n\x1a\n", b"RIFF\xff\0\0\0WEBPVP8", b"GIF89a", b"BM", b"II*\0", b"MM\0+"]
+SIGNATURES = [
+    FILES["avif"][:80],
+    b"\xff\xd8\xff\xe1",
+    b"\x89PNG\r\n\x1a\n",
+    b"RIFF\xff\0\0\0WEBPVP8",
+    b"GIF89a",
+    b"BM",
+    b"II*\0",
+    b"MM\0+",
+]
 
 
 def test_an_offset_past_all_integers_is_truncated() -> None:

@@ -30,7 +30,7 @@ def decode(
     recover: bool = False,
     threads: int | None = None,
 ) -> ImageBatch:
-    """Decode images of any formats and sizes: JPEG, PNG, WebP, TIFF, BMP, GIF.
+    """Decode images of any formats and sizes: JPEG, PNG, WebP, AVIF, TIFF, BMP, GIF.
 
     Images stand upright (EXIF orientation is applied), with 8 bits a channel.  Of an animation the first frame is
     taken.  On CUDA, JPEGs are decoded by the GPU and the rest by the host's threads at the same time; the work is

@@ -16,7 +16,7 @@ from nbvision.errors import DecodeError, InputError
 
 __all__ = ["Header", "ImageFormat", "as_bytes", "read_header"]
 
-ImageFormat = Literal["bmp", "gif", "jpeg", "png", "tiff", "webp"]
+ImageFormat = Literal["avif", "bmp", "gif", "jpeg", "png", "tiff", "webp"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,7 +25,7 @@ class Header:
 
     Attributes
     ----------
-    format : {"bmp", "gif", "jpeg", "png", "tiff", "webp"}
+    format : {"avif", "bmp", "gif", "jpeg", "png", "tiff", "webp"}
     height, width : int
         In pixels, as stored: before ``orientation`` is applied.
     channels : int
@@ -33,7 +33,7 @@ class Header:
     bits : int
         Of one channel, as stored.
     orientation : int
-        EXIF orientation, 1 (upright) to 8.
+        EXIF orientation, 1 (upright) to 8; of AVIF what its own turns and mirrors come to.
     complete : bool
         False if the file provably ends before its last pixel. True is no promise: pixels are not looked at.
     variant : str
@@ -379,6 +379,111 @@ def _parse_gif(data: bytes) -> Header:
     return Header("gif", height, width, 3)
 
 
+# --- AVIF: boxes in boxes ---------------------------------------------------------------------------------------------
+
+_ALPHA = b":auxiliary:alpha\0"  # of the type that an image of alpha names
+# Turned left so many quarters, then not mirrored, mirrored up-down or left-right: as EXIF numbers it.
+_TURNS = {0: (1, 4, 2), 1: (8, 5, 7), 2: (3, 2, 4), 3: (6, 7, 5)}
+
+
+def _boxes(data: bytes, position: int, end: int) -> Iterator[tuple[bytes, int, int]]:
+    """Name, start and end of each box's body; a box that is cut off ends the list."""
+    while position + 8 <= end:
+        length, name = struct.unpack_from(">I4s", data, position)
+        header_bytes = 8
+        if length == 1:
+            (length,) = struct.unpack_from(">Q", data, position + 8)
+            header_bytes = 16
+        stop = end if length == 0 else position + length
+        if length and length < header_bytes:
+            raise _corrupt("avif", f"has a box {name!r} of {length} bytes")
+        if stop > end:
+            return
+        yield name, position + header_bytes, stop
+        position = stop
+
+
+def _parse_avif(data: bytes) -> Header:
+    top = {name: (start, end) for name, start, end in _boxes(data, 0, len(data)) if name in (b"ftyp", b"meta")}
+    if b"ftyp" not in top:
+        raise struct.error
+    start, end = top[b"ftyp"]
+    if not {b"avif", b"avis"} & {data[brand : brand + 4] for brand in range(start, end, 4)}:
+        raise DecodeError("this is HEIF, but not AVIF, and nbvision does not read it", kind="unsupported")
+    if b"meta" not in top:
+        raise struct.error
+    start, end = top[b"meta"]
+    meta = {name: (start, end) for name, start, end in _boxes(data, start + 4, end)}
+    if not {b"pitm", b"iprp", b"iloc"} <= set(meta):
+        raise _corrupt("avif", "does not say where its image is")
+    pitm = meta[b"pitm"][0]
+    (item,) = struct.unpack_from(">I" if data[pitm] else ">H", data, pitm + 4)
+    tables = {name: (start, end) for name, start, end in _boxes(data, *meta[b"iprp"])}
+    if not {b"ipco", b"ipma"} <= set(tables):
+        raise _corrupt("avif", "does not say how large its image is")
+    known = list(_boxes(data, *tables[b"ipco"]))
+    own = [known[index - 1] for index in _associated(data, tables[b"ipma"][0], item) if 0 < index <= len(known)]
+    properties = {name: start for name, start, _ in own}
+    if b"ispe" not in properties:
+        raise _corrupt("avif", "does not say how large its image is")
+    width, height = struct.unpack_from(">II", data, properties[b"ispe"] + 4)
+    depth = data[properties[b"av1C"] + 2] if b"av1C" in properties else 0
+    turns = data[properties[b"irot"]] & 3 if b"irot" in properties else 0
+    mirrored = 1 + (data[properties[b"imir"]] & 1) if b"imir" in properties else 0
+    return Header(
+        format="avif",
+        height=height,
+        width=width,
+        channels=4 if _ALPHA in data[slice(*tables[b"ipco"])] else 3,
+        bits=12 if depth & 0x20 else 10 if depth & 0x40 else 8,
+        orientation=_TURNS[turns][mirrored],
+        complete=_last_byte(data, meta[b"iloc"][0]) <= len(data),
+    )
+
+
+def _associated(data: bytes, position: int, item: int) -> list[int]:
+    """The numbers, from 1, of an item's properties ("ipma")."""
+    version, wide = data[position], data[position + 3] & 1
+    (count,) = struct.unpack_from(">I", data, position + 4)
+    position += 8
+    for _ in range(count):
+        (owner,) = struct.unpack_from(">I" if version else ">H", data, position)
+        position += 4 if version else 2
+        numbers = struct.unpack_from(f">{data[position]}{'H' if wide else 'B'}", data, position + 1)
+        if owner == item:
+            return [number & (0x7FFF if wide else 0x7F) for number in numbers]
+        position += 1 + len(numbers) * (2 if wide else 1)
+    return []
+
+
+def _last_byte(data: bytes, position: int) -> int:
+    """Behind the last byte that an item has in the file ("iloc")."""
+    version, sizes = data[position], data[position + 4 : position + 6]
+    offset_bytes, length_bytes, base_bytes, index_bytes = sizes[0] >> 4, sizes[0] & 15, sizes[1] >> 4, sizes[1] & 15
+    (count,) = struct.unpack_from(">I" if version == 2 else ">H", data, position + 6)
+    position += 10 if version == 2 else 8
+    extent_bytes = offset_bytes + length_bytes + (index_bytes if version else 0)
+    last = 0
+
+    def number(length: int) -> int:
+        nonlocal position
+        position += length
+        if position > len(data):
+            raise struct.error
+        return int.from_bytes(data[position - length : position], "big")
+
+    for _ in range(count):
+        number(4 if version == 2 else 2)
+        in_file = number(2) & 15 == 0 if version else True
+        number(2)
+        base = number(base_bytes)
+        for _ in range(number(2) if extent_bytes else 0):
+            number(index_bytes if version else 0)
+            offset, length = number(offset_bytes), number(length_bytes)
+            last = max(last, base + offset + length if in_file else 0)
+    return last
+
+
 # --- Signatures ------------------------------------------------------------------------------------------------------
 
 _PARSERS: tuple[tuple[bytes, Callable[[bytes], Header]], ...] = (
@@ -400,15 +505,15 @@ _UNREAD_FORMATS = (
     (0, b"\0\0\0\x0cJXL ", "JPEG XL"),
     (0, b"\xff\x0a", "JPEG XL"),
     (0, b"8BPS", "Photoshop"),
-    (4, b"ftypavi", "AVIF"),
     (4, b"ftyphei", "HEIC"),
-    (4, b"ftypmif1", "HEIF"),
 )
 
 
 def _parser_of(data: bytes) -> Callable[[bytes], Header]:
     if not data:
         raise DecodeError("no bytes at all; expected a compressed image", kind="empty")
+    if data[4:8] == b"ftyp" and (data[8:12] in (b"avif", b"avis", b"mif1")):
+        return _parse_avif
     for signature, parse in _PARSERS:
         if data.startswith(signature) and (signature != b"RIFF" or data[8:12] == b"WEBP"):
             return parse
@@ -416,6 +521,6 @@ def _parser_of(data: bytes) -> Callable[[bytes], Header]:
         if data.startswith(signature, offset):
             raise DecodeError(f"this is {name}, which nbvision does not read; convert it first", kind="unsupported")
     raise DecodeError(
-        f"{len(data)} bytes that start with {data[:8]!r}; expected a JPEG, PNG, WebP, TIFF, BMP or GIF",
+        f"{len(data)} bytes that start with {data[:8]!r}; expected a JPEG, PNG, WebP, AVIF, TIFF, BMP or GIF",
         kind="not_an_image",
     )

@@ -17,6 +17,7 @@ import numpy as np
 import numpy.typing as npt
 import simplejpeg
 from PIL import (
+    AvifImagePlugin,
     BmpImagePlugin,
     GifImagePlugin,
     Image,
@@ -25,6 +26,7 @@ from PIL import (
     PngImagePlugin,
     TiffImagePlugin,
     WebPImagePlugin,
+    features,
 )
 
 from nbvision.codecs.headers import Header
@@ -42,6 +44,7 @@ _FROM_RED_FIRST: dict[Color, tuple[int, ...]] = {"bgr": (2, 1, 0), "bgra": (2, 1
 # The classes themselves rather than Image.open(): we know the format already, and Pillow's own limit of pixels,
 # a process-wide setting, does not get in the way of ours.
 _PILLOW_READER: dict[str, type[ImageFile.ImageFile]] = {
+    "avif": AvifImagePlugin.AvifImageFile,
     "bmp": BmpImagePlugin.BmpImageFile,
     "gif": GifImagePlugin.GifImageFile,
     "jpeg": JpegImagePlugin.JpegImageFile,
@@ -149,6 +152,8 @@ def _decode_by_imagecodecs_into(out: Pixels, data: bytes, header: Header, color:
 
 
 def _decode_by_pillow_into(out: Pixels, data: bytes, header: Header, color: Color) -> None:
+    if header.format == "avif" and not features.check("avif"):
+        raise DecodeError("this Pillow was built without AVIF; install its wheel", kind="unsupported")
     try:
         with _quiet_pillow, _PILLOW_READER[header.format](io.BytesIO(data)) as image:
             # Before the pixels are touched: a reader that disagrees may be about to allocate gigabytes.
