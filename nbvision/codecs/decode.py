@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import operator
 import os
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -25,6 +26,8 @@ def decode(
     sources: Source | Iterable[Source],
     *,
     color: Color = "rgb",
+    background: tuple[int, int, int] | None = None,
+    srgb: bool = False,
     device: Device | None = None,
     limit_pixels: int = 178_956_970,
     recover: bool = False,
@@ -41,7 +44,12 @@ def decode(
     sources : bytes-like, str, os.PathLike, or an iterable of them
         Compressed bytes, or paths of files. A single one gives a batch of one.
     color : {"rgb", "bgr", "rgba", "bgra", "gray"}
-        Alpha is dropped, not blended, where ``color`` has none. ``"rgba"`` and ``"bgra"`` are decoded on the host.
+        ``"rgba"`` and ``"bgra"`` are decoded on the host.
+    background : (int, int, int), optional
+        Red, green, blue of 0..255 over which images with alpha are blended, where ``color`` has none; default: alpha is
+        dropped, and what it hid is seen.
+    srgb : bool
+        Whether images with an ICC profile are converted to sRGB, on the host; default: the numbers stay as they are.
     device : {"cpu", "cuda"}, optional
         Where the images shall be; default: CUDA where there is one.
     limit_pixels : int
@@ -72,7 +80,8 @@ def decode(
     wrong pixels and says nothing, so there only damage to a file's structure is found, and files that end too early.
     """
     items = as_items(sources)
-    _check_options(color, limit_pixels, threads)
+    _check_options(color, background, limit_pixels, threads)
+    wanted = host.Wanted(color, background and (background[0], background[1], background[2]), srgb)
     target = resolve_device(device)
     threads = threads or available_cores()
     opened = _open_all(items, limit_pixels, recover, threads)
@@ -84,7 +93,7 @@ def decode(
         if isinstance(item, _Image):
             item.out = buffer.view((*size, CHANNELS[color]), offset_bytes=offset)
             images.append(item)
-    (_decode_on_cuda if target == "cuda" else _decode_on_cpu)(images, color, recover, threads)
+    (_decode_on_cuda if target == "cuda" else _decode_on_cpu)(images, wanted, recover, threads)
     errors = [item.error if isinstance(item, _Image) else item for item in opened]
     arrays = [item.out if isinstance(item, _Image) and item.error is None else None for item in opened]
     damage = [item.damage if isinstance(item, _Image) and item.error is None else None for item in opened]
@@ -149,9 +158,18 @@ def _is_source(item: Any) -> bool:
     return view.ndim == 1 and view.itemsize == 1
 
 
-def _check_options(color: Any, limit_pixels: Any, threads: Any) -> None:
+def _check_options(color: Any, background: Any, limit_pixels: Any, threads: Any) -> None:
     if color not in CHANNELS:
         raise InputError(f"color is {color!r}; expected one of {get_args(Color)}")
+    if background is not None:
+        try:
+            fits = len(background) == 3 and all(0 <= operator.index(value) <= 255 for value in background)
+        except TypeError:
+            fits = False
+        if not fits:
+            raise InputError(f"background is {background!r}; expected three integers of 0 to 255: red, green, blue")
+        if CHANNELS[color] == 4:
+            raise InputError(f"background is given with color {color!r}, which keeps the alpha; leave one of them out")
     if not isinstance(limit_pixels, int) or limit_pixels <= 0:
         raise InputError(f"limit_pixels is {limit_pixels!r}; expected a positive integer")
     if threads is not None and (not isinstance(threads, int) or threads <= 0):
@@ -227,24 +245,24 @@ def _bare(error: DecodeError, path: str | None) -> DecodeError:
 # --- pixels ----------------------------------------------------------------------------------------------------------
 
 
-def _decode_on_cpu(images: Sequence[_Image], color: Color, recover: bool, threads: int) -> None:
-    run_all(lambda image: _decode_on_host(image, image.out, color, recover), images, threads)
+def _decode_on_cpu(images: Sequence[_Image], wanted: host.Wanted, recover: bool, threads: int) -> None:
+    run_all(lambda image: _decode_on_host(image, image.out, wanted, recover), images, threads)
 
 
-def _decode_on_cuda(images: Sequence[_Image], color: Color, recover: bool, threads: int) -> None:
-    for_gpu = [image for image in images if image.damage is None and gpu.takes(image.header, color)]
-    for_host = [image for image in images if image.damage is not None or not gpu.takes(image.header, color)]
+def _decode_on_cuda(images: Sequence[_Image], wanted: host.Wanted, recover: bool, threads: int) -> None:
+    for_gpu = [image for image in images if image.damage is None and _is_for_gpu(image.header, wanted)]
+    for_host = [image for image in images if image.damage is not None or not _is_for_gpu(image.header, wanted)]
     staged = _staging_for(for_host)
 
     def stage(image: _Image) -> None:
-        _decode_on_host(image, staged[image], color, recover)
+        _decode_on_host(image, staged[image], wanted, recover)
 
     with in_background(stage, for_host, threads):
         decoded = gpu.decode_into(
             [image.out for image in for_gpu],
             [image.data for image in for_gpu],
             [image.header for image in for_gpu],
-            color=color,
+            color=wanted.color,
         )
     # What the GPU refused, the host decodes, or it says what is wrong.
     refused = [image for image, done in zip(for_gpu, decoded, strict=True) if not done]
@@ -254,6 +272,10 @@ def _decode_on_cuda(images: Sequence[_Image], color: Color, recover: bool, threa
     for image, pixels in staged.items():
         if image.error is None:
             image.out.set(pixels, stream=stream)  # the memory manager gives the pinned memory out after the copy
+
+
+def _is_for_gpu(header: Header, wanted: host.Wanted) -> bool:
+    return gpu.takes(header, wanted.color) and not wanted.converts(header)
 
 
 def _staging_for(images: Sequence[_Image]) -> dict[_Image, Any]:
@@ -267,17 +289,17 @@ def _staging_for(images: Sequence[_Image]) -> dict[_Image, Any]:
     return dict(zip(images, views, strict=True))
 
 
-def _decode_on_host(image: _Image, out: Any, color: Color, recover: bool) -> None:
+def _decode_on_host(image: _Image, out: Any, wanted: host.Wanted, recover: bool) -> None:
     try:
         if image.damage is None:
             try:
-                host.decode_into(out, image.data, image.header, color=color)
+                host.decode_into(out, image.data, image.header, wanted=wanted)
                 return
             except DecodeError as error:
                 if not recover or error.kind not in ("truncated", "corrupt"):
                     raise
                 image.damage = _bare(error, image.source)
-        rows = recovery.decode_into(out, image.data, image.header, color=color, damage=image.damage)
+        rows = recovery.decode_into(out, image.data, image.header, wanted=wanted, damage=image.damage)
         image.damage.valid_rows = rows
     except DecodeError as error:
         image.error = image.damage or _bare(error, image.source)

@@ -41,6 +41,8 @@ class Header:
         ``"arithmetic"``.  PNG: ``"interlaced"``.  Otherwise empty.
     colorspace : str
         JPEG: ``"gray"``, ``"ycbcr"``, ``"rgb"``, ``"cmyk"``, ``"ycck"`` or ``"unknown"``.  Otherwise empty.
+    has_profile : bool
+        Whether an ICC profile says what its colours are.
     """
 
     format: ImageFormat
@@ -52,6 +54,7 @@ class Header:
     complete: bool = True
     variant: str = ""
     colorspace: str = ""
+    has_profile: bool = False
 
     @property
     def oriented_size(self) -> tuple[int, int]:
@@ -129,7 +132,7 @@ def _corrupt(name: str, what: str) -> DecodeError:
 
 # --- JPEG -----------------------------------------------------------------------------------------------------------
 
-_SOI, _EOI, _SOS, _APP0, _APP1, _APP14 = 0xFFD8, 0xFFD9, 0xFFDA, 0xFFE0, 0xFFE1, 0xFFEE
+_SOI, _EOI, _SOS, _APP0, _APP1, _APP2, _APP14 = 0xFFD8, 0xFFD9, 0xFFDA, 0xFFE0, 0xFFE1, 0xFFE2, 0xFFEE
 _FRAMES = {0xFFC0: "baseline", 0xFFC1: "extended", 0xFFC2: "progressive", 0xFFC3: "lossless"}
 _FRAMES |= dict.fromkeys((0xFFC5, 0xFFC6, 0xFFC7), "hierarchical")
 _FRAMES |= dict.fromkeys((0xFFC9, 0xFFCA, 0xFFCB, 0xFFCD, 0xFFCE, 0xFFCF), "arithmetic")
@@ -141,7 +144,7 @@ _frame_header = struct.Struct(">BHHB").unpack_from  # bits, height, width, compo
 
 def _parse_jpeg(data: bytes) -> Header:
     frame = None
-    variant, orientation, is_jfif, adobe_transform = "", 1, False, None
+    variant, orientation, is_jfif, adobe_transform, has_profile = "", 1, False, None, False
     position = 2
     while True:
         marker, length = _marker_and_length(data, position)
@@ -159,6 +162,8 @@ def _parse_jpeg(data: bytes) -> Header:
             is_jfif = is_jfif or data.startswith(b"JFIF\0", body)
         elif marker == _APP1 and data.startswith(b"Exif\0", body):
             orientation = _exif_orientation(data, body + 6)
+        elif marker == _APP2:
+            has_profile = has_profile or data.startswith(b"ICC_PROFILE\0", body)
         elif marker == _APP14 and data.startswith(b"Adobe", body):
             adobe_transform = data[body + 11]
         position += 2 + length
@@ -180,6 +185,7 @@ def _parse_jpeg(data: bytes) -> Header:
         complete=data.rfind(b"\xff\xd9", position) >= 0,
         variant=variant,
         colorspace=_jpeg_colorspace(data[frame + 6 : frame + 6 + 3 * channels : 3], is_jfif, adobe_transform),
+        has_profile=has_profile,
     )
 
 
@@ -202,6 +208,7 @@ def _jpeg_colorspace(component_ids: bytes, is_jfif: bool, adobe_transform: int |
 
 _TAG_WIDTH, _TAG_HEIGHT, _TAG_BITS, _TAG_ORIENTATION, _TAG_CHANNELS = 256, 257, 258, 274, 277
 _TAGS_STRIPS, _TAGS_TILES = (273, 279), (324, 325)  # offsets, byte counts
+_TAG_PROFILE = 34675
 _TIFF_INTEGERS = {1: "B", 3: "H", 4: "I", 13: "I", 16: "Q", 18: "Q"}
 
 
@@ -237,6 +244,9 @@ class _Directory:
         offset = int.from_bytes(value, "little" if self._order == "<" else "big")
         return self._read(code, offset)
 
+    def has(self, tag: int) -> bool:
+        return tag in self._entries
+
     def integer(self, tag: int, default: int) -> int:
         return next(iter(self.integers(tag)), default)
 
@@ -267,6 +277,7 @@ def _parse_tiff(data: bytes) -> Header:
         bits=directory.integer(_TAG_BITS, 1),
         orientation=directory.orientation(),
         complete=all(offset + count <= len(data) for offset, count in zip(offsets, counts, strict=False)),
+        has_profile=directory.has(_TAG_PROFILE),
     )
 
 
@@ -294,10 +305,12 @@ def _parse_png(data: bytes) -> Header:
     name, width, height, bits, kind, interlaced = struct.unpack_from(">4sIIBBxxB", data, 12)
     if name != b"IHDR" or kind not in _PNG_CHANNELS:
         raise _corrupt("png", f"starts with a chunk {name!r} of colour type {kind}; expected IHDR")
-    orientation, complete = 1, False
+    orientation, complete, has_profile = 1, False, False
     for name, start, _ in _chunks(data, 8, ">I4s"):
         if name == b"eXIf":  # it may stand after the pixels
             orientation = _exif_orientation(data, start)
+        elif name == b"iCCP":
+            has_profile = True
         elif name == b"IEND":
             complete = True
             break
@@ -310,6 +323,7 @@ def _parse_png(data: bytes) -> Header:
         orientation=orientation,
         complete=complete,
         variant="interlaced" if interlaced else "",
+        has_profile=has_profile,
     )
 
 
@@ -351,6 +365,7 @@ def _parse_extended_webp(data: bytes, complete: bool) -> Header:
         channels=4 if flags & 0x10 else 3,
         orientation=orientation,
         complete=complete,
+        has_profile=bool(flags & 0x20),
     )
 
 
@@ -438,6 +453,7 @@ def _parse_avif(data: bytes) -> Header:
         bits=12 if depth & 0x20 else 10 if depth & 0x40 else 8,
         orientation=_TURNS[turns][mirrored],
         complete=_last_byte(data, meta[b"iloc"][0]) <= len(data),
+        has_profile=any(name == b"colr" and data[start : start + 4] in (b"prof", b"rICC") for name, start, _ in own),
     )
 
 

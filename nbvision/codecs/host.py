@@ -10,6 +10,7 @@ import functools
 import io
 import threading
 import warnings
+from dataclasses import dataclass
 from types import ModuleType
 from typing import Any
 
@@ -29,11 +30,12 @@ from PIL import (
     features,
 )
 
+from nbvision.codecs._profiles import as_srgb
 from nbvision.codecs.headers import Header
 from nbvision.errors import DecodeError, DecodeErrorKind
 from nbvision.image import Color
 
-__all__ = ["decode_into", "imagecodecs_module"]
+__all__ = ["Wanted", "decode_into", "imagecodecs_module"]
 
 Pixels = npt.NDArray[np.uint8]
 
@@ -54,7 +56,35 @@ _PILLOW_READER: dict[str, type[ImageFile.ImageFile]] = {
 }
 
 
-def decode_into(out: Pixels, data: bytes, header: Header, *, color: Color, strict: bool = True) -> None:
+@dataclass(frozen=True, slots=True)
+class Wanted:
+    """What pixels shall be.
+
+    Attributes
+    ----------
+    color : {"rgb", "bgr", "rgba", "bgra", "gray"}
+        Alpha is 255 where the image has none.  Gray is the luma of a JPEG as stored, ITU-R 601 luma of other images.
+        16-bit channels keep their upper 8 bits.
+    background : (int, int, int) or None
+        Red, green, blue over which an image with alpha is blended, where ``color`` has none; None drops the alpha.
+    srgb : bool
+        Whether pixels with an ICC profile are converted to sRGB.
+    """
+
+    color: Color = "rgb"
+    background: tuple[int, int, int] | None = None
+    srgb: bool = False
+
+    def blends(self, header: Header) -> bool:
+        """Whether an image may have alpha to blend; a palette or a single colour may be transparent in a PNG."""
+        return self.background is not None and (header.channels in (2, 4) or header.format in ("png", "gif"))
+
+    def converts(self, header: Header) -> bool:
+        """Whether an image has colours to convert."""
+        return self.srgb and header.has_profile
+
+
+def decode_into(out: Pixels, data: bytes, header: Header, *, wanted: Wanted, strict: bool = True) -> None:
     """Decode an image, upright, into the caller's memory.
 
     Parameters
@@ -65,9 +95,7 @@ def decode_into(out: Pixels, data: bytes, header: Header, *, color: Color, stric
     data : bytes
     header : Header
         Of ``data``.
-    color : {"rgb", "bgr", "rgba", "bgra", "gray"}
-        Alpha is dropped, not blended, where ``color`` has none, and 255 where the image has none.  Gray is the luma
-        of a JPEG as stored, and ITU-R 601 luma of other images.  16-bit channels keep their upper 8 bits.
+    wanted : Wanted
     strict : bool
         Whether a JPEG that is damaged inside is refused, or decoded as far as it goes.
 
@@ -78,12 +106,15 @@ def decode_into(out: Pixels, data: bytes, header: Header, *, color: Color, stric
     """
     if not header.complete:
         raise DecodeError(f"this {header.format.upper()} ends before its last pixel", kind="truncated")
-    if _suits_simplejpeg(header):
+    color, done = wanted.color, False
+    if wanted.blends(header) or wanted.converts(header):
+        pass  # Pillow can
+    elif _suits_simplejpeg(header):
         done = _decode_jpeg_into(out, data, header, color, strict)
-    else:
-        done = _suits_imagecodecs(header, color) and _decode_by_imagecodecs_into(out, data, header, color)
+    elif _suits_imagecodecs(header, color):
+        done = _decode_by_imagecodecs_into(out, data, header, color)
     if not done:
-        _decode_by_pillow_into(out, data, header, color)
+        _decode_by_pillow_into(out, data, header, wanted)
 
 
 # --- JPEG -----------------------------------------------------------------------------------------------------------
@@ -151,7 +182,7 @@ def _decode_by_imagecodecs_into(out: Pixels, data: bytes, header: Header, color:
 # --- everything else -------------------------------------------------------------------------------------------------
 
 
-def _decode_by_pillow_into(out: Pixels, data: bytes, header: Header, color: Color) -> None:
+def _decode_by_pillow_into(out: Pixels, data: bytes, header: Header, wanted: Wanted) -> None:
     if header.format == "avif" and not features.check("avif"):
         raise DecodeError("this Pillow was built without AVIF; install its wheel", kind="unsupported")
     try:
@@ -160,23 +191,28 @@ def _decode_by_pillow_into(out: Pixels, data: bytes, header: Header, color: Colo
             upright_by_pillow = header.format == "tiff"
             expected = header.oriented_size if upright_by_pillow else (header.height, header.width)
             _check_size(header, (image.height, image.width), expected)
-            pixels = _pixels_of(image, header, color)
+            pixels = _pixels_of(image, header, wanted)
     except DecodeError:
         raise
     except Exception as error:  # Pillow's readers let about ten kinds of exception out of damaged files
         raise _decode_error(header, error) from error
     _check_size(header, pixels.shape[:2], expected)
-    _copy_turned(out, pixels, 1 if upright_by_pillow else header.orientation, _FROM_RED_FIRST.get(color))
+    _copy_turned(out, pixels, 1 if upright_by_pillow else header.orientation, _FROM_RED_FIRST.get(wanted.color))
 
 
-def _pixels_of(image: Image.Image, header: Header, color: Color) -> Pixels:
+def _pixels_of(image: Image.Image, header: Header, wanted: Wanted) -> Pixels:
     """(H, W, C) uint8, with red first."""
-    mode = _PILLOW_MODE[color]
+    mode = _PILLOW_MODE[wanted.color]
     image.load()
     if image.mode == "F" or (image.mode == "I" and header.bits != 16):
         raise DecodeError(f"its pixels are {header.bits}-bit numbers; expected 8 or 16 bits", kind="unsupported")
     if image.mode.startswith("I"):
         image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+    if wanted.converts(header):
+        image = as_srgb(image)
+    if wanted.background is not None and image.has_transparency_data:
+        canvas = Image.new("RGBA", image.size, (*wanted.background, 255))
+        image = Image.alpha_composite(canvas, image.convert("RGBA")).convert("RGB")
     if mode != "RGBA":
         image.info.pop("transparency", None)  # dropped anyway, and a palette's draws a warning
     if image.mode != mode:

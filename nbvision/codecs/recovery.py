@@ -18,7 +18,6 @@ import numpy.typing as npt
 from nbvision.codecs import host
 from nbvision.codecs.headers import Header
 from nbvision.errors import DecodeError
-from nbvision.image import Color
 
 __all__ = ["decode_into"]
 
@@ -30,7 +29,7 @@ _PIECE_BYTES = 1024  # of compressed pixels at a time
 
 
 def decode_into(
-    out: npt.NDArray[np.uint8], data: bytes, header: Header, *, color: Color, damage: DecodeError
+    out: npt.NDArray[np.uint8], data: bytes, header: Header, *, wanted: host.Wanted, damage: DecodeError
 ) -> int | None:
     """Decode what is left of an image, upright, into the caller's memory.
 
@@ -41,7 +40,7 @@ def decode_into(
     data : bytes
     header : Header
         Of ``data``.
-    color : {"rgb", "bgr", "rgba", "bgra", "gray"}
+    wanted : Wanted
     damage : DecodeError
         What a decoder said of the file.
 
@@ -59,15 +58,15 @@ def decode_into(
     try:
         if header.format == "png":
             mended, rows = _mended_png(data, header)
-            host.decode_into(out, mended, whole, color=color)
+            host.decode_into(out, mended, whole, wanted=wanted)
             return rows if _rows_are_known(data, header, damage) else None
         if header.format not in ("jpeg", "webp"):
             raise DecodeError(f"nothing is known of damaged {header.format.upper()} files", kind=damage.kind)
-        host.decode_into(out, _with_end(data, header, _ENDS[0]), whole, color=color, strict=False)
+        host.decode_into(out, _with_end(data, header, _ENDS[0]), whole, wanted=wanted, strict=False)
         if not _rows_are_known(data, header, damage):
             return None
         other = np.empty_like(out)
-        host.decode_into(other, _with_end(data, header, _ENDS[1]), whole, color=color, strict=False)
+        host.decode_into(other, _with_end(data, header, _ENDS[1]), whole, wanted=wanted, strict=False)
     except struct.error as error:  # a header that says more than is there
         raise DecodeError(f"nothing can be saved: {error}", kind=damage.kind) from None
     differing = (out != other).any(axis=(1, 2))
