@@ -22,7 +22,7 @@ from nbvision.errors import (
 )
 
 if TYPE_CHECKING:
-    from nbvision.codecs import decode, encode
+    from nbvision.codecs import Decoder, decode, encode
     from nbvision.engines import Engine
     from nbvision.image import ImageBatch, as_batch
     from nbvision.ops.arithmetic import add_weighted, blend, convert, lut, normalize, threshold
@@ -48,6 +48,7 @@ __version__ = "0.1.0"
 __all__ = [
     "CompileError",
     "DecodeError",
+    "Decoder",
     "Detections",
     "DeviceError",
     "Engine",
@@ -104,6 +105,7 @@ __all__ = [
 ]
 
 _ROOM_OF = {
+    "Decoder": "nbvision.codecs",
     "Detections": "nbvision.ops.boxes",
     "Engine": "nbvision.engines",
     "Geometry": "nbvision.ops.geometry",

@@ -20,7 +20,8 @@ import numpy as np
 import numpy.typing as npt
 
 from nbvision.codecs import decode
-from nbvision.codecs.decode import Source, as_items, decode_ahead
+from nbvision.codecs.decode import Source, as_items
+from nbvision.codecs.decoder import Decoder
 from nbvision.engines import Engine
 from nbvision.errors import DecodeError, EngineError, InputError
 from nbvision.image import ImageBatch, to_device
@@ -139,6 +140,7 @@ class Recognizer:
     ) -> None:
         self.detector, self.masker, self.embedder = detector, masker, embedder
         self.device: Device = detector.device
+        self._decoder = Decoder(device=self.device)
         self.classes = _class_names(detector)
         self.score_threshold = score_threshold
         self.iou_threshold = iou_threshold
@@ -247,7 +249,7 @@ class Recognizer:
             for batch in batches:
                 yield batch, self.recognize(batch, times=times)
             return
-        for batch, images in decode_ahead(batches, device=self.device):
+        for batch, images in self._decoder.stream(batches):
             yield batch, self.recognize(images)
 
     def _stage(self, times: StageTimes | None, name: str, items: int) -> contextlib.AbstractContextManager[None]:

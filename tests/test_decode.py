@@ -7,7 +7,7 @@ import struct
 import threading
 import warnings
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,6 @@ from hypothesis import strategies as st
 from PIL import Image, ImageOps
 
 from nbvision.codecs import decode, gpu, host, read_header
-from nbvision.codecs.decode import decode_ahead
 from nbvision.errors import DecodeError, InputError
 from nbvision.image import ImageBatch
 from nbvision.runtime import memory
@@ -467,53 +466,6 @@ def test_decode_from_many_threads(device: Any) -> None:
     for worker in workers:
         worker.join()
     assert not failures
-
-
-# --- batch after batch ------------------------------------------------------------------------------------------------
-
-
-def test_batches_decoded_ahead_are_the_same_in_order(device: Any) -> None:
-    batches = [[JPEGS["4:2:0"], OTHERS["png"]], [b"broken", JPEGS["progressive"]], [], [OTHERS["bmp"]]] * 4
-    for (files, images), wanted in zip(decode_ahead(iter(batches), device=device), batches, strict=True):
-        assert files is wanted
-        there = [index for index, file in enumerate(files) if file != b"broken"]
-        expected = decode(files, device=device)
-        assert [str(error) for error in images.errors] == [str(error) for error in expected.errors]
-        # Copied on the caller's stream: wrong pixels if it did not wait for the decoding thread's.
-        for got, want in zip(on_host(images.select(there)), on_host(expected.select(there)), strict=True):
-            np.testing.assert_array_equal(got, want)
-
-
-def test_two_batches_are_taken_ahead_and_no_more(device: Any) -> None:
-    taken = []
-
-    def batches() -> Iterator[list[bytes]]:
-        for number in range(10):
-            taken.append(number)
-            yield [OTHERS["png"]]
-
-    decoded = decode_ahead(batches(), device=device)
-    assert taken == []
-    next(decoded)
-    assert taken == [0, 1, 2]
-    next(decoded)
-    assert taken == [0, 1, 2, 3]
-    decoded.close()
-    assert taken == [0, 1, 2, 3]
-
-
-def test_a_batch_that_is_none_ends_the_stream_in_its_place(device: Any) -> None:
-    decoded = decode_ahead([[OTHERS["png"]], [OTHERS["bmp"]], [17]], device=device)  # type: ignore[list-item]
-    assert next(decoded)[1].ok.all()
-    assert next(decoded)[1].ok.all()
-    with pytest.raises(InputError, match=r"sources\[0\] is a int"):
-        next(decoded)
-
-
-def test_decoding_ahead_uses_the_callers_memory_source(device: Any) -> None:
-    with memory.source("a film ahead"):
-        list(decode_ahead([[OTHERS["png"]]] * 3, device=device))
-    assert memory.stats(device=device).by_source["a film ahead"] > 0
 
 
 def refuse_to_import() -> None:

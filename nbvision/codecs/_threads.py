@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import collections
 import contextlib
-import contextvars
 import functools
 import itertools
 import os
@@ -30,18 +29,7 @@ def _pool() -> ThreadPoolExecutor:
     return ThreadPoolExecutor(available_cores(), thread_name_prefix="nbvision-decode")
 
 
-@functools.cache
-def _ahead_pool() -> ThreadPoolExecutor:
-    """Threads that decode whole batches. They live on: each has a decoder and a stream of its own, made once."""
-    return ThreadPoolExecutor(AHEAD, thread_name_prefix="nbvision-ahead")
-
-
-def _forget_pools() -> None:
-    _pool.cache_clear()
-    _ahead_pool.cache_clear()
-
-
-os.register_at_fork(after_in_child=_forget_pools)  # a forked child has the pool objects without their threads
+os.register_at_fork(after_in_child=_pool.cache_clear)  # a forked child has the pool without its threads
 
 
 @contextlib.contextmanager
@@ -85,18 +73,17 @@ def map_all(function: Callable[[T], R], items: Sequence[T], threads: int) -> lis
     return results
 
 
-def ahead(function: Callable[[T], R], items: Iterable[T]) -> Iterator[tuple[T, R]]:
-    """Each item and the function's result, in order; the next two are under way while the caller uses one.
+def ahead(submit: Callable[[T], Future[R]], items: Iterable[T]) -> Iterator[tuple[T, R]]:
+    """Each item and its future's result, in order; the next two are under way while the caller uses one.
 
-    The function runs in threads of its own, in the caller's context. What it raises is raised at its item.
+    What a future raises is raised at its item.
     """
     source = iter(items)
     under_way: collections.deque[tuple[T, Future[R]]] = collections.deque()
     try:
         while True:
             for item in itertools.islice(source, AHEAD + 1 - len(under_way)):
-                context = contextvars.copy_context()
-                under_way.append((item, _ahead_pool().submit(context.run, function, item)))
+                under_way.append((item, submit(item)))
             if not under_way:
                 return
             item, future = under_way.popleft()

@@ -2,22 +2,23 @@
 
 from __future__ import annotations
 
-import contextlib
 import operator
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeAlias, get_args
 
 from nbvision.codecs import gpu, host, recovery
-from nbvision.codecs._threads import ahead, available_cores, in_background, map_all, run_all
+from nbvision.codecs._threads import available_cores, in_background, map_all, run_all
 from nbvision.codecs.headers import Header, as_bytes, read_header
 from nbvision.errors import DecodeError, InputError
 from nbvision.image import CHANNELS, Color, ImageBatch, image_offsets
 from nbvision.runtime import memory
-from nbvision.runtime.device import Device, array_module, own_stream, resolve_device
+from nbvision.runtime.device import Device, array_module, resolve_device
 
-__all__ = ["Source", "as_items", "decode", "decode_ahead"]
+__all__ = ["LIMIT_PIXELS", "Source", "as_items", "check_options", "decode"]
+
+LIMIT_PIXELS = 178_956_970  # Pillow's
 
 Source: TypeAlias = "bytes | bytearray | memoryview | str | os.PathLike[str]"
 
@@ -29,7 +30,7 @@ def decode(
     background: tuple[int, int, int] | None = None,
     srgb: bool = False,
     device: Device | None = None,
-    limit_pixels: int = 178_956_970,
+    limit_pixels: int = LIMIT_PIXELS,
     recover: bool = False,
     threads: int | None = None,
 ) -> ImageBatch:
@@ -80,7 +81,7 @@ def decode(
     wrong pixels and says nothing, so there only damage to a file's structure is found, and files that end too early.
     """
     items = as_items(sources)
-    _check_options(color, background, limit_pixels, threads)
+    check_options(color, background, limit_pixels, threads)
     wanted = host.Wanted(color, background and (background[0], background[1], background[2]), srgb)
     target = resolve_device(device)
     threads = threads or available_cores()
@@ -98,37 +99,6 @@ def decode(
     arrays = [item.out if isinstance(item, _Image) and item.error is None else None for item in opened]
     damage = [item.damage if isinstance(item, _Image) and item.error is None else None for item in opened]
     return ImageBatch(arrays, color=color, device=target, errors=errors, damage=damage, buffer=buffer, complete=True)
-
-
-def decode_ahead(
-    batches: Iterable[list[Source]], *, device: Device | None = None
-) -> Iterator[tuple[list[Source], ImageBatch]]:
-    """Decode batch after batch, the next two while the caller uses one.
-
-    Parameters
-    ----------
-    batches : iterable of lists
-        Each as :func:`decode` takes it; up to two are taken before they are asked for.
-    device : {"cpu", "cuda"}, optional
-
-    Yields
-    ------
-    batch, ImageBatch
-        In order. On CUDA the pixels are written on other streams; what takes an ImageBatch waits for them.
-
-    Raises
-    ------
-    InputError
-        At the batch whose sources are none.
-    """
-    target = resolve_device(device)
-    device_id = array_module(target).cuda.Device().id if target == "cuda" else None
-
-    def decode_one(batch: list[Source]) -> ImageBatch:
-        with contextlib.nullcontext() if device_id is None else own_stream(device_id):
-            return decode(batch, device=target)
-
-    return ahead(decode_one, batches)
 
 
 # --- arguments -------------------------------------------------------------------------------------------------------
@@ -158,7 +128,7 @@ def _is_source(item: Any) -> bool:
     return view.ndim == 1 and view.itemsize == 1
 
 
-def _check_options(color: Any, background: Any, limit_pixels: Any, threads: Any) -> None:
+def check_options(color: Any, background: Any, limit_pixels: Any, threads: Any) -> None:
     if color not in CHANNELS:
         raise InputError(f"color is {color!r}; expected one of {get_args(Color)}")
     if background is not None:

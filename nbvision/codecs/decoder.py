@@ -1,0 +1,138 @@
+"""Decoding for services: options set once, batches under way while the caller does something else."""
+
+from __future__ import annotations
+
+import contextlib
+import contextvars
+import os
+from collections.abc import Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any
+
+from nbvision.codecs._threads import ahead, available_cores
+from nbvision.codecs.decode import LIMIT_PIXELS, Source, as_items, check_options, decode
+from nbvision.errors import InputError
+from nbvision.image import Color, ImageBatch
+from nbvision.runtime.device import Device, array_module, own_stream, resolve_device
+
+__all__ = ["Decoder"]
+
+_WORKERS_ON_CUDA = 2  # each has an nvImageCodec decoder of its own, and the engines are shared
+
+
+class Decoder:
+    """Decodes batches in threads of its own; any thread may hand in work, and wait for it or not.
+
+    Parameters
+    ----------
+    color, background, srgb, device, limit_pixels, recover, threads
+        As :func:`nbvision.decode` takes them.
+    workers : int, optional
+        Batches that are decoded at the same time. Default: 2 on CUDA, where each needs a decoder and a stream of its
+        own, and one for each core on the CPU, where single images come from many callers.
+
+    Raises
+    ------
+    InputError
+        For options that :func:`nbvision.decode` does not take, or ``workers`` that are no positive integer.
+    DeviceError, MissingExtraError
+        If the device cannot be used.
+
+    Notes
+    -----
+    Threads start with the first work and end with :meth:`close`, at the end of a ``with``, or with the object. A forked
+    child starts threads of its own.
+    """
+
+    def __init__(
+        self,
+        *,
+        color: Color = "rgb",
+        background: tuple[int, int, int] | None = None,
+        srgb: bool = False,
+        device: Device | None = None,
+        limit_pixels: int = LIMIT_PIXELS,
+        recover: bool = False,
+        threads: int | None = None,
+        workers: int | None = None,
+    ) -> None:
+        check_options(color, background, limit_pixels, threads)
+        if workers is not None and (not isinstance(workers, int) or workers <= 0):
+            raise InputError(f"workers is {workers!r}; expected a positive integer, or None")
+        self.device: Device = resolve_device(device)
+        self.workers = workers or (_WORKERS_ON_CUDA if self.device == "cuda" else available_cores())
+        self._options: dict[str, Any] = {"color": color, "background": background, "srgb": srgb, "device": self.device}
+        self._options |= {"limit_pixels": limit_pixels, "recover": recover, "threads": threads}
+        self._device_id = array_module("cuda").cuda.Device().id if self.device == "cuda" else None
+        self._closed = False
+        self._pool: tuple[int, ThreadPoolExecutor] | None = None
+
+    def __call__(self, sources: Source | Iterable[Source]) -> ImageBatch:
+        """Decode now, in the caller's thread and on its stream; see :func:`nbvision.decode`."""
+        return decode(sources, **self._options)
+
+    def submit(self, sources: Source | Iterable[Source]) -> Future[ImageBatch]:
+        """Decode in a thread of the decoder.
+
+        Returns
+        -------
+        concurrent.futures.Future of ImageBatch
+            Of one item for each source, as :func:`nbvision.decode` gives it: an image that cannot be decoded is an
+            error of the batch, not of the future. In a coroutine: ``await asyncio.wrap_future(future)``. On CUDA the
+            pixels are written on another stream; what takes an ImageBatch waits for them.
+
+        Raises
+        ------
+        InputError
+            If ``sources`` are none, or the decoder is closed.
+        """
+        return self._submit(as_items(sources))
+
+    def stream(self, batches: Iterable[list[Source]]) -> Iterator[tuple[list[Source], ImageBatch]]:
+        """Decode batch after batch, the next two while the caller uses one.
+
+        Parameters
+        ----------
+        batches : iterable of lists
+            Each as :func:`nbvision.decode` takes it; up to two are taken before they are asked for. A generator may
+            read them from an archive, a database or a network.
+
+        Yields
+        ------
+        batch, ImageBatch
+            In order.
+
+        Raises
+        ------
+        InputError
+            At the batch whose sources are none.
+        """
+        return ahead(self._submit, batches)
+
+    def close(self) -> None:
+        """End the threads once their work is done. Work is not taken any more."""
+        self._closed = True
+        if self._pool is not None and self._pool[0] == os.getpid():
+            self._pool[1].shutdown()
+        self._pool = None
+
+    def __enter__(self) -> Decoder:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
+
+    def __repr__(self) -> str:
+        return f"Decoder({self._options['color']}, {self.device}, {self.workers} workers)"
+
+    def _submit(self, sources: Any) -> Future[ImageBatch]:
+        if self._closed:
+            raise InputError("this Decoder is closed; make another")
+        if self._pool is None or self._pool[0] != os.getpid():  # a forked child has the pool without its threads
+            self._pool = os.getpid(), ThreadPoolExecutor(self.workers, thread_name_prefix="nbvision-decoder")
+        # In the caller's context: memory counts as of its source.
+        return self._pool[1].submit(contextvars.copy_context().run, self._decode, sources)
+
+    def _decode(self, sources: Any) -> ImageBatch:
+        with contextlib.nullcontext() if self._device_id is None else own_stream(self._device_id):
+            return decode(sources, **self._options)
