@@ -6,7 +6,6 @@ import asyncio
 import gc
 import io
 import threading
-import time
 from collections.abc import Iterator
 from typing import Any
 
@@ -37,6 +36,11 @@ def assert_same(got: ImageBatch, expected: ImageBatch) -> None:
     # Copied on the caller's stream: wrong pixels if it did not wait for the decoding thread's.
     for one, other in zip(got.select(there).to("cpu"), expected.select(there).to("cpu"), strict=True):
         np.testing.assert_array_equal(one, other)
+
+
+def workers() -> set[threading.Thread]:
+    """Of all decoders of the process."""
+    return {thread for thread in threading.enumerate() if thread.name.startswith("nbvision-decoder")}
 
 
 # --- futures ----------------------------------------------------------------------------------------------------------
@@ -99,32 +103,27 @@ def test_coroutines_wait_for_futures(device: Any) -> None:
 
 
 def test_no_more_workers_than_asked_for() -> None:
-    before = threading.active_count()
+    others = workers()
     with nbv.Decoder(device="cpu", workers=2) as decoder:
-        assert threading.active_count() == before  # none before the first work
+        assert workers() <= others  # none before the first work
         for future in [decoder.submit(BMP) for _ in range(20)]:
             future.result()
-        names = [thread.name for thread in threading.enumerate() if thread.name.startswith("nbvision-decoder")]
-        assert 1 <= len(names) <= 2
-    assert not [thread for thread in threading.enumerate() if thread.name in names]
+        own = workers() - others
+        assert 1 <= len(own) <= 2
+    assert not workers() & own
 
 
 def test_threads_end_with_the_object() -> None:
-    def count() -> int:
-        return sum(thread.name.startswith("nbvision-decoder") for thread in threading.enumerate())
-
-    gc.collect()
-    before = count()
+    others = workers()
     decoder = nbv.Decoder(device="cpu")
     decoder.submit(BMP).result()
-    assert count() > before
+    own = workers() - others
+    assert own
     del decoder
     gc.collect()
-    for _ in range(100):
-        if count() == before:
-            break
-        time.sleep(0.05)
-    assert count() == before
+    for thread in own:
+        thread.join(timeout=10)
+    assert not workers() & own
 
 
 def test_sources_that_are_none_are_refused_at_once(device: Any) -> None:
