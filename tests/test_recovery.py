@@ -14,6 +14,9 @@ from reference import to_host
 
 import nbvision as nbv
 from nbvision.codecs.decode import decode
+from nbvision.codecs.gpu import takes
+from nbvision.codecs.headers import read_header
+from nbvision.codecs.host import is_whole_jpeg
 from nbvision.errors import DecodeError
 
 HEIGHT, WIDTH = 150, 203
@@ -116,6 +119,38 @@ def test_damage_inside_is_decoded_over() -> None:
     assert damage.kind == "corrupt"
     assert damage.valid_rows is None
     np.testing.assert_array_equal(got[:40], whole[:40])
+
+
+def test_strict_finds_damage_inside_on_every_device(device: str) -> None:
+    data = bytearray(IN_ORDER["jpeg"])
+    middle = len(data) // 2
+    data[middle : middle + 40] = bytes(range(40))
+    files = [IN_ORDER["jpeg"], bytes(data), IN_ORDER["png"], OTHERS["progressive jpeg"]]
+    refused = decode(files, device=device, strict=True)  # type: ignore[arg-type]
+    assert [error and error.kind for error in refused.errors] == [None, "corrupt", None, None]
+    recovered = decode(files, device=device, strict=True, recover=True)  # type: ignore[arg-type]
+    assert recovered.ok.all()
+    assert [damage and damage.kind for damage in recovered.damage] == [None, "corrupt", None, None]
+    np.testing.assert_array_equal(to_host(recovered[1]), decode(bytes(data), device="cpu", recover=True)[0])
+
+
+@settings(max_examples=300, deadline=None)
+@given(
+    st.sampled_from([name for name in sorted({**IN_ORDER, **OTHERS}) if "jpeg" in name]),
+    st.lists(st.tuples(st.floats(0.1, 1, exclude_max=True), st.integers(0, 255)), max_size=3),
+)
+def test_looking_through_a_jpeg_gives_the_verdict_of_decoding_it(name: str, changes: list[tuple[float, int]]) -> None:
+    data = bytearray({**IN_ORDER, **OTHERS}[name])
+    for place, value in changes:
+        data[int(place * len(data))] = value
+    try:
+        header = read_header(bytes(data))
+    except DecodeError:
+        return
+    if header.complete and takes(header, "rgb"):
+        (error,) = decode(bytes(data), device="cpu", limit_pixels=1 << 20).errors
+        if error is None or error.kind != "too_large":
+            assert is_whole_jpeg(bytes(data)) == (error is None)
 
 
 def test_a_broken_stream_of_a_png_is_decoded_to_the_break(device: str) -> None:

@@ -32,6 +32,7 @@ def decode(
     device: Device | None = None,
     limit_pixels: int = LIMIT_PIXELS,
     recover: bool = False,
+    strict: bool = False,
     threads: int | None = None,
 ) -> ImageBatch:
     """Decode images of any formats and sizes: JPEG, PNG, WebP, AVIF, TIFF, BMP, GIF.
@@ -58,6 +59,9 @@ def decode(
     recover : bool
         Whether damaged JPEG, PNG and WebP files are decoded as far as they go, on the host, instead of being errors.
         ``batch.damage[i]`` then tells what is wrong with image ``i``; rows that are lost are gray, black or noise.
+    strict : bool
+        Whether the host looks through the JPEGs that the GPU decodes, at the same time, for damage that the GPU shows
+        as wrong pixels without a word. Without a GPU such damage is always found.
     threads : int, optional
         Host threads to use at most; default: one for each core of this process.
 
@@ -77,8 +81,9 @@ def decode(
 
     Notes
     -----
-    A JPEG that is damaged inside is an error of kind ``"corrupt"`` on the CPU.  The GPU's decoder shows such damage as
-    wrong pixels and says nothing, so there only damage to a file's structure is found, and files that end too early.
+    A JPEG that is damaged inside is an error of kind ``"corrupt"`` on the CPU, and with ``strict`` on the GPU.  The
+    GPU's own decoder shows such damage as wrong pixels and says nothing; files that end too early, and damage to a
+    file's structure, are found without ``strict``, too.
     """
     items = as_items(sources)
     check_options(color, background, limit_pixels, threads)
@@ -94,7 +99,10 @@ def decode(
         if isinstance(item, _Image):
             item.out = buffer.view((*size, CHANNELS[color]), offset_bytes=offset)
             images.append(item)
-    (_decode_on_cuda if target == "cuda" else _decode_on_cpu)(images, wanted, recover, threads)
+    if target == "cuda":
+        _decode_on_cuda(images, wanted, recover, strict, threads)
+    else:
+        _decode_on_cpu(images, wanted, recover, threads)
     errors = [item.error if isinstance(item, _Image) else item for item in opened]
     arrays = [item.out if isinstance(item, _Image) and item.error is None else None for item in opened]
     damage = [item.damage if isinstance(item, _Image) and item.error is None else None for item in opened]
@@ -219,7 +227,7 @@ def _decode_on_cpu(images: Sequence[_Image], wanted: host.Wanted, recover: bool,
     run_all(lambda image: _decode_on_host(image, image.out, wanted, recover), images, threads)
 
 
-def _decode_on_cuda(images: Sequence[_Image], wanted: host.Wanted, recover: bool, threads: int) -> None:
+def _decode_on_cuda(images: Sequence[_Image], wanted: host.Wanted, recover: bool, strict: bool, threads: int) -> None:
     for_gpu = [image for image in images if image.damage is None and _is_for_gpu(image.header, wanted)]
     for_host = [image for image in images if image.damage is not None or not _is_for_gpu(image.header, wanted)]
     staged = _staging_for(for_host)
@@ -227,15 +235,23 @@ def _decode_on_cuda(images: Sequence[_Image], wanted: host.Wanted, recover: bool
     def stage(image: _Image) -> None:
         _decode_on_host(image, staged[image], wanted, recover)
 
-    with in_background(stage, for_host, threads):
+    doubtful: set[_Image] = set()
+
+    def stage_or_look_through(image: _Image) -> None:
+        if image in staged:
+            stage(image)
+        elif not host.is_whole_jpeg(image.data):
+            doubtful.add(image)
+
+    with in_background(stage_or_look_through, [*for_host, *(for_gpu if strict else ())], threads):
         decoded = gpu.decode_into(
             [image.out for image in for_gpu],
             [image.data for image in for_gpu],
             [image.header for image in for_gpu],
             color=wanted.color,
         )
-    # What the GPU refused, the host decodes, or it says what is wrong.
-    refused = [image for image, done in zip(for_gpu, decoded, strict=True) if not done]
+    # What the GPU refused, or made up, the host decodes, or it says what is wrong.
+    refused = [image for image, done in zip(for_gpu, decoded, strict=True) if not done or image in doubtful]
     staged |= _staging_for(refused)
     run_all(stage, refused, threads)
     stream = array_module("cuda").cuda.get_current_stream()
