@@ -1,5 +1,5 @@
-"""Regions: which part of which source goes where on each canvas, made on the host or, of boxes that live there, on the
-device.
+"""Regions: which part of which source goes where on each canvas, made where the images are, but on the host for boxes
+that live there and for plans that must know their widest window.
 """
 
 from __future__ import annotations
