@@ -165,6 +165,20 @@ def test_colours_become_srgb(device: Any, format: str, mode: str, options: Any) 
     assert np.abs(converted.astype(int) - stored).max() > 20  # or nothing was tested
 
 
+def test_damage_inside_is_found_with_a_profile_too(device: Any) -> None:
+    data = bytearray(written(picture("RGB", (200, 150)), "JPEG", icc_profile=WIDE))
+    start = len(data) - 800
+    data[start : start + 40] = bytes(range(40))
+    plain, converted = (decode(bytes(data), srgb=srgb, device="cpu").errors[0] for srgb in (False, True))
+    on_device = decode(bytes(data), srgb=True, device=device)
+    assert plain is not None
+    assert plain.kind == "corrupt"
+    assert str(plain) == str(converted) == str(on_device.errors[0])
+    recovered = decode(bytes(data), srgb=True, recover=True, device=device)
+    assert recovered.damage[0] is not None
+    assert recovered.ok.all()
+
+
 def test_alpha_is_kept_beside_converted_colours() -> None:
     data = written(picture(), "PNG", icc_profile=WIDE)
     converted, stored = (decode(data, color="rgba", srgb=srgb, device="cpu")[0] for srgb in (True, False))

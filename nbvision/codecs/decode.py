@@ -240,7 +240,10 @@ def _decode_on_cuda(images: Sequence[_Image], wanted: host.Wanted, recover: bool
     def stage_or_look_through(image: _Image) -> None:
         if image in staged:
             stage(image)
-        elif not host.is_whole_jpeg(image.data):
+            return
+        try:
+            host.check_jpeg(image.data, image.header)
+        except DecodeError:
             doubtful.add(image)
 
     with in_background(stage_or_look_through, [*for_host, *(for_gpu if strict else ())], threads):
