@@ -26,6 +26,13 @@ def test_names_are_unique():
     assert len(names) == len(set(names))
 
 
+def test_a_kernel_asked_for_again_is_the_same():
+    """Else load_kernel(), which keeps what it has loaded, would load it from disk at every call."""
+    again = list(all_kernels())
+    assert again == KERNELS
+    assert [hash(kernel) for kernel in again] == [hash(kernel) for kernel in KERNELS]
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("kernel", KERNELS, ids=lambda kernel: kernel.name)
 def test_kernel_compiles_everywhere(kernel):

@@ -73,7 +73,7 @@ class NumbaKernel:
 
     name: str
     entry: str
-    make: Callable[[], Callable[..., None]]
+    make: Callable[[], Callable[..., None]] = field(hash=False, compare=False)
     arguments: tuple[Any, ...]
     float64: bool = False  # allowed only where one thread does the work of a whole output
 

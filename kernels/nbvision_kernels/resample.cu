@@ -296,8 +296,10 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
             __syncwarp();
             align_lines(from, source.pitch, line_bytes, lines - warp, raw + warp * line_words, line_words, lane);
 #else
-            for (int line = warp; line < lines; line += WARPS)
-                load_line(origin + (first + line) * source.pitch + (long long)left * PIXEL_BYTES, line_bytes, raw + line * line_words, lane);
+            for (int line = warp; line < lines; line += WARPS) {
+                const unsigned char *from = origin + (first + line) * source.pitch + (long long)left * PIXEL_BYTES;
+                load_line(from, line_bytes, raw + line * line_words, lane);
+            }
 #endif
         }
         __syncthreads();
