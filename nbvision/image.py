@@ -89,6 +89,7 @@ class ImageBatch:
         errors: Sequence[DecodeError | None] | None = None,
         damage: Sequence[DecodeError | None] | None = None,
         buffer: memory.Buffer | None = None,
+        rows: npt.NDArray[np.int64] | None = None,
         complete: bool = False,
     ) -> None:
         self.color: SourceColor = color
@@ -98,9 +99,10 @@ class ImageBatch:
         self.device: Device = device
         self.errors: tuple[DecodeError | None, ...] = tuple(errors or (None,) * len(arrays))
         self.damage: tuple[DecodeError | None, ...] = tuple(damage or (None,) * len(arrays))
-        self._arrays = list(arrays)
+        self._known_arrays = list(arrays)
         self._buffer = buffer
-        rows = np.array([_table_row(array, color, layout) for array in arrays], np.int64).reshape(-1, 4)
+        if rows is None:
+            rows = np.array([_table_row(array, color, layout) for array in arrays], np.int64).reshape(-1, 4)
         self._rows = rows
         self.sizes: npt.NDArray[np.int32] = rows[:, 2:].astype(np.int32)
         self.table: Any = rows
@@ -134,6 +136,40 @@ class ImageBatch:
             for size, offset in zip(sizes, offsets, strict=True)
         ]
         return cls(arrays, color=color, device=device, buffer=buffer)
+
+    @classmethod
+    def in_buffer(
+        cls,
+        buffer: memory.Buffer,
+        sizes: Sequence[tuple[int, int]],
+        offsets: Sequence[int],
+        *,
+        color: Color,
+        device: Device,
+        errors: Sequence[DecodeError | None],
+        damage: Sequence[DecodeError | None],
+    ) -> ImageBatch:
+        """Images that lie in a buffer without gaps between their lines, all their pixels written or under way.
+
+        Arrays of them are made when they are asked for: plans read the table only, and CuPy takes 5 us for an array.
+        """
+        rows = np.zeros((len(sizes), 4), np.int64)
+        if sizes:
+            rows[:, 2:] = sizes
+            rows[:, 0] = offsets
+            rows[:, 0] += buffer.address
+            rows[:, 1] = rows[:, 3] * CHANNELS[color]
+            rows[[error is not None for error in errors]] = 0
+        return cls(
+            [None] * len(sizes),
+            color=color,
+            device=device,
+            errors=errors,
+            damage=damage,
+            buffer=buffer,
+            rows=rows,
+            complete=True,
+        )
 
     @classmethod
     def from_arrays(
@@ -199,7 +235,7 @@ class ImageBatch:
         )
 
     def __len__(self) -> int:
-        return len(self._arrays)
+        return len(self._rows)
 
     def __getitem__(self, index: int) -> Any:
         """The image as an (H, W, C) array, of planes (C, H, W), of NV12 (H * 3 / 2, W), that shares the batch's memory;
@@ -209,7 +245,7 @@ class ImageBatch:
             raise _twin(error)  # raised itself, it would keep this frame, and so the batch's memory
         if self.device == "cuda":
             self.use_on_current_stream()
-        return self._arrays[index]
+        return self._array(operator.index(index))
 
     def __iter__(self) -> Iterator[Any]:
         return (self[index] for index in range(len(self)))
@@ -220,6 +256,15 @@ class ImageBatch:
         color += f" {self.layout}" if self.layout != "HWC" else ""
         color += f" {self.dtype.name}" if self.dtype != _BYTE else ""
         return f"ImageBatch({len(self)} images, {color}, {self.device}, {missing} missing)"
+
+    def _array(self, index: int) -> Any | None:
+        array = self._known_arrays[index]
+        if array is None and self._buffer is not None and self._rows[index, 0]:
+            address, _, height, width = self._rows[index].tolist()
+            shape = (height, width, self.channels)
+            array = self._buffer.view(shape, offset_bytes=address - self._buffer.address)
+            self._known_arrays[index] = array
+        return array
 
     @property
     def channels(self) -> int:
@@ -277,7 +322,7 @@ class ImageBatch:
         chosen = [int(index) for index in indices]
         if self.device == "cuda":
             self.use_on_current_stream()  # the new batch counts as written there
-        batch = self.with_views([self._arrays[index] for index in chosen], [self.errors[index] for index in chosen])
+        batch = self.with_views([self._array(index) for index in chosen], [self.errors[index] for index in chosen])
         batch.damage = tuple(self.damage[index] for index in chosen)
         return batch
 
@@ -302,7 +347,8 @@ class ImageBatch:
         device = resolve_device(device)
         if self.device == "cuda":
             self.use_on_current_stream()
-        arrays = [None if array is None else to_device(array, device) for array in self._arrays]
+        arrays = [self._array(index) for index in range(len(self))]
+        arrays = [None if array is None else to_device(array, device) for array in arrays]
         return ImageBatch(
             arrays,
             color=self.color,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import struct
 import threading
+import types
 import warnings
 import zlib
 from collections.abc import Callable
@@ -493,6 +494,12 @@ def test_the_width_of_slivers_is_the_stored_one() -> None:
     assert not gpu.takes(header, "rgb")
 
 
+class HostPixels:
+    def __init__(self, address: int, shape: tuple[int, int, int]) -> None:
+        self.shape = shape
+        self.__array_interface__ = {"shape": shape, "typestr": "|u1", "data": (address, False), "version": 3}
+
+
 @pytest.mark.parametrize("color", ["rgb", "bgr", "gray"])
 def test_calls_to_nvimgcodec_without_a_gpu(monkeypatch: pytest.MonkeyPatch, color: Any) -> None:
     """The GPU room's own code over nvImageCodec's CPU decoder: same calls, host arrays."""
@@ -500,17 +507,19 @@ def test_calls_to_nvimgcodec_without_a_gpu(monkeypatch: pytest.MonkeyPatch, colo
     decoder = codec.Decoder(
         device_id=codec.NVIMGCODEC_DEVICE_CPU_ONLY, backends=[codec.Backend(codec.BackendKind.CPU_ONLY)]
     )
-    monkeypatch.setattr(gpu, "_decoder", lambda: decoder)
-    monkeypatch.setattr(gpu, "stream_pointer", lambda: 0)
+    lane = object.__new__(gpu._Lane)
+    lane._decoder, lane.stream = decoder, types.SimpleNamespace(ptr=0)
+    monkeypatch.setattr(gpu, "_Pixels", HostPixels)
     datas = [JPEGS[name] for name in ("4:2:0", "gray", "progressive", "1x1")]
     datas += [with_orientation(photo(), "JPEG", orientation) for orientation in range(1, 9)]
     headers = [read_header(data) for data in datas]
     channels = 1 if color == "gray" else 3
     outs = [np.zeros((*header.oriented_size, channels), np.uint8) for header in headers]
     datas[1] = b"not what the header says"
-    assert gpu.decode_into(outs, datas, headers, color=color) == [index != 1 for index in range(len(datas))]
-    for out, expected in zip(
-        outs, decode(datas, color=color, device="cpu").select(range(len(datas)))._arrays, strict=True
-    ):
-        if expected is not None:
-            np.testing.assert_array_equal(out, expected)
+    jobs = [gpu._Job(*job) for job in zip([out.ctypes.data for out in outs], datas, headers, strict=True)]
+    lane.decode(jobs, color)
+    assert [job.done for job in jobs] == [index != 1 for index in range(len(datas))]
+    batch = decode(datas, color=color, device="cpu")
+    for index, out in enumerate(outs):
+        if batch.errors[index] is None:
+            np.testing.assert_array_equal(out, batch[index])

@@ -25,7 +25,7 @@ class Decoder:
 
     Parameters
     ----------
-    color, background, srgb, device, limit_pixels, recover, strict, threads
+    color, background, srgb, device, limit_pixels, recover, strict, deterministic, threads
         As :func:`nbvision.decode` takes them.
     workers : int, optional
         Batches that are decoded at the same time. Default: 2 on CUDA, where each needs a decoder and a stream of its
@@ -54,6 +54,7 @@ class Decoder:
         limit_pixels: int = LIMIT_PIXELS,
         recover: bool = False,
         strict: bool = False,
+        deterministic: bool = False,
         threads: int | None = None,
         workers: int | None = None,
     ) -> None:
@@ -63,7 +64,8 @@ class Decoder:
         self.device: Device = resolve_device(device)
         self.workers = workers or (_WORKERS_ON_CUDA if self.device == "cuda" else available_cores())
         self._options: dict[str, Any] = {"color": color, "background": background, "srgb": srgb, "device": self.device}
-        self._options |= {"limit_pixels": limit_pixels, "recover": recover, "strict": strict, "threads": threads}
+        self._options |= {"limit_pixels": limit_pixels, "recover": recover, "strict": strict}
+        self._options |= {"deterministic": deterministic, "threads": threads}
         self._device_id = array_module("cuda").cuda.Device().id if self.device == "cuda" else None
         self._closed = False
         self._pool: tuple[int, ThreadPoolExecutor] | None = None

@@ -2,23 +2,30 @@
 
 Only what the GPU is good at goes here.  PNG and its like are unpacked on the host even by nvImageCodec, so they take
 :mod:`nbvision.codecs.host` and give the same pixels and the same errors on every device.
+
+Two decoders share the work: the card's JPEG engine, and nvJPEG's CUDA decoder, which unpacks codes on host threads and
+makes pixels of them on the GPU.  The engine takes baseline JPEGs; the CUDA decoder all others, what the engine refuses,
+and as much of the baseline ones as makes the batch faster.
 """
 
 from __future__ import annotations
 
+import collections
 import functools
 import os
 import threading
 from collections.abc import Sequence
-from itertools import compress
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from types import ModuleType
 from typing import Any
 
+from nbvision.codecs._balance import Balance, Measured, cost_of
 from nbvision.codecs._threads import available_cores
 from nbvision.codecs.headers import Header
 from nbvision.errors import DeviceError, MissingExtraError
-from nbvision.image import Color
-from nbvision.runtime.device import CUDA_EXTRA, array_module, stream_pointer
+from nbvision.image import CHANNELS, Color
+from nbvision.runtime.device import CUDA_EXTRA, array_module
 
 __all__ = ["decode_into", "takes"]
 
@@ -48,18 +55,28 @@ def takes(header: Header, color: Color) -> bool:
     )
 
 
-def decode_into(outs: Sequence[Any], datas: Sequence[bytes], headers: Sequence[Header], *, color: Color) -> list[bool]:
-    """Decode JPEGs, upright, into the caller's device memory, on CuPy's current stream.
+def decode_into(
+    addresses: Sequence[int],
+    datas: Sequence[bytes],
+    headers: Sequence[Header],
+    *,
+    color: Color,
+    deterministic: bool = False,
+) -> list[bool]:
+    """Decode JPEGs, upright, into the caller's device memory, ordered before what CuPy's current stream gets next.
 
     Parameters
     ----------
-    outs : sequence of (H, W, C) uint8 CuPy arrays
-        ``header.oriented_size`` pixels each, in memory acquired with ``wait_on_host=True``: the hardware engine does
-        not wait for work that is queued on the stream.
+    addresses : sequence of int
+        Where each image of ``header.oriented_size`` pixels starts, without gaps between its lines, in memory acquired
+        with ``wait_on_host=True``: the engine does not wait for work that is queued on a stream.
     datas : sequence of bytes
     headers : sequence of Header
         All of them complete, and taken by :func:`takes`.
     color : {"rgb", "bgr", "gray"}
+    deterministic : bool
+        Whether all that the engine can decode is decoded by it, so that the same file always gives the same pixels: the
+        two decoders round differently.
 
     Returns
     -------
@@ -73,46 +90,188 @@ def decode_into(outs: Sequence[Any], datas: Sequence[bytes], headers: Sequence[H
     DeviceError
         If nvImageCodec fails as a whole.
     """
-    decoded = [False] * len(outs)
-    # Upright ones apart: for them nvImageCodec shall not look into the EXIF, where it might read another orientation.
-    for upright in (True, False):
-        group = [index for index, header in enumerate(headers) if (header.orientation == 1) is upright]
-        if not group:
-            continue  # nvImageCodec is imported, and asked whether it knows the colour, only for images
-        done = _decode_group(
-            [outs[index] for index in group],
-            [datas[index] for index in group],
-            [headers[index] for index in group],
-            _params(color, apply_orientation=not upright),
-        )
-        for index, ok in zip(group, done, strict=True):
-            decoded[index] = ok
-    return decoded
+    if not headers:
+        return []  # nvImageCodec is imported, and asked whether it knows the colour, only for images
+    jobs = [_Job(*job) for job in zip(addresses, datas, headers, strict=True)]
+    device_id = array_module("cuda").cuda.Device().id
+    by_device: dict[int, _Decoders] = _decoders.__dict__.setdefault("by_device", {})
+    if device_id not in by_device:
+        by_device[device_id] = _Decoders(device_id)
+    by_device[device_id].decode(jobs, color, deterministic)
+    return [job.done for job in jobs]
 
 
-def _decode_group(outs: Sequence[Any], datas: Sequence[bytes], headers: Sequence[Header], params: Any) -> list[bool]:
-    """Decode images that share their parameters; which ones succeeded."""
-    codec = _nvimgcodec()
-    streams = [codec.CodeStream(data) for data in datas]
-    agree = [_agrees(stream, header) for stream, header in zip(streams, headers, strict=True)]
-    if not any(agree):
-        return agree  # nvImageCodec takes no empty list either
-    cuda_stream = stream_pointer()
-    try:
-        images = codec.as_images(list(compress(outs, agree)), cuda_stream)
-        results = _decoder().decode(
-            list(compress(streams, agree)), images=images, params=params, cuda_stream=cuda_stream
-        )
-    except (RuntimeError, ValueError) as error:
-        raise DeviceError(f"nvImageCodec failed on {len(outs)} images as a whole: {error}") from error
-    answers = iter(results)
-    return [
-        ok and (result := next(answers)) is not None and tuple(result.shape) == tuple(out.shape)
-        for ok, out in zip(agree, outs, strict=True)
-    ]
+@dataclass(slots=True, eq=False)
+class _Job:
+    address: int
+    data: bytes
+    header: Header
+    done: bool = False
 
 
-def _params(color: Color, *, apply_orientation: bool) -> Any:
+class _Decoders:
+    """A thread's decoders for one device."""
+
+    def __init__(self, device_id: int) -> None:
+        self._device_id = device_id
+        self._balance = Balance()
+        # The last batches, of which some may still be under way.
+        self._unread: collections.deque[tuple[list[int], _Stopwatch]] = collections.deque(maxlen=4)
+        try:
+            self._engine: _Lane | None = _Lane("HW_GPU_ONLY", device_id, threads=1)  # more do not feed it faster
+        except RuntimeError:  # the card has none
+            self._engine = None
+
+    @functools.cached_property
+    def _cuda(self) -> _Lane:
+        try:
+            return _Lane("HYBRID_CPU_GPU", self._device_id, threads=max(1, available_cores() // 2))
+        except RuntimeError as error:
+            raise DeviceError(
+                f"nvImageCodec makes no JPEG decoder on device {self._device_id}: {error}; is nvJPEG installed? "
+                f"pip install 'nbvision[{CUDA_EXTRA}]'"
+            ) from error
+
+    @functools.cached_property
+    def _helper(self) -> ThreadPoolExecutor:
+        """The thread that waits for the CUDA decoder while the caller's waits for the engine."""
+        return ThreadPoolExecutor(1, thread_name_prefix="nbvision-cuda-decoder")
+
+    def decode(self, jobs: Sequence[_Job], color: Color, deterministic: bool) -> None:
+        """Decode all that can be; ``done`` says which."""
+        engine = self._engine
+        if engine is None:
+            self._cuda.decode(jobs, color)
+            self._cuda.join()
+            return
+        for_engine, for_cuda, costs = self._divide(jobs, deterministic)
+        watch = _Stopwatch()
+        watch.start(engine)
+        helping = self._helper.submit(self._decode_by_cuda, for_cuda, color, watch) if for_cuda else None
+        try:
+            engine.decode(for_engine, color)
+            watch.stop(engine, sum(cost_of(job.header.pixels) for job in for_engine))
+        finally:
+            engine.join()
+            if helping is not None:
+                helping.result()
+                self._cuda.join()
+        refused = [job for job in for_engine if not job.done]
+        if refused:
+            self._cuda.decode(refused, color)
+            self._cuda.join()
+        elif costs:
+            self._unread.append((costs, watch))
+
+    def _decode_by_cuda(self, jobs: Sequence[_Job], color: Color, watch: _Stopwatch) -> None:
+        with array_module("cuda").cuda.Device(self._device_id):
+            self._cuda.decode(jobs, color)
+            watch.stop(self._cuda, sum(cost_of(job.header.pixels) for job in jobs))
+
+    def _divide(self, jobs: Sequence[_Job], deterministic: bool) -> tuple[list[_Job], list[_Job], list[int]]:
+        """What the engine gets, what the CUDA decoder gets, and the costs from which their balance may learn."""
+        for_engine = [job for job in jobs if job.header.variant == "baseline"]
+        for_cuda = [job for job in jobs if job.header.variant != "baseline"]
+        if deterministic or for_cuda:
+            return for_engine, for_cuda, []
+        while self._unread and (measured := self._unread[0][1].read()) is not None:
+            self._balance.learn(self._unread.popleft()[0], measured)
+        costs = [cost_of(job.header.pixels) for job in for_engine]
+        wanted = self._balance.share(costs) * sum(costs)
+        if wanted:
+            # The largest: images cost the CUDA decoder more for being many than for being large.
+            order = sorted(range(len(costs)), key=costs.__getitem__, reverse=True)
+            moved: set[int] = set()
+            for index in order:
+                if wanted < costs[index] / 2:
+                    break
+                wanted -= costs[index]
+                moved.add(index)
+            for_cuda = [for_engine[index] for index in sorted(moved)]
+            for_engine = [job for index, job in enumerate(for_engine) if index not in moved]
+        return for_engine, for_cuda, costs
+
+
+class _Lane:
+    """One decoder of nvImageCodec with a stream of its own; one thread at a time may use it.
+
+    A decoder of two backends would be simpler, but it keeps giving the engine as many images as the first batch had,
+    be it one, and the others to the slower decoder.
+    """
+
+    def __init__(self, kind: str, device_id: int, *, threads: int) -> None:
+        codec = _nvimgcodec()
+        backends = [codec.Backend(getattr(codec.BackendKind, kind))]
+        self._decoder = codec.Decoder(device_id=device_id, max_num_cpu_threads=threads, backends=backends)
+        self.stream = array_module("cuda").cuda.Stream(non_blocking=True)
+
+    def decode(self, jobs: Sequence[_Job], color: Color) -> None:
+        # Upright ones apart: for them nvImageCodec shall not look into the EXIF, where it might read another
+        # orientation.
+        for upright in (True, False):
+            group = [job for job in jobs if (job.header.orientation == 1) is upright]
+            if group:
+                self._decode_group(group, color, _params(color, not upright))
+
+    def _decode_group(self, jobs: Sequence[_Job], color: Color, params: Any) -> None:
+        """Decode images that share their parameters."""
+        codec = _nvimgcodec()
+        streams = [codec.CodeStream(job.data) for job in jobs]
+        agree = [_agrees(stream, job.header) for stream, job in zip(streams, jobs, strict=True)]
+        if not all(agree):  # one wrong size would fail the whole batch
+            streams = [stream for stream, ok in zip(streams, agree, strict=True) if ok]
+            jobs = [job for job, ok in zip(jobs, agree, strict=True) if ok]
+            if not jobs:
+                return
+        outs = [_Pixels(job.address, (*job.header.oriented_size, CHANNELS[color])) for job in jobs]
+        pointer = self.stream.ptr
+        try:
+            images = codec.as_images(outs, pointer)
+            results = self._decoder.decode(streams, images=images, params=params, cuda_stream=pointer)
+        except (RuntimeError, ValueError) as error:
+            raise DeviceError(f"nvImageCodec failed on {len(jobs)} images as a whole: {error}") from error
+        for job, result, out in zip(jobs, results, outs, strict=True):
+            job.done = result is not None and tuple(result.shape) == out.shape
+
+    def join(self) -> None:
+        """Let CuPy's current stream wait for what was decoded."""
+        array_module("cuda").cuda.get_current_stream().wait_event(self.stream.record())
+
+
+class _Pixels:
+    """Device memory as nvImageCodec wants it described; an array of CuPy's takes four times as long to make."""
+
+    __slots__ = ("__cuda_array_interface__", "shape")
+
+    def __init__(self, address: int, shape: tuple[int, int, int]) -> None:
+        self.shape = shape
+        self.__cuda_array_interface__ = {"shape": shape, "typestr": "|u1", "data": (address, False), "version": 3}
+
+
+class _Stopwatch:
+    """How long each decoder took, by events on its stream: nobody waits for them."""
+
+    def __init__(self) -> None:
+        self._begin: Any = None
+        self._ends: dict[_Lane, tuple[float, Any]] = {}
+
+    def start(self, lane: _Lane) -> None:
+        self._begin = lane.stream.record()
+
+    def stop(self, lane: _Lane, cost: float) -> None:
+        self._ends[lane] = cost, lane.stream.record()
+
+    def read(self) -> Measured | None:
+        """None while the GPU is at it."""
+        if not all(event.done for _, event in self._ends.values()):
+            return None
+        elapsed_ms = array_module("cuda").cuda.get_elapsed_time
+        flat = [number for cost, end in self._ends.values() for number in (cost, elapsed_ms(self._begin, end))]
+        return Measured(*flat)
+
+
+@functools.cache
+def _params(color: Color, apply_orientation: bool) -> Any:
     codec = _nvimgcodec()
     samples, space = _SAMPLES[color]
     return codec.DecodeParams(
@@ -123,39 +282,11 @@ def _params(color: Color, *, apply_orientation: bool) -> Any:
 
 
 def _agrees(stream: Any, header: Header) -> bool:
-    """Whether nvImageCodec reads the size that our header pass read: one wrong buffer would fail the whole batch."""
+    """Whether nvImageCodec reads the size that our header pass read."""
     try:
         return bool((stream.height, stream.width) == (header.height, header.width))
     except RuntimeError:  # it cannot parse the file
         return False
-
-
-def _decoder() -> Any:
-    """This thread's decoder for the current device.
-
-    The hardware engine takes what it can and the CUDA decoder the rest.  Without a CPU backend here, refusals come
-    back to us, and our own host decoder judges them.
-    """
-    device_id = array_module("cuda").cuda.Device().id
-    by_device: dict[int, Any] = _decoders.__dict__.setdefault("by_device", {})
-    if device_id not in by_device:
-        codec = _nvimgcodec()
-        kind, ignore_hint = codec.BackendKind, codec.LoadHintPolicy.IGNORE
-        backends = [
-            # A fixed share of the batch would be latched from the first batch seen, be it of one image.
-            codec.Backend(kind.HW_GPU_ONLY, 1.0, ignore_hint),
-            codec.Backend(kind.HYBRID_CPU_GPU),
-        ]
-        try:
-            by_device[device_id] = codec.Decoder(
-                device_id=device_id, max_num_cpu_threads=max(1, available_cores() - 1), backends=backends
-            )
-        except RuntimeError as error:
-            raise DeviceError(
-                f"nvImageCodec makes no JPEG decoder on device {device_id}: {error}; is nvJPEG installed? "
-                f"pip install 'nbvision[{CUDA_EXTRA}]'"
-            ) from error
-    return by_device[device_id]
 
 
 @functools.cache

@@ -1,0 +1,80 @@
+"""How batches are divided between the JPEG engine and the CUDA decoder, against simulated cards."""
+
+from __future__ import annotations
+
+import pytest
+
+from nbvision.codecs._balance import Balance, Measured, cost_of
+
+
+class Card:
+    """Decodes by the clock: rates in images a millisecond, alone and while the other decoder is busy."""
+
+    def __init__(self, alone: float, engine_beside: float, cuda_beside: float) -> None:
+        self.alone, self.engine_beside, self.cuda_beside = alone, engine_beside, cuda_beside
+        self.calls: list[tuple[float, float]] = []  # share, images a millisecond
+
+    def run(self, balance: Balance, count: int, pixels: int = 1920 * 1080) -> None:
+        costs = [cost_of(pixels)] * count
+        moved = round(balance.share(costs) * count)
+        if moved:
+            engine_ms, cuda_ms = (count - moved) / self.engine_beside, moved / self.cuda_beside
+            measured = Measured((count - moved) * costs[0], engine_ms, moved * costs[0], cuda_ms)
+        else:
+            measured = Measured(count * costs[0], count / self.alone)
+        balance.learn(costs, measured)
+        self.calls.append((moved / count, count / max(measured.engine_ms, measured.cuda_ms)))
+
+
+def test_both_work_where_that_is_faster() -> None:
+    card, balance = Card(5.0, 4.4, 2.0), Balance()
+    for _ in range(60):
+        card.run(balance, 64)
+    shares, rates = zip(*card.calls[-10:], strict=True)
+    assert sum(shares) / 10 == pytest.approx(2.0 / 6.4, abs=0.02)  # both done at the same time
+    assert min(rates) > 1.2 * 5.0
+
+
+def test_the_engine_works_alone_where_both_are_slower() -> None:
+    card, balance = Card(28.0, 13.0, 6.0), Balance()
+    for _ in range(1000):
+        card.run(balance, 256, 500 * 375)
+    shared = [share for share, _ in card.calls if share]
+    assert 1 <= len(shared) <= 25  # now and then, to see whether it still holds
+    assert 1000 / sum(1 / rate for _, rate in card.calls) > 0.97 * 28.0
+
+
+def test_a_change_is_noticed() -> None:
+    card, balance = Card(5.0, 2.5, 1.0), Balance()
+    for _ in range(200):
+        card.run(balance, 64)
+    assert card.calls[-1][0] == 0
+    card.engine_beside, card.cuda_beside = 4.4, 2.0  # other work on the machine has ended
+    for _ in range(600):
+        card.run(balance, 64)
+    assert card.calls[-1][0] > 0.2
+
+
+def test_classes_of_batches_learn_apart() -> None:
+    large, small, balance = Card(5.0, 4.4, 2.0), Card(28.0, 13.0, 6.0), Balance()
+    for _ in range(40):
+        large.run(balance, 64)
+        small.run(balance, 64, 500 * 375)
+    assert large.calls[-1][0] > 0.2
+    assert small.calls[-1][0] == 0
+
+
+@pytest.mark.parametrize("count", [0, 1, 8, 15])
+def test_small_batches_stay_with_the_engine(count: int) -> None:
+    balance = Balance()
+    costs = [cost_of(1920 * 1080)] * count
+    for _ in range(50):
+        assert balance.share(costs) == 0
+        balance.learn(costs, Measured(1.0, 1.0))
+
+
+def test_a_decoder_that_hardly_helps_gets_little() -> None:
+    card, balance = Card(5.0, 5.0, 0.2), Balance()
+    for _ in range(100):
+        card.run(balance, 128)
+    assert card.calls[-1][1] >= 0.97 * 5.0
