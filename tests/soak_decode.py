@@ -25,7 +25,7 @@ from nbvision.runtime.device import resolve_device
 
 BATCH = 256
 DAMAGED = 0.02
-HOST_GROWTH_BYTES, DEVICE_GROWTH_BYTES = 48 << 20, 16 << 20
+HOST_GROWTH_BYTES, DEVICE_GROWTH_BYTES = 64 << 20, 64 << 20  # one image in a thousand kept would be 100 MB
 KINDS: list[tuple[str, dict[str, Any]]] = [("JPEG", {})] * 43 + [("JPEG", {"progressive": True})] * 2
 KINDS += [("JPEG", {"subsampling": 0})] * 3 + [("PNG", {}), ("WEBP", {})]
 

@@ -496,7 +496,6 @@ def test_the_width_of_slivers_is_the_stored_one() -> None:
 
 class HostPixels:
     def __init__(self, address: int, shape: tuple[int, int, int]) -> None:
-        self.shape = shape
         self.__array_interface__ = {"shape": shape, "typestr": "|u1", "data": (address, False), "version": 3}
 
 
@@ -508,7 +507,8 @@ def test_calls_to_nvimgcodec_without_a_gpu(monkeypatch: pytest.MonkeyPatch, colo
         device_id=codec.NVIMGCODEC_DEVICE_CPU_ONLY, backends=[codec.Backend(codec.BackendKind.CPU_ONLY)]
     )
     lane = object.__new__(gpu._Lane)
-    lane._decoder, lane.stream = decoder, types.SimpleNamespace(ptr=0)
+    lane._decoder, lane._turn = decoder, threading.Lock()
+    lane.stream = types.SimpleNamespace(ptr=0, record=lambda: None)
     monkeypatch.setattr(gpu, "_Pixels", HostPixels)
     datas = [JPEGS[name] for name in ("4:2:0", "gray", "progressive", "1x1")]
     datas += [with_orientation(photo(), "JPEG", orientation) for orientation in range(1, 9)]

@@ -38,15 +38,15 @@ def by_pillow(data: bytes) -> Any:
 def test_both_decoders_share_large_batches() -> None:
     files = [jpeg(500 + 40 * (seed % 3), 700 - 30 * (seed % 5), seed) for seed in range(24)]
     expected = [by_pillow(data) for data in files]
-    gpu._decoders.__dict__.pop("by_device", None)  # what other tests have taught this thread
+    gpu._by_device.clear()  # what other tests have taught it
     for _ in range(8):
         batch = nbv.decode(files, device="cuda")
         for got, wanted in zip(batch.to("cpu"), expected, strict=True):
             difference = np.abs(got.astype(int) - wanted)
             assert difference.max() <= 3
             assert difference.mean() <= 0.5
-    (device_id,) = gpu._decoders.by_device
-    (known,) = gpu._decoders.by_device[device_id]._balance._classes.values()
+    (decoders,) = gpu._by_device.values()
+    (known,) = decoders._balance._classes.values()
     assert known.alone > 0, "the engine's rate was never measured"
     assert known.together > 0, "the CUDA decoder was never tried"
 

@@ -40,8 +40,6 @@ _SAMPLES: dict[Color, tuple[str, str]] = {
 # that is up to a width of 4; there the two would differ by whole colours, so the host decodes such slivers.
 _SMOOTHED_FROM_WIDTH = 5
 
-_decoders = threading.local()  # a Decoder shared by threads loses images, or the process
-
 
 def takes(header: Header, color: Color) -> bool:
     """Whether the GPU shall try this image."""
@@ -93,11 +91,7 @@ def decode_into(
     if not headers:
         return []  # nvImageCodec is imported, and asked whether it knows the colour, only for images
     jobs = [_Job(*job) for job in zip(addresses, datas, headers, strict=True)]
-    device_id = array_module("cuda").cuda.Device().id
-    by_device: dict[int, _Decoders] = _decoders.__dict__.setdefault("by_device", {})
-    if device_id not in by_device:
-        by_device[device_id] = _Decoders(device_id)
-    by_device[device_id].decode(jobs, color, deterministic)
+    _decoders_of(array_module("cuda").cuda.Device().id).decode(jobs, color, deterministic)
     return [job.done for job in jobs]
 
 
@@ -108,76 +102,88 @@ class _Job:
     header: Header
     done: bool = False
 
+    @property
+    def cost(self) -> int:
+        return cost_of(self.header.pixels)
+
 
 class _Decoders:
-    """A thread's decoders for one device."""
+    """The two decoders of one device, for all threads of the process.
+
+    Threads take turns: of small images, an engine fed by two threads decodes fewer than one fed by one.  While one
+    thread has its turn, others read headers and prepare.
+    """
 
     def __init__(self, device_id: int) -> None:
         self._device_id = device_id
+        self._lock = threading.Lock()
         self._balance = Balance()
         # The last batches, of which some may still be under way.
-        self._unread: collections.deque[tuple[list[int], _Stopwatch]] = collections.deque(maxlen=4)
+        self._unread: collections.deque[tuple[list[int], list[_Turn]]] = collections.deque(maxlen=8)
         try:
             self._engine: _Lane | None = _Lane("HW_GPU_ONLY", device_id, threads=1)  # more do not feed it faster
         except RuntimeError:  # the card has none
             self._engine = None
+        # Waits for the CUDA decoder while the caller's thread waits for the engine.
+        self._helper = ThreadPoolExecutor(1, thread_name_prefix="nbvision-cuda-decoder")
 
     @functools.cached_property
     def _cuda(self) -> _Lane:
         try:
-            return _Lane("HYBRID_CPU_GPU", self._device_id, threads=max(1, available_cores() // 2))
+            return _Lane("HYBRID_CPU_GPU", self._device_id, threads=max(1, available_cores() * 3 // 4))
         except RuntimeError as error:
             raise DeviceError(
                 f"nvImageCodec makes no JPEG decoder on device {self._device_id}: {error}; is nvJPEG installed? "
                 f"pip install 'nbvision[{CUDA_EXTRA}]'"
             ) from error
 
-    @functools.cached_property
-    def _helper(self) -> ThreadPoolExecutor:
-        """The thread that waits for the CUDA decoder while the caller's waits for the engine."""
-        return ThreadPoolExecutor(1, thread_name_prefix="nbvision-cuda-decoder")
-
     def decode(self, jobs: Sequence[_Job], color: Color, deterministic: bool) -> None:
         """Decode all that can be; ``done`` says which."""
-        engine = self._engine
-        if engine is None:
-            self._cuda.decode(jobs, color)
-            self._cuda.join()
-            return
         for_engine, for_cuda, costs = self._divide(jobs, deterministic)
-        watch = _Stopwatch()
-        watch.start(engine)
-        helping = self._helper.submit(self._decode_by_cuda, for_cuda, color, watch) if for_cuda else None
         try:
-            engine.decode(for_engine, color)
-            watch.stop(engine, sum(cost_of(job.header.pixels) for job in for_engine))
-        finally:
-            engine.join()
-            if helping is not None:
-                helping.result()
-                self._cuda.join()
-        refused = [job for job in for_engine if not job.done]
-        if refused:
-            self._cuda.decode(refused, color)
-            self._cuda.join()
-        elif costs:
-            self._unread.append((costs, watch))
+            turns = self._decode_side_by_side(for_engine, for_cuda, color)
+            refused = [job for job in for_engine if not job.done]
+            if refused:
+                turns += self._decode_side_by_side([], refused, color)
+        except BaseException:
+            array_module("cuda").cuda.Device(self._device_id).synchronize()  # nobody else knows what is under way
+            raise
+        stream = array_module("cuda").cuda.get_current_stream()
+        for turn in turns:
+            stream.wait_event(turn.end)
+        if costs and not refused:
+            with self._lock:
+                self._unread.append((costs, turns))
 
-    def _decode_by_cuda(self, jobs: Sequence[_Job], color: Color, watch: _Stopwatch) -> None:
+    def _decode_side_by_side(self, for_engine: list[_Job], for_cuda: list[_Job], color: Color) -> list[_Turn]:
+        helping = self._helper.submit(self._decode_by_cuda, for_cuda, color) if for_cuda else None
+        turns: list[_Turn] = []
+        try:
+            if self._engine is not None and for_engine:
+                turns.append(self._engine.decode(for_engine, color))
+        finally:
+            if helping is not None:
+                turns.append(helping.result())
+        return turns
+
+    def _decode_by_cuda(self, jobs: Sequence[_Job], color: Color) -> _Turn:
         with array_module("cuda").cuda.Device(self._device_id):
-            self._cuda.decode(jobs, color)
-            watch.stop(self._cuda, sum(cost_of(job.header.pixels) for job in jobs))
+            return self._cuda.decode(jobs, color)
 
     def _divide(self, jobs: Sequence[_Job], deterministic: bool) -> tuple[list[_Job], list[_Job], list[int]]:
         """What the engine gets, what the CUDA decoder gets, and the costs from which their balance may learn."""
+        if self._engine is None:
+            return [], list(jobs), []
         for_engine = [job for job in jobs if job.header.variant == "baseline"]
         for_cuda = [job for job in jobs if job.header.variant != "baseline"]
         if deterministic or for_cuda:
             return for_engine, for_cuda, []
-        while self._unread and (measured := self._unread[0][1].read()) is not None:
-            self._balance.learn(self._unread.popleft()[0], measured)
-        costs = [cost_of(job.header.pixels) for job in for_engine]
-        wanted = self._balance.share(costs) * sum(costs)
+        costs = [job.cost for job in for_engine]
+        with self._lock:
+            while self._unread and all(turn.end.done for turn in self._unread[0][1]):
+                known_costs, turns = self._unread.popleft()
+                self._balance.learn(known_costs, Measured(*(number for turn in turns for number in turn.cost_and_ms())))
+            wanted = self._balance.share(costs) * sum(costs)
         if wanted:
             # The largest: images cost the CUDA decoder more for being many than for being large.
             order = sorted(range(len(costs)), key=costs.__getitem__, reverse=True)
@@ -192,8 +198,19 @@ class _Decoders:
         return for_engine, for_cuda, costs
 
 
+_making = threading.Lock()
+_by_device: dict[int, _Decoders] = {}
+
+
+def _decoders_of(device_id: int) -> _Decoders:
+    with _making:
+        if device_id not in _by_device:
+            _by_device[device_id] = _Decoders(device_id)
+        return _by_device[device_id]
+
+
 class _Lane:
-    """One decoder of nvImageCodec with a stream of its own; one thread at a time may use it.
+    """One decoder of nvImageCodec with a stream of its own.
 
     A decoder of two backends would be simpler, but it keeps giving the engine as many images as the first batch had,
     be it one, and the others to the slower decoder.
@@ -203,71 +220,63 @@ class _Lane:
         codec = _nvimgcodec()
         backends = [codec.Backend(getattr(codec.BackendKind, kind))]
         self._decoder = codec.Decoder(device_id=device_id, max_num_cpu_threads=threads, backends=backends)
+        self._turn = threading.Lock()  # a decoder that two threads use at once loses images, or the process
         self.stream = array_module("cuda").cuda.Stream(non_blocking=True)
 
-    def decode(self, jobs: Sequence[_Job], color: Color) -> None:
+    def decode(self, jobs: Sequence[_Job], color: Color) -> _Turn:
+        """Decode what this decoder can, and say so in each job."""
         # Upright ones apart: for them nvImageCodec shall not look into the EXIF, where it might read another
         # orientation.
-        for upright in (True, False):
-            group = [job for job in jobs if (job.header.orientation == 1) is upright]
-            if group:
-                self._decode_group(group, color, _params(color, not upright))
+        groups = [[job for job in jobs if (job.header.orientation == 1) is upright] for upright in (True, False)]
+        batches = [
+            self._prepare(group, color, _params(color, apply_orientation))
+            for group, apply_orientation in zip(groups, (False, True), strict=True)
+            if group
+        ]
+        with self._turn:
+            begin = self.stream.record()
+            for batch in batches:
+                self._decode_batch(*batch)
+            return _Turn(begin, self.stream.record(), sum(job.cost for job in jobs))
 
-    def _decode_group(self, jobs: Sequence[_Job], color: Color, params: Any) -> None:
-        """Decode images that share their parameters."""
+    def _prepare(self, jobs: Sequence[_Job], color: Color, params: Any) -> tuple[list[_Job], list[Any], list[Any], Any]:
         codec = _nvimgcodec()
-        streams = [codec.CodeStream(job.data) for job in jobs]
-        agree = [_agrees(stream, job.header) for stream, job in zip(streams, jobs, strict=True)]
-        if not all(agree):  # one wrong size would fail the whole batch
-            streams = [stream for stream, ok in zip(streams, agree, strict=True) if ok]
-            jobs = [job for job, ok in zip(jobs, agree, strict=True) if ok]
-            if not jobs:
-                return
-        outs = [_Pixels(job.address, (*job.header.oriented_size, CHANNELS[color])) for job in jobs]
-        pointer = self.stream.ptr
+        known = [(job, stream) for job in jobs if _agrees(stream := codec.CodeStream(job.data), job.header)]
+        outs = [_Pixels(job.address, (*job.header.oriented_size, CHANNELS[color])) for job, _ in known]
+        images = codec.as_images(outs, self.stream.ptr) if outs else []
+        return [job for job, _ in known], [stream for _, stream in known], images, params
+
+    def _decode_batch(self, jobs: list[_Job], streams: list[Any], images: list[Any], params: Any) -> None:
+        if not jobs:
+            return
+        shapes = [image.shape for image in images]
         try:
-            images = codec.as_images(outs, pointer)
-            results = self._decoder.decode(streams, images=images, params=params, cuda_stream=pointer)
+            results = self._decoder.decode(streams, images=images, params=params, cuda_stream=self.stream.ptr)
         except (RuntimeError, ValueError) as error:
             raise DeviceError(f"nvImageCodec failed on {len(jobs)} images as a whole: {error}") from error
-        for job, result, out in zip(jobs, results, outs, strict=True):
-            job.done = result is not None and tuple(result.shape) == out.shape
+        for job, result, shape in zip(jobs, results, shapes, strict=True):
+            job.done = result is not None and result.shape == shape
 
-    def join(self) -> None:
-        """Let CuPy's current stream wait for what was decoded."""
-        array_module("cuda").cuda.get_current_stream().wait_event(self.stream.record())
+
+@dataclass(frozen=True, slots=True)
+class _Turn:
+    """What a decoder was given at once, between two events on its stream."""
+
+    begin: Any
+    end: Any
+    cost: int
+
+    def cost_and_ms(self) -> tuple[float, float]:
+        return self.cost, array_module("cuda").cuda.get_elapsed_time(self.begin, self.end)
 
 
 class _Pixels:
     """Device memory as nvImageCodec wants it described; an array of CuPy's takes four times as long to make."""
 
-    __slots__ = ("__cuda_array_interface__", "shape")
+    __slots__ = ("__cuda_array_interface__",)
 
     def __init__(self, address: int, shape: tuple[int, int, int]) -> None:
-        self.shape = shape
         self.__cuda_array_interface__ = {"shape": shape, "typestr": "|u1", "data": (address, False), "version": 3}
-
-
-class _Stopwatch:
-    """How long each decoder took, by events on its stream: nobody waits for them."""
-
-    def __init__(self) -> None:
-        self._begin: Any = None
-        self._ends: dict[_Lane, tuple[float, Any]] = {}
-
-    def start(self, lane: _Lane) -> None:
-        self._begin = lane.stream.record()
-
-    def stop(self, lane: _Lane, cost: float) -> None:
-        self._ends[lane] = cost, lane.stream.record()
-
-    def read(self) -> Measured | None:
-        """None while the GPU is at it."""
-        if not all(event.done for _, event in self._ends.values()):
-            return None
-        elapsed_ms = array_module("cuda").cuda.get_elapsed_time
-        flat = [number for cost, end in self._ends.values() for number in (cost, elapsed_ms(self._begin, end))]
-        return Measured(*flat)
 
 
 @functools.cache

@@ -7,7 +7,6 @@ ends, tells which rows do not depend on them.  Damage inside a file is decoded o
 from __future__ import annotations
 
 import bisect
-import dataclasses
 import struct
 import zlib
 from collections.abc import Iterator
@@ -54,7 +53,7 @@ def decode_into(
     DecodeError
         If nothing can be saved.
     """
-    whole = dataclasses.replace(header, complete=True)
+    whole = header._replace(complete=True)
     try:
         if header.format == "png":
             mended, rows = _mended_png(data, header)
