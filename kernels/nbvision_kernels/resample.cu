@@ -124,10 +124,11 @@ __device__ __forceinline__ void align_lines(const unsigned char *from, long long
     const int words = (line_bytes + 3) / 4;
 #pragma unroll 1
     for (int line = 0; line < lines; line += WARPS, from += WARPS * pitch, to += WARPS * line_words) {
-        const int shift = 8 * (int)(reinterpret_cast<unsigned long long>(from) & 3);
+        const int shift = (int)(reinterpret_cast<unsigned long long>(from) & 3), last = (shift + line_bytes - 1) / 4;
         for (int word = lane; word - lane < words; word += 32) {
             unsigned moved = 0;
-            if (word < words) moved = __funnelshift_r(to[word], to[word + 1], shift);
+            // The word behind the last one may be another warp's line.
+            if (word < words) moved = __funnelshift_r(to[word], to[min(word + 1, last)], 8 * shift);
             __syncwarp();
             if (word < words) to[word] = moved;
             __syncwarp();
