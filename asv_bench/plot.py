@@ -19,31 +19,34 @@ import matplotlib.pyplot as plt
 CURVES = {
     "preprocess.BatchesOnGPU.track_us": ("speed-batches.png", "1080p to 640 x 640 letterbox, float16", "images"),
     "preprocess.CropsOnGPU.track_us": ("speed-crops.png", "boxes on the GPU to 224 x 224, float16", "boxes"),
+    "decode.JpegBatchesOnGPU.track_us_per_image": ("speed-decode.png", "JPEGs to device memory", "images in a call"),
 }
 
 
-def curves(record: dict[str, Any]) -> dict[str, list[tuple[float, float]]]:
-    """Points of each way to do it."""
+def panels(record: dict[str, Any]) -> dict[str, dict[str, list[tuple[float, float]]]]:
+    """Of each panel, named by what comes before the horizontal axis, the points of each way to do it."""
     values = [[ast.literal_eval(value) for value in axis] for axis in record["params"]]
-    points = defaultdict(list)
-    for (across, how), result in zip(itertools.product(*values), record["result"], strict=True):
+    found: dict[str, dict[str, list[tuple[float, float]]]] = defaultdict(lambda: defaultdict(list))
+    for (*panel, across, how), result in zip(itertools.product(*values), record["result"], strict=True):
         if result is not None:
-            points[how].append((across, result))
-    return points
+            found[", ".join(panel)][how].append((across, result))
+    return found
 
 
 def draw(record: dict[str, Any], path: Path, title: str, label: str) -> None:
     """One picture, both axes logarithmic."""
-    figure, axes = plt.subplots(figsize=(6.4, 4.0), layout="constrained")
-    for how, points in curves(record).items():
-        across, times = zip(*sorted(points), strict=True)
-        axes.loglog(across, times, marker="o", label=how)
-    axes.set(title=title, xlabel=label, ylabel="microseconds on the GPU, median")
-    axes.set_xticks(sorted({across for points in curves(record).values() for across, _ in points}))
-    axes.get_xaxis().set_major_formatter("{x:g}")
-    axes.minorticks_off()
-    axes.grid(alpha=0.3)
-    axes.legend()
+    found = panels(record)
+    figure, row = plt.subplots(1, len(found), figsize=(5.4 * len(found) + 1, 4.0), layout="constrained", squeeze=False)
+    for axes, (panel, curves) in zip(row[0], found.items(), strict=True):
+        for how, points in curves.items():
+            across, times = zip(*sorted(points), strict=True)
+            axes.loglog(across, times, marker="o", label=how)
+        axes.set(title=f"{title}, {panel}".rstrip(", "), xlabel=label, ylabel=f"{record['unit']}, median")
+        axes.set_xticks(sorted({across for points in curves.values() for across, _ in points}))
+        axes.get_xaxis().set_major_formatter("{x:g}")
+        axes.minorticks_off()
+        axes.grid(alpha=0.3)
+        axes.legend()
     figure.savefig(path, dpi=110)
     plt.close(figure)
 
