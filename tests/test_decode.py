@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import io
 import struct
 import threading
@@ -20,7 +21,8 @@ from hypothesis import strategies as st
 from PIL import Image, ImageOps
 
 from nbvision.codecs import decode, gpu, host, read_header
-from nbvision.errors import DecodeError, InputError
+from nbvision.codecs._threads import Turns
+from nbvision.errors import DecodeError, InputError, MemoryLimitError
 from nbvision.image import ImageBatch
 from nbvision.runtime import memory
 
@@ -449,6 +451,64 @@ def test_batches_that_live_do_not_share_memory(device: Any) -> None:
     assert first.table[0, 0] != second.table[0, 0]
 
 
+@pytest.fixture
+def no_limit(device: Any) -> Any:
+    yield
+    memory.set_limit(None, device=device)
+
+
+@pytest.mark.usefixtures("no_limit")
+def test_a_batch_without_memory_leaves_the_next_one_whole(device: Any) -> None:
+    files = [JPEGS["4:2:0"], OTHERS["png"]] * 8
+    expected = on_host(decode(files, device=device))
+    gc.collect()
+    memory.clear(device=device)
+    stats = memory.stats(device=device)
+    memory.set_limit(stats.held_bytes + 100_000, device=device)
+    for _ in range(3):
+        with pytest.raises(MemoryLimitError, match="Release batches earlier"):
+            decode(files, device=device)
+    assert memory.stats(device=device).used_bytes == stats.used_bytes
+    assert decode(files[:1], device=device).ok.all()  # which fits
+    memory.set_limit(None, device=device)
+    for got, wanted in zip(on_host(decode(files, device=device)), expected, strict=True):
+        np.testing.assert_array_equal(got, wanted)
+
+
+def test_thousands_of_small_files_keep_their_order(device: Any, tmp_path: Path) -> None:
+    formats = ("PNG", "BMP", "GIF", "WEBP", "JPEG")
+    sources: list[Any] = []
+    for index in range(3000):
+        pixel = Image.new("RGB", (1 + index % 7, 1 + index % 5), (index % 256, index // 256 * 20, 77))
+        options = {"lossless": True} if formats[index % 5] == "WEBP" else {}
+        data = encode(pixel, formats[index % 5], **options)
+        if index % 10 == 0:
+            path = tmp_path / f"{index}.jpg"  # of whatever format
+            path.write_bytes(data)
+            sources.append(path)
+        else:
+            sources.append(data)
+    (tmp_path / "500.jpg").unlink()  # the folder changes meanwhile
+    batch = decode(sources, device=device)
+    assert [index for index, error in enumerate(batch.errors) if error] == [500]
+    assert batch.errors[500].kind == "unreadable"
+    for index, pixels in enumerate(batch.select(np.flatnonzero(batch.ok)).to("cpu")):
+        index += index >= 500
+        assert pixels.shape == (1 + index % 5, 1 + index % 7, 3)
+        wanted = np.array((index % 256, index // 256 * 20, 77))
+        assert np.abs(pixels[0, 0].astype(int) - wanted).max() <= (0 if formats[index % 5] != "JPEG" else 4)
+
+
+def test_a_hundred_megapixels(device: Any) -> None:
+    rows = np.random.default_rng(3).integers(0, 256, (10_000, 1250), np.uint8)
+    rows[100:] = rows[:100].repeat(99, axis=0)[: rows.shape[0] - 100]
+    image = Image.frombytes("1", (10_000, 10_000), rows.tobytes())
+    (got,) = decode(encode(image, "PNG"), color="gray", device=device).to("cpu")
+    np.testing.assert_array_equal(got[:, :, 0], np.asarray(image, np.uint8) * 255)
+    error = decode(encode(image, "PNG"), limit_pixels=99_999_999, device=device).errors[0]
+    assert error.kind == "too_large"
+
+
 def test_decode_from_many_threads(device: Any) -> None:
     files = [JPEGS["4:2:0"], OTHERS["png"], JPEGS["progressive"], OTHERS["lzw tiff"], b"broken"]
     expected = on_host(decode(files[:4], device=device))
@@ -507,7 +567,7 @@ def test_calls_to_nvimgcodec_without_a_gpu(monkeypatch: pytest.MonkeyPatch, colo
         device_id=codec.NVIMGCODEC_DEVICE_CPU_ONLY, backends=[codec.Backend(codec.BackendKind.CPU_ONLY)]
     )
     lane = object.__new__(gpu._Lane)
-    lane._decoder, lane._turn = decoder, threading.Lock()
+    lane._decoder, lane._turns = decoder, Turns()
     lane.stream = types.SimpleNamespace(ptr=0, record=lambda: None)
     monkeypatch.setattr(gpu, "_Pixels", HostPixels)
     datas = [JPEGS[name] for name in ("4:2:0", "gray", "progressive", "1x1")]

@@ -21,7 +21,7 @@ from types import ModuleType
 from typing import Any
 
 from nbvision.codecs._balance import Balance, Measured, cost_of
-from nbvision.codecs._threads import available_cores
+from nbvision.codecs._threads import Turns, available_cores
 from nbvision.codecs.headers import Header
 from nbvision.errors import DeviceError, MissingExtraError
 from nbvision.image import CHANNELS, Color
@@ -220,7 +220,7 @@ class _Lane:
         codec = _nvimgcodec()
         backends = [codec.Backend(getattr(codec.BackendKind, kind))]
         self._decoder = codec.Decoder(device_id=device_id, max_num_cpu_threads=threads, backends=backends)
-        self._turn = threading.Lock()  # a decoder that two threads use at once loses images, or the process
+        self._turns = Turns()  # a decoder that two threads use at once loses images, or the process
         self.stream = array_module("cuda").cuda.Stream(non_blocking=True)
 
     def decode(self, jobs: Sequence[_Job], color: Color) -> _Turn:
@@ -233,7 +233,7 @@ class _Lane:
             for group, apply_orientation in zip(groups, (False, True), strict=True)
             if group
         ]
-        with self._turn:
+        with self._turns:
             begin = self.stream.record()
             for batch in batches:
                 self._decode_batch(*batch)
