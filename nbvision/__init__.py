@@ -23,7 +23,7 @@ from nbvision.errors import (
 
 if TYPE_CHECKING:
     from nbvision.codecs import Decoder, decode, encode
-    from nbvision.engines import Engine
+    from nbvision.engines import Engine, QuantizationReport, quantize
     from nbvision.image import ImageBatch, as_batch
     from nbvision.ops.arithmetic import add_weighted, blend, convert, lut, normalize, threshold
     from nbvision.ops.boxes import Detections, box_iou, nms, nms_boxes
@@ -63,6 +63,7 @@ __all__ = [
     "NbvisionError",
     "PixelFunction",
     "Preprocess",
+    "QuantizationReport",
     "Recognizer",
     "SearchError",
     "add_weighted",
@@ -95,6 +96,7 @@ __all__ = [
     "pad",
     "paste_masks",
     "pixel",
+    "quantize",
     "resize",
     "rle_to_mask",
     "rotate",
@@ -114,6 +116,7 @@ _ROOM_OF = {
     "Masks": "nbvision.ops.instances",
     "PixelFunction": "nbvision.ops.pixel",
     "Preprocess": "nbvision.ops.preprocess",
+    "QuantizationReport": "nbvision.engines",
     "Recognizer": "nbvision.pipeline",
     "add_weighted": "nbvision.ops.arithmetic",
     "argmax_map": "nbvision.ops.masks",
@@ -144,6 +147,7 @@ _ROOM_OF = {
     "pad": "nbvision.ops.pad",
     "paste_masks": "nbvision.ops.masks",
     "pixel": "nbvision.ops.pixel",
+    "quantize": "nbvision.engines",
     "resize": "nbvision.ops.resize",
     "rle_to_mask": "nbvision.ops.rle",
     "rotate": "nbvision.ops.warp",

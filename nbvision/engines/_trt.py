@@ -99,7 +99,7 @@ class TensorRT:
             flags = 1 << int(self.api.NetworkDefinitionCreationFlag.EXPLICIT_BATCH)
         return builder.create_network(flags)
 
-    def create_config(self, builder: Any, *, workspace_bytes: int, tf32: bool, fp16: bool) -> Any:
+    def create_config(self, builder: Any, *, workspace_bytes: int, tf32: bool, fp16: bool, int8: bool) -> Any:
         """A build configuration."""
         config = builder.create_builder_config()
         config.set_memory_pool_limit(self.api.MemoryPoolType.WORKSPACE, workspace_bytes)
@@ -109,6 +109,8 @@ class TensorRT:
             config.set_tactic_sources(0)
         if fp16 and self.chooses_precision:
             config.set_flag(self.api.BuilderFlag.FP16)
+        if int8 and self.chooses_precision:
+            config.set_flag(self.api.BuilderFlag.INT8)
         if not tf32:
             config.clear_flag(self.api.BuilderFlag.TF32)
         return config

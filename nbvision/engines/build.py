@@ -58,6 +58,7 @@ def build_plan(
         workspace_bytes=options.workspace_bytes,
         tf32=options.precision != "fp32",
         fp16=_wants_fp16(trt, model, network, options.precision),
+        int8=_is_quantized(trt, network),
     )
     if any(spec.batched for spec in inputs):
         _add_profile(builder, config, inputs, options.batch)
@@ -100,6 +101,11 @@ def _wants_fp16(trt: TensorRT, model: OnnxFile, network: Any, precision: Precisi
             "precision='fp32'"
         )
     return precision == "fp16" or holds_half
+
+
+def _is_quantized(trt: TensorRT, network: Any) -> bool:
+    """Whether the file says which layers compute in int8."""
+    return any(network.get_layer(index).type == trt.api.LayerType.QUANTIZE for index in range(network.num_layers))
 
 
 def _tensors(network: Any) -> Iterator[Any]:
