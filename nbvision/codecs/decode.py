@@ -68,7 +68,8 @@ def decode(
         JPEG engine and the CUDA decoder side by side, as shares them best, and those two differ: by up to 3 levels, in
         2 % of the values. Batches of fewer than 16 images, and the CPU, are always deterministic.
     threads : int, optional
-        Host threads to use at most; default: one for each core of this process.
+        Host threads to use at most; default: one for each core of this process. The GPU's CUDA decoder has threads of
+        its own, three for every four cores.
 
     Returns
     -------
