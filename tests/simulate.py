@@ -10,13 +10,13 @@ import numpy as np
 from nbvision_kernels import (
     boxes,
     boxes_cuda,
+    codes,
     draw,
     draw_cuda,
     instances,
     instances_cuda,
     masks,
     masks_cuda,
-    nv12,
     pointwise,
     pointwise_cuda,
     preprocess,
@@ -48,26 +48,26 @@ def pixels_and_sources(rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray
 
 
 def empty_tables(count: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    table, steps = np.zeros(count * regions.FIELDS, np.int32), np.zeros(count * regions.STEPS, np.int64)
-    return table, steps, np.zeros(count * regions.SCALES, np.float32)
+    table, steps = np.zeros(count * codes.FIELDS, np.int32), np.zeros(count * codes.STEPS, np.int64)
+    return table, steps, np.zeros(count * codes.SCALES, np.float32)
 
 
 def image_regions(
     sources: np.ndarray, height: int, width: int, linear: bool
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     tables = empty_tables(len(SIZES))
-    regions.fill_regions_cpu(sources, *tables, height, width, regions.FIT_LETTERBOX, 0, 0, True, True, linear)
+    regions.fill_regions_cpu(sources, *tables, height, width, codes.FIT_LETTERBOX, 0, 0, True, True, linear)
     return tables
 
 
 def run_preprocess(rng: np.random.Generator) -> None:
     pixels, sources = pixels_and_sources(rng)
     height, width = 6, 9
-    for sampler in (preprocess.NEAREST, preprocess.LINEAR_EXACT, preprocess.LINEAR_FAST):
-        for layout in (preprocess.NCHW, preprocess.NHWC):
-            tables = image_regions(sources, height, width, sampler != preprocess.NEAREST)
+    for sampler in (codes.NEAREST, codes.LINEAR_EXACT, codes.LINEAR_FAST):
+        for layout in (codes.NCHW, codes.NHWC):
+            tables = image_regions(sources, height, width, sampler != codes.NEAREST)
             out = np.full(len(SIZES) * 3 * height * width, np.nan, np.float32)
-            kernel = preprocess_cuda.make_kernel(sampler, layout, preprocess.STORE_F32)
+            kernel = preprocess_cuda.make_kernel(sampler, layout, codes.STORE_F32)
             numbers = [np.float32(value) for value in (1, 1, 1, 0, 0, 0, 114, 114, 114)]
             arguments = (pixels, sources, *tables, out, height, width, 3, 0, 0, *numbers, *(0,) * 6)
             launch(kernel, (2, 1, len(SIZES)), (8, 8), *arguments)
@@ -85,20 +85,20 @@ def run_nv12(rng: np.random.Generator) -> None:
     pixels, sources = rng.integers(0, 256, start, dtype=np.uint8), np.array(sources, np.int64).reshape(-1)
     given = np.array([[0, 0, 6, 4], [5, 3, 6, 4], [0, 0, 2, 2], [1, 1, 2, 2], [1, 0, 4, 7], [3, 7, 4, 8]], np.float32)
     images, height, width = np.array([0, 0, 1, 1, 2, 2], np.int64), 5, 9
-    for sampler in (preprocess.NEAREST, preprocess.LINEAR_EXACT, preprocess.LINEAR_FAST):
+    for sampler in (codes.NEAREST, codes.LINEAR_EXACT, codes.LINEAR_FAST):
         tables = empty_tables(len(given))
-        fit = (height, width, regions.FIT_LETTERBOX, 0, 0, True, True, sampler != preprocess.NEAREST)
+        fit = (height, width, codes.FIT_LETTERBOX, 0, 0, True, True, sampler != codes.NEAREST)
         regions.fill_box_regions_cpu(sources, images, given.reshape(-1), np.float32(0), *tables, *fit)
-        matrix = nv12.matrix_numbers("bt709", exact=sampler != preprocess.LINEAR_FAST)
+        matrix = codes.matrix_numbers("bt709", exact=sampler != codes.LINEAR_FAST)
         gain, bias, fill = ([np.float32(value)] * 3 for value in (1, 0, 114))
         results = [np.full(len(given) * 3 * height * width, np.nan, np.float32) for _ in range(2)]
-        types = (sampler, preprocess.NCHW, preprocess.STORE_F32)
+        types = (sampler, codes.NCHW, codes.STORE_F32)
         preprocess.pointer_from_address = lambda _: pixels
-        loop = preprocess.make_cpu_loop(sampler, preprocess.STORE_F32, source_type=preprocess.SOURCE_NV12)
-        strides = preprocess.canvas_strides(preprocess.NCHW, height, width)
+        loop = preprocess.make_cpu_loop(sampler, codes.STORE_F32, source_type=codes.SOURCE_NV12)
+        strides = codes.canvas_strides(codes.NCHW, height, width)
         numbers = (len(given), height, width, 1, 0, 0, gain, bias, fill, False, [], matrix, strides)
         loop(0, sources, *tables, results[0], *numbers)
-        kernel = preprocess_cuda.make_kernel(*types, preprocess.SOURCE_NV12)
+        kernel = preprocess_cuda.make_kernel(*types, codes.SOURCE_NV12)
         arguments = (pixels, sources, *tables, results[1], height, width, 1, 0, 0, *gain, *bias, *fill, *matrix)
         launch(kernel, (2, 1, len(given)), (8, 8), *arguments)
         assert np.isfinite(results[0]).all()
@@ -114,15 +114,15 @@ def run_planes(rng: np.random.Generator) -> None:
         planar[start : start + lines * pitch] = np.moveaxis(image, -1, 0).reshape(-1)
     planar_sources.reshape(-1, 4)[:, 1] //= 3
     height, width, results = 6, 9, []
-    for sampler in (preprocess.NEAREST, preprocess.LINEAR_EXACT, preprocess.LINEAR_FAST):
-        tables = image_regions(sources, height, width, sampler != preprocess.NEAREST)
+    for sampler in (codes.NEAREST, codes.LINEAR_EXACT, codes.LINEAR_FAST):
+        tables = image_regions(sources, height, width, sampler != codes.NEAREST)
         numbers = [np.float32(value) for value in (1, 1, 1, 0, 0, 0, 114, 114, 114)]
         results = [np.full(len(SIZES) * 3 * height * width, np.nan, np.float32) for _ in range(2)]
         for out, memory, table, pixel_bytes, source_type in [
-            (results[0], pixels, sources, 3, preprocess.SOURCE_U8),
-            (results[1], planar, planar_sources, 1, preprocess.SOURCE_CHW),
+            (results[0], pixels, sources, 3, codes.SOURCE_U8),
+            (results[1], planar, planar_sources, 1, codes.SOURCE_CHW),
         ]:
-            kernel = preprocess_cuda.make_kernel(sampler, preprocess.NCHW, preprocess.STORE_F32, source_type)
+            kernel = preprocess_cuda.make_kernel(sampler, codes.NCHW, codes.STORE_F32, source_type)
             arguments = (memory, table, *tables, out, height, width, pixel_bytes, 0, 0, *numbers, *(0,) * 6)
             launch(kernel, (2, 1, len(SIZES)), (8, 8), *arguments)
         np.testing.assert_array_equal(*results)
@@ -135,7 +135,7 @@ def run_taps(rng: np.random.Generator) -> None:
     given = np.array([[0, 0, 7, 5], [1, 2, 3, 4], [0, 0, 1, 1], [0, 0, 4, 9], [3, 0, 4, 9]], np.float32)
     images, height, width, limit = np.array([0, 0, 1, 2, 2], np.int64), 4, 3, 24
     tables = empty_tables(len(given))
-    fit = (height, width, regions.FIT_STRETCH, 0, 0, True, True, True)
+    fit = (height, width, codes.FIT_STRETCH, 0, 0, True, True, True)
     regions.fill_box_regions_cpu(sources, images, given.reshape(-1), np.float32(0), *tables, *fit)
     rows = tables[0].reshape(len(given), -1)
     for (fill, twin, kinds), vertical in itertools.product(
@@ -155,8 +155,8 @@ def run_taps(rng: np.random.Generator) -> None:
             launch(twin, (1, len(given)), 8, on_device, tables[0], length, limit, vertical, kind)
             np.testing.assert_array_equal(on_host, on_device)
             entries = on_host.reshape(len(given), length, -1)
-            field = regions.HEIGHT if vertical else regions.WIDTH
-            if (kind != window.CV2_CUBIC and kind != window.CV2_AREA) or fill is resample.fill_taps_cpu:
+            field = codes.HEIGHT if vertical else codes.WIDTH
+            if (kind != codes.CV2_CUBIC and kind != codes.CV2_AREA) or fill is resample.fill_taps_cpu:
                 assert (entries[..., 0] + entries[..., 1] <= rows[:, field, None]).all()
             assert (entries[..., 1] > 0).all()
 
@@ -167,7 +167,7 @@ def run_pointwise(rng: np.random.Generator) -> None:
 
     pointwise.fma32 = lambda a, b, c: np.float32(np.float64(a) * np.float64(b) + np.float64(c))
     for channels, out_channels in [(1, 1), (3, 3), (4, 4), (3, 1), (1, 4), (4, 3)]:
-        operations = [pointwise.COLOR] if channels != out_channels else list(pointwise.OPERATIONS)
+        operations = [codes.COLOR] if channels != out_channels else list(codes.OPERATIONS)
         for operation, start in itertools.product(operations, (0, 3)):
             firsts, first = image_table(rng, SIZES, 0, channels)
             seconds, second = image_table(rng, SIZES, len(first), channels)
@@ -175,16 +175,16 @@ def run_pointwise(rng: np.random.Generator) -> None:
             targets, _ = image_table(rng, SIZES, 0, out_channels)
             inputs = np.concatenate([first, second, mask])
             inputs[len(first) + len(second) :].view(np.float32)[:] = rng.random(len(mask) // 4, np.float32)
-            if operation == pointwise.LUT:
+            if operation == codes.LUT:
                 seconds.reshape(-1, 4)[:, :2] = [len(inputs) - 256 * channels, 0]
                 inputs = np.concatenate([inputs, rng.integers(0, 256, 256 * channels, dtype=np.uint8)])
                 seconds.reshape(-1, 4)[:, 0] = len(inputs) - 256 * channels
-            masks.reshape(-1, 4)[:, 1] //= 1 if operation == pointwise.BLEND_FLOATS else 4
+            masks.reshape(-1, 4)[:, 1] //= 1 if operation == codes.BLEND_FLOATS else 4
             targets.reshape(-1, 4)[:, 0] += -(-len(inputs) // 4) * 4 + start
             size = -(-int(targets[-4] + targets[-3] * targets[-2]) // 4) * 4
             memory = np.zeros(size, np.uint8)
             memory[: len(inputs)] = inputs
-            numbers = [np.float32(number) for number in (channels if operation == pointwise.LUT else 1, 0.5, 2)]
+            numbers = [np.float32(number) for number in (channels if operation == codes.LUT else 1, 0.5, 2)]
             host = memory.copy()
             pointwise.pointer_from_address = lambda _, memory=host: memory
             pointwise.floats_from_address = lambda _, memory=host: memory.view(np.float32)
@@ -202,7 +202,7 @@ def run_pointwise(rng: np.random.Generator) -> None:
 def run_image_regions(rng: np.random.Generator) -> None:
     _, sources = pixels_and_sources(rng)
     count = sources.size // 4
-    for fit in (regions.FIT_STRETCH, regions.FIT_LETTERBOX, regions.FIT_COVER):
+    for fit in (codes.FIT_STRETCH, codes.FIT_LETTERBOX, codes.FIT_COVER):
         host, device = empty_tables(count), empty_tables(count)
         numbers = (8, 8, fit, 9, 9, True, True, True)
         regions.fill_regions_cpu(sources, *host, *numbers)
@@ -218,7 +218,7 @@ def run_box_regions(rng: np.random.Generator) -> None:
     results = []
     for fill in ("host", "device"):
         tables = empty_tables(5)
-        fit = (8, 8, regions.FIT_COVER, 9, 9, True, True, True)
+        fit = (8, 8, codes.FIT_COVER, 9, 9, True, True, True)
         if fill == "host":
             regions.fill_box_regions_cpu(sources, images, given.reshape(-1), np.float32(0.1), *tables, *fit)
         else:
@@ -227,7 +227,7 @@ def run_box_regions(rng: np.random.Generator) -> None:
         results.append(tables)
     for host, device in zip(*results, strict=True):
         np.testing.assert_array_equal(host, device)
-    empty = results[0][0].reshape(5, -1)[:, regions.WIDTH] == 0
+    empty = results[0][0].reshape(5, -1)[:, codes.WIDTH] == 0
     assert empty.tolist() == [False, False, True, True, False]
 
 
@@ -293,7 +293,7 @@ def run_masks(rng: np.random.Generator) -> None:
     count, height, width = 3, 5, 7
     logits = rng.normal(0, 1, (count, height, width)).astype(np.float32)
     logits[1] = -1
-    scales = rng.uniform(0.5, 2, count * regions.SCALES).astype(np.float32)
+    scales = rng.uniform(0.5, 2, count * codes.SCALES).astype(np.float32)
     crops = rng.uniform(0, 1, (count, 3, height, width)).astype(np.float32)
     gain, bias = (np.float32(2), np.float32(3), np.float32(4)), (np.float32(0.1), np.float32(0.2), np.float32(0.3))
     results = []
@@ -325,7 +325,7 @@ def run_mask_extras(rng: np.random.Generator) -> None:
     logits = rng.normal(0, 1, (count, rows, columns)).astype(np.float32)
     logits[1] = -1
     flat, zero = logits.reshape(-1), np.float32(0)
-    scales = rng.uniform(0.5, 2, count * regions.SCALES).astype(np.float32)
+    scales = rng.uniform(0.5, 2, count * codes.SCALES).astype(np.float32)
     pixels, sources = pixels_and_sources(rng)
     records = np.array([[0, 1, 1, 1, 0, 7, 5], [1, 0, 0, -3, -2, 1, 1], [2, 0, 2, 1, 3, 1, 9]], np.int32)
     sizes, start = [(4, 6), (1, 1), (7, 4)], -(-len(pixels) // 4) * 4
@@ -371,7 +371,7 @@ def run_instances(rng: np.random.Generator) -> None:
     prototypes = rng.normal(0, 1, images * channels * rows * columns).astype(np.float32)
     given = np.array([[0, 0, 40, 21], [-3, 2.5, 9, 30], [4, 4, 4, 9], [1, 1, 38, 19], [39, 20, 40, 21]], np.float32)
     which = np.array([0, 1, 1, 0, 1], np.int64)
-    scales = np.zeros(images * regions.SCALES, np.float32)
+    scales = np.zeros(images * codes.SCALES, np.float32)
     results = []
     for target in ("host", "device"):
         table, needed = np.zeros(masks * instances.ROW, np.int64), np.zeros(1, np.int64)
@@ -420,7 +420,7 @@ def run_draw(rng: np.random.Generator) -> None:
     masks_given = rng.normal(0, 1, count * mask_height * mask_width).astype(np.float32)
     results = []
     for target in ("host", "device"):
-        records = np.full(count * draw.FIELDS, -9, np.int32)
+        records = np.full(count * codes.DRAW_FIELDS, -9, np.int32)
         both = np.concatenate([pixels, np.zeros(size, np.uint8)])
         found = (given.reshape(-1), given.reshape(-1), labels, scores, 1, names, strips.reshape(-1))
         lay_out = (count, sources, images, len(SIZES), *found, text_height, padding, colors, records)

@@ -300,7 +300,7 @@ def test_explain_names_the_matrix(rng):
 def test_both_devices_and_kernels_give_the_same_bits(rng, dtype, interpolation, parity):
     """The CPU loop, the CUDA C frame and the Numba kernel: floats included, no multiply-add is fused."""
     from nbvision_kernels.catalog import preprocess_kernel
-    from nbvision_kernels.preprocess import SOURCE_NV12
+    from nbvision_kernels.codes import SOURCE_NV12
 
     from nbvision.runtime.compile import load_kernel
 

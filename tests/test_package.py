@@ -66,3 +66,24 @@ def test_errors_survive_copy_and_pickle(error):
         assert type(again) is type(error)
         assert str(again) == str(error)
         assert again.__dict__ == error.__dict__
+
+
+def test_a_kernel_on_disk_is_found_without_numba() -> None:
+    """Numba takes a quarter of a second to import, which a process with a warm cache need not pay at its first call."""
+    program = """
+import sys
+import nbvision
+from nbvision_kernels import catalog, codes
+
+nbvision.Preprocess((64, 64), dtype="float16", mean=0.5)
+nbvision.Preprocess((64, 64), parity="pil", interpolation="lanczos")
+plan = codes.LINEAR_EXACT, codes.NCHW, codes.STORE_F16
+described = [catalog.preprocess_kernel(*plan), catalog.preprocess_kernel(*plan, source_type=codes.SOURCE_NV12)]
+described += [catalog.resample_kernel(*plan[1:]), catalog.window_kernel(codes.CV2_AREA, *plan[1:])]
+described += [catalog.warp_plan_kernel(codes.WARP_LINEAR, 3, *plan[1:]), catalog.suppress_kernel(soft=True)]
+described += [catalog.image_regions_kernel(), catalog.pointwise_kernel(codes.THRESHOLD, 3, 3)]
+assert len({(kernel.name, kernel.entry) for kernel in described}) == len(described)
+print("numba" in sys.modules)
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert done.stdout == "False\n"

@@ -7,7 +7,7 @@ import math
 
 import numpy as np
 import pytest
-from nbvision_kernels import preprocess as plan
+from nbvision_kernels import codes
 from nbvision_kernels.catalog import preprocess_kernel
 from PIL import Image
 from reference import on, to_host
@@ -156,7 +156,7 @@ def test_a_number_of_the_module_is_part_of_the_code(monkeypatch):
 @pytest.mark.parametrize("cc", [(7, 5), (8, 6), (9, 0), (12, 0)])
 def test_a_chain_is_float32_and_spills_nothing(cc):
     chain = nbv.Preprocess((4, 4), pixel=[mixed, ramp, adjust.hue, adjust.saturation])._chain
-    kernel = preprocess_kernel(plan.LINEAR_EXACT, plan.NCHW, plan.STORE_F16, chain=chain)
+    kernel = preprocess_kernel(codes.LINEAR_EXACT, codes.NCHW, codes.STORE_F16, chain=chain)
     compiled = compile_without_spills(kernel, cc)
     assert compiled.spill_bytes == 0
     assert compiled.registers <= 128

@@ -11,8 +11,8 @@ import math
 import numpy as np
 from numba import prange
 
+from nbvision_kernels.codes import FIELDS, HEIGHT, OFFSET_X, OFFSET_Y, SCALE_X, SCALE_Y, SCALES, WIDTH, X, Y
 from nbvision_kernels.pixel import clamp, pixel_function
-from nbvision_kernels.regions import FIELDS, HEIGHT, OFFSET_X, OFFSET_Y, SCALE_X, SCALE_Y, SCALES, WIDTH, X, Y
 
 __all__ = [
     "best_class",

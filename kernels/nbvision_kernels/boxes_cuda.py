@@ -19,9 +19,9 @@ from nbvision_kernels.boxes import (
     suppresses,
     write_source_box,
 )
+from nbvision_kernels.codes import SOFT_THREADS
 
 __all__ = [
-    "SOFT_THREADS",
     "box_candidates",
     "box_iou",
     "head_candidates",
@@ -31,7 +31,6 @@ __all__ = [
 ]
 
 SHARED_KEYS = 2048  # more are sorted in global memory
-SOFT_THREADS = 256
 WORDS = 1024  # of 32 candidates each, in shared memory
 
 

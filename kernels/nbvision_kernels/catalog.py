@@ -1,4 +1,8 @@
-"""Every kernel there is, as data: what tests compile for all architectures and what warm-up compiles for this one."""
+"""Every kernel there is, as data: what tests compile for all architectures and what warm-up compiles for this one.
+
+A description names its types and says how its functions are made; Numba and the functions are imported only when it is
+compiled.
+"""
 
 from __future__ import annotations
 
@@ -8,17 +12,8 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from numba import types
-
-from nbvision_kernels import nv12 as planes
-from nbvision_kernels import pointwise, read_source, regions, resample
-from nbvision_kernels import preprocess as plan
-from nbvision_kernels import warp as warping
-from nbvision_kernels import warp_plan as warped
-from nbvision_kernels import window as windows
+from nbvision_kernels import codes, read_source
 from nbvision_kernels.chain import Chain, extended, make_shade_export
-from nbvision_kernels.gray import GRAY_CV2, GRAY_PIL
-from nbvision_kernels.sampling import exact_down
 
 __all__ = [
     "CudaFrame",
@@ -55,16 +50,15 @@ __all__ = [
     "window_kernel",
 ]
 
-u8, i32, i64, f32 = types.uint8, types.int32, types.int64, types.float32
-u8_pointer, i32_pointer = types.CPointer(u8), types.CPointer(i32)
-i64_pointer, f32_pointer = types.CPointer(i64), types.CPointer(f32)
-f64_pointer = types.CPointer(types.float64)
-u32_pointer, u64_pointer = types.CPointer(types.uint32), types.CPointer(types.uint64)
+# Types by Numba's names; a star makes a pointer.
+void, i32, i64, u32, f32 = "void", "int32", "int64", "uint32", "float32"
+u8_pointer, i32_pointer, i64_pointer, f32_pointer = "uint8*", "int32*", "int64*", "float32*"
+u32_pointer, u64_pointer, f64_pointer = "uint32*", "uint64*", "float64*"
 _C_TYPES = {i32: "int", i64: "long long", f32: "float"}
 
 
 # name -> (function, result, arguments)
-DeviceFunctions = dict[str, tuple[Callable[..., Any], Any, tuple[Any, ...]]]
+DeviceFunctions = dict[str, tuple[Callable[..., Any], str, tuple[str, ...]]]
 
 
 @dataclass(frozen=True)
@@ -74,7 +68,7 @@ class NumbaKernel:
     name: str
     entry: str
     make: Callable[[], Callable[..., None]] = field(hash=False, compare=False)
-    arguments: tuple[Any, ...]
+    arguments: tuple[str, ...]
     float64: bool = False  # allowed only where one thread does the work of a whole output
 
     @property
@@ -83,7 +77,7 @@ class NumbaKernel:
 
     def device_functions(self) -> DeviceFunctions:
         """The body as a device function: what links with :meth:`source_text`."""
-        return {f"nbv_{self.entry}": (self.make(), types.void, self.arguments)}
+        return {f"nbv_{self.entry}": (self.make(), void, self.arguments)}
 
     def roomier(self) -> None:
         """There is no version with more registers."""
@@ -102,17 +96,17 @@ class NumbaKernel:
 
 @dataclass(frozen=True)
 class CudaFrame:
-    """A CUDA C frame and the Python device functions linked into it."""
+    """A CUDA C frame and the Python device functions linked into it, which ``make`` returns."""
 
     name: str
     entry: str
     source: str
     defines: dict[str, int | str] = field(hash=False)
-    functions: DeviceFunctions = field(hash=False, compare=False)
+    make: Callable[[], DeviceFunctions] = field(hash=False, compare=False)
     float64: bool = False
 
     def device_functions(self) -> DeviceFunctions:
-        return self.functions
+        return self.make()
 
     def roomier(self) -> CudaFrame | None:
         """The same with more registers a thread, for a pixel function that needs them."""
@@ -125,22 +119,22 @@ class CudaFrame:
 
 Kernel = NumbaKernel | CudaFrame
 
-_SOURCES = {plan.SOURCE_CHW: "planes", plan.SOURCE_F16: "f16", plan.SOURCE_F32: "f32", plan.SOURCE_NV12: "nv12"}
-_SAMPLERS = {plan.NEAREST: "nearest", plan.LINEAR_EXACT: "linear_exact", plan.LINEAR_FAST: "linear_fast"}
-_LAYOUTS = {plan.NCHW: "nchw", plan.NHWC: "nhwc", plan.NHWC4: "nhwc4", plan.GRAY: "gray"}
+_SOURCES = {codes.SOURCE_CHW: "planes", codes.SOURCE_F16: "f16", codes.SOURCE_F32: "f32", codes.SOURCE_NV12: "nv12"}
+_SAMPLERS = {codes.NEAREST: "nearest", codes.LINEAR_EXACT: "linear_exact", codes.LINEAR_FAST: "linear_fast"}
+_LAYOUTS = {codes.NCHW: "nchw", codes.NHWC: "nhwc", codes.NHWC4: "nhwc4", codes.GRAY: "gray"}
 _STORES = {
-    plan.STORE_U8: ("u8", u8),
-    plan.STORE_I8: ("i8", types.int8),
-    plan.STORE_F16: ("f16", types.float16),
-    plan.STORE_BF16: ("bf16", types.uint16),
-    plan.STORE_F32: ("f32", f32),
+    codes.STORE_U8: ("u8", "uint8*"),
+    codes.STORE_I8: ("i8", "int8*"),
+    codes.STORE_F16: ("f16", "float16*"),
+    codes.STORE_BF16: ("bf16", "uint16*"),
+    codes.STORE_F32: ("f32", "float32*"),
 }
 _REGION_FIELDS = ["IMAGE", "X", "Y", "WIDTH", "HEIGHT", "LEFT", "TOP", "OUT_WIDTH", "OUT_HEIGHT", "FIELDS"]
 _REGION_FIELDS += ["UNIT_X", "UNIT_Y", "SCALES"]
 # sampler -> lines a thread of the frame, and blocks of 128 threads that shall fit on a multiprocessor: what was fastest
 # on sm_90 for three bytes a pixel; the others get two blocks less, or some spill. docs/preprocess.md has more.
-_FRAME_SHAPES = {plan.NEAREST: (4, 8), plan.LINEAR_EXACT: (3, 8), plan.LINEAR_FAST: (4, 8)}
-_NV12_SHAPES = {plan.NEAREST: (4, 8), plan.LINEAR_EXACT: (3, 7), plan.LINEAR_FAST: (3, 7)}
+_FRAME_SHAPES = {codes.NEAREST: (4, 8), codes.LINEAR_EXACT: (3, 8), codes.LINEAR_FAST: (4, 8)}
+_NV12_SHAPES = {codes.NEAREST: (4, 8), codes.LINEAR_EXACT: (3, 7), codes.LINEAR_FAST: (3, 7)}
 
 
 def preprocess_kernel(
@@ -149,28 +143,26 @@ def preprocess_kernel(
     store: int,
     *,
     channels: int = 3,
-    source_type: int = plan.SOURCE_U8,
+    source_type: int = codes.SOURCE_U8,
     chain: Chain | None = None,
     frame: bool = True,
 ) -> CudaFrame | NumbaKernel:
     """The fused plan of one type: its CUDA C frame, or the plain Numba kernel, which serves every number of
     ``channels`` but takes no ``chain``, no floats and no planes."""
-    nv12 = source_type == plan.SOURCE_NV12
+    nv12 = source_type == codes.SOURCE_NV12
     store_name, stored = _STORES[store]
-    weight = f32 if sampler == plan.LINEAR_FAST else i32
+    weight = f32 if sampler == codes.LINEAR_FAST else i32
     name = f"preprocess-{_SAMPLERS[sampler]}-{_LAYOUTS[layout]}-{store_name}"
     if frame:
-        along_x, along_y, blend = plan.SAMPLERS[sampler]
-        taps = (i32, i64, i64, f32, i32, i32_pointer, types.CPointer(weight))
         lines, min_blocks = (_NV12_SHAPES if nv12 else _FRAME_SHAPES)[sampler]
-        pixel_bytes = plan.pixel_bytes_of(source_type, channels)
-        min_blocks -= 2 * (pixel_bytes != 3 and not nv12) + 2 * (layout == plan.GRAY)
-        if source_type == plan.SOURCE_CHW:  # three times the loads of a line
+        pixel_bytes = codes.pixel_bytes_of(source_type, channels)
+        min_blocks -= 2 * (pixel_bytes != 3 and not nv12) + 2 * (layout == codes.GRAY)
+        if source_type == codes.SOURCE_CHW:  # three times the loads of a line
             lines, min_blocks = 3, 6
         gray = channels == 1 and not nv12
-        floats = source_type in (plan.SOURCE_F16, plan.SOURCE_F32)
+        floats = source_type in (codes.SOURCE_F16, codes.SOURCE_F32)
         types_of_plan = {"SOURCE": source_type, "PIXEL_BYTES": pixel_bytes, "GRAY": int(gray), "STORE_TYPE": store}
-        types_of_plan |= {"LAYOUT": layout, "PAIRS": int(sampler != plan.NEAREST), "WEIGHT": int(weight is f32)}
+        types_of_plan |= {"LAYOUT": layout, "PAIRS": int(sampler != codes.NEAREST), "WEIGHT": int(weight == f32)}
         read = f"{channels}-{_SOURCES[source_type]}" if floats else _SOURCES.get(source_type, f"{pixel_bytes}-bytes")
         return CudaFrame(
             name=f"{name}-{read}-frame" + (f"-{chain.digest}" if chain else ""),
@@ -178,20 +170,9 @@ def preprocess_kernel(
             source="preprocess.cu",
             defines=types_of_plan
             | {"LINES": lines, "MIN_BLOCKS": min_blocks}
-            | {f"REGION_{name}": getattr(regions, name) for name in _REGION_FIELDS}
+            | {f"REGION_{name}": getattr(codes, name) for name in _REGION_FIELDS}
             | _chain_defines(chain),
-            functions={
-                "nbv_along_x": (plan.make_taps_export(along_x), types.void, taps),
-                "nbv_along_y": (plan.make_taps_export(along_y), types.void, taps),
-                "nbv_blend": (
-                    plan.make_blend_export(blend),
-                    f32,
-                    (f32_pointer if floats else i32_pointer, types.CPointer(weight), types.CPointer(weight)),
-                ),
-            }
-            | ({"nbv_down": (exact_down, f32, (i32,) * 4)} if sampler == plan.LINEAR_EXACT and not nv12 else {})
-            | (_convert_function(weight) if nv12 else {})
-            | _chain_function(chain),
+            make=lambda: _plan_functions(sampler, source_type) | _chain_function(chain),
         )
 
     def make() -> Callable[..., None]:
@@ -200,14 +181,32 @@ def preprocess_kernel(
         function: Callable[..., None] = make_kernel(sampler, layout, store, source_type)
         return function
 
-    tables = (u8_pointer, i64_pointer, i32_pointer, i64_pointer, f32_pointer, types.CPointer(stored))
+    tables = (u8_pointer, i64_pointer, i32_pointer, i64_pointer, f32_pointer, stored)
     name += "-nv12-numba" if nv12 else "-numba"
     return NumbaKernel(name, "preprocess", make, (*tables, *(i32,) * 5, *(f32,) * 9, *(weight,) * 6))
 
 
-def _convert_function(weight: Any) -> DeviceFunctions:
-    convert = planes.fast_rgb if weight is f32 else planes.exact_rgb
-    return {"nbv_convert": (planes.make_convert_export(convert), types.void, (types.CPointer(weight),) * 3)}
+def _plan_functions(sampler: int, source_type: int) -> DeviceFunctions:
+    from nbvision_kernels import nv12
+    from nbvision_kernels.preprocess import SAMPLERS, make_blend_export, make_taps_export
+    from nbvision_kernels.sampling import exact_down
+
+    along_x, along_y, blend = SAMPLERS[sampler]
+    fast = sampler == codes.LINEAR_FAST
+    weights = f32_pointer if fast else i32_pointer
+    pixels = f32_pointer if source_type in (codes.SOURCE_F16, codes.SOURCE_F32) else i32_pointer
+    taps = (i32, i64, i64, f32, i32, i32_pointer, weights)
+    functions: DeviceFunctions = {
+        "nbv_along_x": (make_taps_export(along_x), void, taps),
+        "nbv_along_y": (make_taps_export(along_y), void, taps),
+        "nbv_blend": (make_blend_export(blend), f32, (pixels, weights, weights)),
+    }
+    if source_type == codes.SOURCE_NV12:
+        convert = nv12.make_convert_export(nv12.fast_rgb if fast else nv12.exact_rgb)
+        functions["nbv_convert"] = (convert, void, (weights,) * 3)
+    elif sampler == codes.LINEAR_EXACT:
+        functions["nbv_down"] = (exact_down, f32, (i32,) * 4)
+    return functions
 
 
 def resample_kernel(layout: int, store: int, *, pixel_bytes: int = 3, chain: Chain | None = None) -> CudaFrame:
@@ -219,33 +218,40 @@ def resample_kernel(layout: int, store: int, *, pixel_bytes: int = 3, chain: Cha
         source="resample.cu",
         defines={"PIXEL_BYTES": pixel_bytes, "STORE_TYPE": store, "LAYOUT": layout}
         | {"LINES": 16}
-        | {f"REGION_{name}": getattr(regions, name) for name in _REGION_FIELDS}
+        | {f"REGION_{name}": getattr(codes, name) for name in _REGION_FIELDS}
         | _chain_defines(chain),
-        functions={
-            "nbv_round_sum": (resample.round_sum, i32, (i32,)),
-            "nbv_vertical_first": (resample.vertical_first, i32, (i32,) * 4),
-        }
-        | _chain_function(chain),
+        make=lambda: _resample_functions() | _chain_function(chain),
     )
 
 
-_WINDOWS = {kind: f"{parity}-{interpolation}" for (parity, interpolation), (kind, _) in windows.KINDS.items()}
+def _resample_functions() -> DeviceFunctions:
+    from nbvision_kernels.resample import round_sum, vertical_first
+
+    return {"nbv_round_sum": (round_sum, i32, (i32,)), "nbv_vertical_first": (vertical_first, i32, (i32,) * 4)}
+
+
+_WINDOWS = {kind: f"{parity}-{interpolation}" for (parity, interpolation), (kind, _) in codes.KINDS.items()}
 
 
 def window_kernel(kind: int, layout: int, store: int, *, pixel_bytes: int = 3, chain: Chain | None = None) -> CudaFrame:
     """The plan of the window family."""
-    entries = (i32_pointer, i32_pointer)
     return CudaFrame(
         name=f"window-{_WINDOWS[kind]}-{_LAYOUTS[layout]}-{_STORES[store][0]}-{pixel_bytes}-bytes"
         + (f"-{chain.digest}" if chain else ""),
         entry="window",
         source="window.cu",
         defines={"PIXEL_BYTES": pixel_bytes, "STORE_TYPE": store, "LAYOUT": layout}
-        | {f"REGION_{name}": getattr(regions, name) for name in _REGION_FIELDS}
+        | {f"REGION_{name}": getattr(codes, name) for name in _REGION_FIELDS}
         | _chain_defines(chain),
-        functions={"nbv_window": (windows.make_window_export(kind), f32, (u8_pointer, i64, i32, *entries, *(i32,) * 4))}
-        | _chain_function(chain),
+        make=lambda: _window_function(kind) | _chain_function(chain),
     )
+
+
+def _window_function(kind: int) -> DeviceFunctions:
+    from nbvision_kernels.window import make_window_export
+
+    arguments = (u8_pointer, i64, i32, i32_pointer, i32_pointer, *(i32,) * 4)
+    return {"nbv_window": (make_window_export(kind), f32, arguments)}
 
 
 def fill_windows_kernel() -> NumbaKernel:
@@ -276,7 +282,7 @@ def _chain_defines(chain: Chain | None) -> dict[str, int | str]:
 def _chain_function(chain: Chain | None) -> DeviceFunctions:
     if chain is None:
         return {}
-    return {"nbv_shade": (make_shade_export(chain), types.void, (f32_pointer, f32, f32, f32_pointer))}
+    return {"nbv_shade": (make_shade_export(chain), void, (f32_pointer, f32, f32, f32_pointer))}
 
 
 def image_regions_kernel() -> NumbaKernel:
@@ -407,7 +413,7 @@ def dense_masks_kernel() -> NumbaKernel:
     return NumbaKernel("dense-masks", "dense_masks", _imported("instances_cuda", "dense_masks"), arguments)
 
 
-_INTERPOLATIONS = {warping.NEAREST: "nearest", warping.LINEAR: "linear", warping.CUBIC: "cubic"}
+_INTERPOLATIONS = {codes.WARP_NEAREST: "nearest", codes.WARP_LINEAR: "linear", codes.WARP_CUBIC: "cubic"}
 
 
 def warp_coefficients_kernel() -> NumbaKernel:
@@ -434,16 +440,21 @@ def warp_plan_kernel(
     interpolation: int, channels: int, layout: int, store: int, *, chain: Chain | None = None
 ) -> CudaFrame:
     """The fused plan through matrices."""
-    arguments = (u8_pointer, u32_pointer, i64, i64, i32, i32, f32_pointer, *(i32,) * 5)
+
+    def make() -> DeviceFunctions:
+        from nbvision_kernels.warp_plan import make_warp_export
+
+        arguments = (u8_pointer, u32_pointer, i64, i64, i32, i32, f32_pointer, *(i32,) * 5)
+        return {"nbv_warp": (make_warp_export(interpolation, channels), u32, arguments)} | _chain_function(chain)
+
     return CudaFrame(
         name=f"warp-plan-{_INTERPOLATIONS[interpolation]}-{_LAYOUTS[layout]}-{_STORES[store][0]}-{channels}-bytes"
         + (f"-{chain.digest}" if chain else ""),
         entry="warp_plan",
         source="warp_plan.cu",
-        defines={"PIXEL_BYTES": channels, "STORE_TYPE": store, "LAYOUT": layout, "COEFFICIENTS": warping.COEFFICIENTS}
+        defines={"PIXEL_BYTES": channels, "STORE_TYPE": store, "LAYOUT": layout, "COEFFICIENTS": codes.COEFFICIENTS}
         | _chain_defines(chain),
-        functions={"nbv_warp": (warped.make_warp_export(interpolation, channels), types.uint32, arguments)}
-        | _chain_function(chain),
+        make=make,
     )
 
 
@@ -470,51 +481,53 @@ def pointwise_kernel(operation: int, channels: int, out_channels: int) -> NumbaK
         return function
 
     arguments = (u8_pointer, u32_pointer, f32_pointer, *(i64_pointer,) * 4, i32, f32, f32, f32)
-    name = f"pointwise-{pointwise.OPERATIONS[operation]}-{channels}-to-{out_channels}-bytes"
+    name = f"pointwise-{codes.OPERATIONS[operation]}-{channels}-to-{out_channels}-bytes"
     return NumbaKernel(name, "pointwise", make, arguments)
-
-
-_OPENCVS_GRAY, _PILLOWS_GRAY = extended(None, GRAY_CV2), extended(None, GRAY_PIL)
 
 
 def all_kernels() -> Iterator[Kernel]:
     """Every kernel of every common type, each rarer type at least once; of the portable one, which nothing launches but
     tests, each sampler once. What differs in nothing but how a value is stored is compiled for three bytes a pixel."""
-    layouts, stores = (plan.NCHW, plan.NHWC), (plan.STORE_U8, plan.STORE_F16, plan.STORE_F32)
+    from nbvision_kernels.gray import GRAY_CV2, GRAY_PIL
+
+    opencvs_gray, pillows_gray = extended(None, GRAY_CV2), extended(None, GRAY_PIL)
+    layouts, stores = (codes.NCHW, codes.NHWC), (codes.STORE_U8, codes.STORE_F16, codes.STORE_F32)
     for sampler in _SAMPLERS:
         for layout, store in itertools.product(layouts, stores):
             for channels in (1, 3, 4):
                 yield preprocess_kernel(sampler, layout, store, channels=channels)
-            yield preprocess_kernel(sampler, layout, store, source_type=plan.SOURCE_NV12)
+            yield preprocess_kernel(sampler, layout, store, source_type=codes.SOURCE_NV12)
         for layout in layouts:
-            yield preprocess_kernel(sampler, layout, plan.STORE_I8)
-        yield preprocess_kernel(sampler, plan.NCHW, plan.STORE_BF16)
-        yield preprocess_kernel(sampler, plan.NHWC4, plan.STORE_F16)
-        yield preprocess_kernel(sampler, plan.GRAY, plan.STORE_F16, chain=_OPENCVS_GRAY)
-        for store in (plan.STORE_U8, plan.STORE_F16):
-            yield preprocess_kernel(sampler, plan.NCHW, store, source_type=plan.SOURCE_CHW)
-        for source_type in (plan.SOURCE_U8, plan.SOURCE_NV12):
+            yield preprocess_kernel(sampler, layout, codes.STORE_I8)
+        yield preprocess_kernel(sampler, codes.NCHW, codes.STORE_BF16)
+        yield preprocess_kernel(sampler, codes.NHWC4, codes.STORE_F16)
+        yield preprocess_kernel(sampler, codes.GRAY, codes.STORE_F16, chain=opencvs_gray)
+        for store in (codes.STORE_U8, codes.STORE_F16):
+            yield preprocess_kernel(sampler, codes.NCHW, store, source_type=codes.SOURCE_CHW)
+        for source_type in (codes.SOURCE_U8, codes.SOURCE_NV12):
             yield preprocess_kernel(
-                sampler, plan.NCHW, plan.STORE_F32, channels=1, source_type=source_type, frame=False
+                sampler, codes.NCHW, codes.STORE_F32, channels=1, source_type=source_type, frame=False
             )
-    for sampler, source_type in itertools.product((plan.NEAREST, plan.LINEAR_FAST), (plan.SOURCE_F16, plan.SOURCE_F32)):
-        yield preprocess_kernel(sampler, plan.NCHW, plan.STORE_F16, source_type=source_type)
+    for sampler, source_type in itertools.product(
+        (codes.NEAREST, codes.LINEAR_FAST), (codes.SOURCE_F16, codes.SOURCE_F32)
+    ):
+        yield preprocess_kernel(sampler, codes.NCHW, codes.STORE_F16, source_type=source_type)
     for channels in (1, 4):
         yield preprocess_kernel(
-            plan.LINEAR_FAST, plan.NCHW, plan.STORE_F16, channels=channels, source_type=plan.SOURCE_F32
+            codes.LINEAR_FAST, codes.NCHW, codes.STORE_F16, channels=channels, source_type=codes.SOURCE_F32
         )
     for layout in layouts:
         for pixel_bytes, store in itertools.product((1, 3, 4), stores):
             yield resample_kernel(layout, store, pixel_bytes=pixel_bytes)
-        yield resample_kernel(layout, plan.STORE_I8)
-    yield resample_kernel(plan.NHWC4, plan.STORE_F16)
-    yield resample_kernel(plan.NCHW, plan.STORE_BF16)
-    yield resample_kernel(plan.GRAY, plan.STORE_F16, chain=_PILLOWS_GRAY)
+        yield resample_kernel(layout, codes.STORE_I8)
+    yield resample_kernel(codes.NHWC4, codes.STORE_F16)
+    yield resample_kernel(codes.NCHW, codes.STORE_BF16)
+    yield resample_kernel(codes.GRAY, codes.STORE_F16, chain=pillows_gray)
     yield fill_taps_kernel()
-    for kind in (windows.CV2_AREA, windows.CV2_CUBIC, windows.TORCH_CUBIC):
+    for kind in (codes.CV2_AREA, codes.CV2_CUBIC, codes.TORCH_CUBIC):
         for pixel_bytes in (1, 3, 4):
-            yield window_kernel(kind, plan.NCHW, plan.STORE_F16, pixel_bytes=pixel_bytes)
-        yield window_kernel(kind, plan.NHWC, plan.STORE_U8)
+            yield window_kernel(kind, codes.NCHW, codes.STORE_F16, pixel_bytes=pixel_bytes)
+        yield window_kernel(kind, codes.NHWC, codes.STORE_U8)
     yield fill_windows_kernel()
     yield image_regions_kernel()
     yield box_regions_kernel()
@@ -536,17 +549,17 @@ def all_kernels() -> Iterator[Kernel]:
     yield instance_masks_kernel()
     yield dense_masks_kernel()
     yield warp_coefficients_kernel()
-    for operation in (pointwise.THRESHOLD, pointwise.ADD_WEIGHTED):  # which know of no channels
+    for operation in (codes.THRESHOLD, codes.ADD_WEIGHTED):  # which know of no channels
         yield pointwise_kernel(operation, 3, 3)
     for channels in (1, 3, 4):
         yield move_kernel(channels)
         for interpolation in _INTERPOLATIONS:
             yield warp_kernel(interpolation, channels)
-            yield warp_plan_kernel(interpolation, channels, plan.NCHW, plan.STORE_F16)
-        for operation in (pointwise.LUT, pointwise.BLEND_BYTES, pointwise.BLEND_FLOATS):
+            yield warp_plan_kernel(interpolation, channels, codes.NCHW, codes.STORE_F16)
+        for operation in (codes.LUT, codes.BLEND_BYTES, codes.BLEND_FLOATS):
             yield pointwise_kernel(operation, channels, channels)
         for out_channels in (1, 3, 4):
-            yield pointwise_kernel(pointwise.COLOR, channels, out_channels)
+            yield pointwise_kernel(codes.COLOR, channels, out_channels)
 
 
 def _imported(module: str, name: str) -> Callable[[], Callable[..., None]]:

@@ -13,8 +13,6 @@ from typing import Any
 
 import numpy as np
 
-from nbvision_kernels.pixel import pixel_function
-
 __all__ = ["Chain", "Link", "extended", "make_shade", "make_shade_export"]
 
 
@@ -58,6 +56,8 @@ class Chain:
 
     def make(self) -> Callable[..., Any]:
         """The compiled-on-demand function of :meth:`source`."""
+        from nbvision_kernels.pixel import pixel_function
+
         names: dict[str, Any] = {f"link_{index}": link.function for index, link in enumerate(self.links)}
         names["float32"] = np.float32
         exec(compile(self.source(), "<chain of pixel functions>", "exec"), names)
@@ -74,6 +74,8 @@ def extended(chain: Chain | None, link: Link) -> Chain:
 
 def make_shade(chain):
     """``shade(first, second, third, x, y, bgr, numbers)``: the chain on three channels in the order of the output."""
+    from nbvision_kernels.pixel import pixel_function
+
     if chain is None:
 
         @pixel_function
@@ -98,6 +100,8 @@ def make_shade(chain):
 @functools.cache
 def make_shade_export(chain):
     """The chain for C: ``rgb[0:3]`` is changed in place."""
+    from nbvision_kernels.pixel import pixel_function
+
     apply = chain.make()
 
     @pixel_function

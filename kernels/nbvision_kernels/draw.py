@@ -11,6 +11,7 @@ from __future__ import annotations
 import numpy as np
 from numba import prange
 
+from nbvision_kernels.codes import DRAW_FIELDS as FIELDS
 from nbvision_kernels.pixel import clamp, pixel_function, pointer_from_address, rint32
 
 __all__ = [
@@ -19,7 +20,6 @@ __all__ = [
     "BELOW_ZERO",
     "BOX",
     "COLOR",
-    "FIELDS",
     "NAME",
     "NOT_A_NUMBER",
     "PALETTE_BYTES",
@@ -38,7 +38,7 @@ __all__ = [
     "write_record",
 ]
 
-BOX, REGION, BAR, NAME, SCORE, COLOR, FIELDS = 0, 4, 8, 12, 13, 14, 15
+BOX, REGION, BAR, NAME, SCORE, COLOR = 0, 4, 8, 12, 13, 14  # fields of a record
 BELOW_ZERO, ABOVE_ONE, NOT_A_NUMBER, SCORE_STRIPS = 101, 102, 103, 104  # after the strips of 0.00 to 1.00
 PALETTE_BYTES = 8
 TEXT_MARGIN = 1  # lines of the bar above and below its text

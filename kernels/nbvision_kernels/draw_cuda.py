@@ -9,11 +9,13 @@ from __future__ import annotations
 import numpy as np
 from numba import cuda, types
 
-from nbvision_kernels.draw import BAR, BOX, COLOR, FIELDS, REGION, coverage, paint_pixel, touches, write_record
+from nbvision_kernels.codes import DRAW_FIELDS as FIELDS
+from nbvision_kernels.codes import DRAW_TILE_HEIGHT as TILE_HEIGHT
+from nbvision_kernels.codes import DRAW_TILE_WIDTH as TILE_WIDTH
+from nbvision_kernels.draw import BAR, BOX, COLOR, REGION, coverage, paint_pixel, touches, write_record
 
-__all__ = ["TILE_HEIGHT", "TILE_WIDTH", "lay_out", "paint"]
+__all__ = ["lay_out", "paint"]
 
-TILE_WIDTH, TILE_HEIGHT = 32, 8
 _WORD_BITS = 32
 _WORDS = TILE_WIDTH * TILE_HEIGHT // _WORD_BITS
 

@@ -8,8 +8,8 @@ from __future__ import annotations
 import numpy as np
 from numba import prange
 
+from nbvision_kernels.codes import OFFSET_X, OFFSET_Y, SCALE_X, SCALE_Y, SCALES
 from nbvision_kernels.pixel import clamp, pixel_function
-from nbvision_kernels.regions import OFFSET_X, OFFSET_Y, SCALE_X, SCALE_Y, SCALES
 
 __all__ = [
     "HEIGHT",

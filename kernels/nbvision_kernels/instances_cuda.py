@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 from numba import cuda, types
 
+from nbvision_kernels.codes import TABLE_THREADS, TILE_CELLS
 from nbvision_kernels.instances import (
     HEIGHT,
     LEFT,
@@ -20,10 +21,8 @@ from nbvision_kernels.instances import (
     write_offset,
 )
 
-__all__ = ["TABLE_THREADS", "TILE_CELLS", "dense_masks", "instance_masks", "mask_table"]
+__all__ = ["dense_masks", "instance_masks", "mask_table"]
 
-TABLE_THREADS = 512
-TILE_CELLS = 16  # a tile's side
 _TILE_AREA = TILE_CELLS * TILE_CELLS
 
 

@@ -12,10 +12,10 @@ from __future__ import annotations
 import numpy as np
 from numba import prange
 
+from nbvision_kernels.codes import OFFSET_X, OFFSET_Y, SCALE_X, SCALE_Y, SCALES
 from nbvision_kernels.draw import inside_mask
 from nbvision_kernels.instances import HEIGHT, LEFT, OFFSET, ROW, TOP, WIDTH, mix
 from nbvision_kernels.pixel import clamp, pixel_function, pointer_from_address
-from nbvision_kernels.regions import OFFSET_X, OFFSET_Y, SCALE_X, SCALE_Y, SCALES
 
 __all__ = [
     "PLACE",

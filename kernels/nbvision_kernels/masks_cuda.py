@@ -5,6 +5,8 @@ from __future__ import annotations
 import numpy as np
 from numba import cuda, types
 
+from nbvision_kernels.codes import MASK_BLOCK_LINES as BLOCK_LINES
+from nbvision_kernels.codes import MASK_BLOCK_WIDTH as BLOCK_WIDTH
 from nbvision_kernels.instances import HEIGHT, LEFT, OFFSET, ROW, TOP, WIDTH
 from nbvision_kernels.masks import (
     PLACE,
@@ -20,8 +22,6 @@ from nbvision_kernels.masks import (
 )
 
 __all__ = [
-    "BLOCK_LINES",
-    "BLOCK_WIDTH",
     "argmax_map",
     "cut_out",
     "cut_out_rgba",
@@ -30,7 +30,6 @@ __all__ = [
     "paste_masks",
 ]
 
-BLOCK_WIDTH, BLOCK_LINES = 32, 8
 _BLOCK = BLOCK_WIDTH * BLOCK_LINES
 
 

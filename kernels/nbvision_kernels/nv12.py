@@ -1,7 +1,7 @@
 """NV12, what video decoders give: a plane of luma, below it one of interleaved chroma pairs, each for 2 x 2 pixels.
 
 Pixel functions to RGB, and the numbers of the matrices they take as arguments: ``(luma_zero, luma_gain, v_to_r,
-u_to_g, v_to_g, u_to_b)``, in :data:`SHIFT` bits fixed point or as floats.
+u_to_g, v_to_g, u_to_b)``, in ``SHIFT`` bits fixed point or as floats.
 """
 
 from __future__ import annotations
@@ -10,38 +10,12 @@ import functools
 
 import numpy as np
 
+from nbvision_kernels.codes import SHIFT
 from nbvision_kernels.pixel import clamp, pixel_function
 
-__all__ = ["MATRICES", "exact_rgb", "fast_rgb", "make_convert_export", "make_nv12_reader", "matrix_numbers"]
+__all__ = ["exact_rgb", "fast_rgb", "make_convert_export", "make_nv12_reader"]
 
-SHIFT = 20  # OpenCV's, for all matrices
-_ONE = 1 << SHIFT
-_HALF = np.int32(_ONE >> 1)
-
-
-def _fixed_point(kr, kb, *, full_range):
-    """The fixed-point numbers of a standard from the shares of red and blue in its luma."""
-    kg = 1 - kr - kb
-    luma, chroma = (1.0, 1.0) if full_range else (255 / 219, 255 / 224)
-    to_r, to_b = 2 * (1 - kr) * chroma, 2 * (1 - kb) * chroma
-    factors = (luma, to_r, -to_b * kb / kg, -to_r * kr / kg, to_b)
-    return (0 if full_range else 16, *(round(factor * _ONE) for factor in factors))
-
-
-MATRICES = {
-    "bt601": (16, 1220542, 1673527, -409993, -852492, 2116026),  # OpenCV's, of factors with three decimals
-    "bt601-full": _fixed_point(0.299, 0.114, full_range=True),
-    "bt709": _fixed_point(0.2126, 0.0722, full_range=False),
-    "bt709-full": _fixed_point(0.2126, 0.0722, full_range=True),
-}
-
-
-def matrix_numbers(name, *, exact):
-    """A matrix as a kernel takes it: int32 for :func:`exact_rgb`, float32 for :func:`fast_rgb`."""
-    zero, *factors = MATRICES[name]
-    if exact:
-        return tuple(np.int32(number) for number in (zero, *factors))
-    return (np.float32(zero), *(np.float32(factor / _ONE) for factor in factors))
+_HALF = np.int32(1 << (SHIFT - 1))
 
 
 @pixel_function

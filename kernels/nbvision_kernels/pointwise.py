@@ -8,6 +8,13 @@ from __future__ import annotations
 import numpy as np
 from numba import prange
 
+from nbvision_kernels.codes import (
+    ADD_WEIGHTED,
+    BLEND_BYTES,
+    COLOR,
+    LUT,
+    THRESHOLD,
+)
 from nbvision_kernels.pixel import (
     clamp,
     compiled_apart,
@@ -19,28 +26,9 @@ from nbvision_kernels.pixel import (
 )
 
 __all__ = [
-    "ADD_WEIGHTED",
-    "BLEND_BYTES",
-    "BLEND_FLOATS",
-    "COLOR",
-    "LUT",
-    "OPERATIONS",
-    "THRESHOLD",
-    "THRESHOLDS",
     "make_byte",
     "make_pointwise_cpu",
 ]
-
-COLOR, THRESHOLD, ADD_WEIGHTED, BLEND_BYTES, BLEND_FLOATS, LUT = range(6)
-OPERATIONS = {
-    COLOR: "color",
-    THRESHOLD: "threshold",
-    ADD_WEIGHTED: "add-weighted",
-    BLEND_BYTES: "blend-bytes",
-    BLEND_FLOATS: "blend-floats",
-    LUT: "lut",
-}
-THRESHOLDS = {"binary": 0, "binary_inv": 1, "trunc": 2, "tozero": 3, "tozero_inv": 4}  # as OpenCV numbers them
 
 
 @pixel_function

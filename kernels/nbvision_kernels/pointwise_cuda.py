@@ -7,9 +7,7 @@ from numba import cuda
 
 from nbvision_kernels.pointwise import make_byte
 
-__all__ = ["BLOCK", "make_pointwise"]
-
-BLOCK = 256
+__all__ = ["make_pointwise"]
 
 
 def make_pointwise(operation, channels, out_channels):

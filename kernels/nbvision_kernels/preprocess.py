@@ -12,8 +12,23 @@ import functools
 import numpy as np
 from numba import prange
 
-from nbvision_kernels import regions as region
+from nbvision_kernels import codes as region
 from nbvision_kernels.chain import make_shade
+from nbvision_kernels.codes import (
+    LINEAR_EXACT,
+    LINEAR_FAST,
+    NEAREST,
+    SOURCE_CHW,
+    SOURCE_F16,
+    SOURCE_F32,
+    SOURCE_NV12,
+    SOURCE_U8,
+    STORE_BF16,
+    STORE_F16,
+    STORE_HALF_BITS,
+    STORE_I8,
+    STORE_U8,
+)
 from nbvision_kernels.nv12 import make_nv12_reader
 from nbvision_kernels.pixel import (
     bfloat_bits,
@@ -38,56 +53,12 @@ from nbvision_kernels.sampling import (
 )
 
 __all__ = [
-    "GRAY",
-    "LINEAR_EXACT",
-    "LINEAR_FAST",
-    "NCHW",
-    "NEAREST",
-    "NHWC",
-    "NHWC4",
-    "OUT_CHANNELS",
     "SAMPLERS",
-    "SOURCE_CHW",
-    "SOURCE_F16",
-    "SOURCE_F32",
-    "SOURCE_NV12",
-    "SOURCE_U8",
-    "STORE_BF16",
-    "STORE_F16",
-    "STORE_F32",
-    "STORE_HALF_BITS",
-    "STORE_I8",
-    "STORE_U8",
-    "canvas_strides",
     "make_blend_export",
     "make_cpu_loop",
     "make_span_writer",
     "make_taps_export",
-    "pixel_bytes_of",
 ]
-
-NEAREST, LINEAR_EXACT, LINEAR_FAST = 0, 1, 2
-NCHW, NHWC, NHWC4, GRAY = range(4)  # NHWC4 has a fourth channel, of zeros; gray has the first alone
-OUT_CHANNELS = {NHWC4: 4, GRAY: 1}  # of the others 3
-STORE_U8, STORE_F16, STORE_F32, STORE_HALF_BITS, STORE_I8, STORE_BF16 = range(6)
-# How a source lies in memory: bytes side by side, planes of bytes, halves or floats side by side, or NV12.
-SOURCE_U8, SOURCE_CHW, SOURCE_F16, SOURCE_F32, SOURCE_NV12 = range(5)
-
-
-def pixel_bytes_of(source_type, channels):
-    """Bytes from a pixel to the next on its line."""
-    if source_type in (SOURCE_CHW, SOURCE_NV12):
-        return 1
-    return channels * {SOURCE_F16: 2, SOURCE_F32: 4}.get(source_type, 1)
-
-
-def canvas_strides(layout, height, width):
-    """Values from a canvas to the next, from a pixel to the next, from a channel to the next; and channels stored."""
-    plane, channels = height * width, OUT_CHANNELS.get(layout, 3)
-    if layout == NCHW:
-        return np.int64(channels * plane), np.int64(1), np.int64(plane), np.int64(channels)
-    return np.int64(channels * plane), np.int64(channels), np.int64(1), np.int64(channels)
-
 
 # sampler -> (along_x, along_y, blend), see sampling.py
 SAMPLERS = {

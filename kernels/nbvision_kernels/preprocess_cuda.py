@@ -9,7 +9,8 @@ from __future__ import annotations
 import numpy as np
 from numba import cuda
 
-from nbvision_kernels.preprocess import NCHW, OUT_CHANNELS, SOURCE_U8, make_span_writer
+from nbvision_kernels.codes import NCHW, OUT_CHANNELS, SOURCE_U8
+from nbvision_kernels.preprocess import make_span_writer
 
 __all__ = ["make_kernel"]
 

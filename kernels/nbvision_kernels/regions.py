@@ -12,33 +12,38 @@ import math
 
 import numpy as np
 
+from nbvision_kernels.codes import (
+    FIELDS,
+    FIT_COVER,
+    FIT_LETTERBOX,
+    HEIGHT,
+    IMAGE,
+    LEFT,
+    OFFSET_X,
+    OFFSET_Y,
+    OUT_HEIGHT,
+    OUT_WIDTH,
+    SCALE_X,
+    SCALE_Y,
+    SCALES,
+    START_X,
+    START_Y,
+    STEP_X,
+    STEP_Y,
+    STEPS,
+    TOP,
+    UNIT_X,
+    UNIT_Y,
+    WIDTH,
+    X,
+    Y,
+)
 from nbvision_kernels.pixel import clamp, pixel_function, rint64
 
 __all__ = [
-    "FIELDS",
-    "FIT_COVER",
-    "FIT_LETTERBOX",
-    "FIT_STRETCH",
-    "SCALES",
-    "STEPS",
     "fill_box_regions_cpu",
     "fill_regions_cpu",
 ]
-
-# Fields of a row of `regions`. The source region is (X, Y, WIDTH, HEIGHT); it is resized to (OUT_WIDTH, OUT_HEIGHT) and
-# placed at (LEFT, TOP) of the canvas. A row is three loads of 16 bytes; the last three numbers are unused.
-IMAGE, X, Y, WIDTH, HEIGHT, LEFT, TOP, OUT_WIDTH, OUT_HEIGHT = range(9)
-FIELDS = 12
-
-# Fields of a row of `steps`: positions in fixed point, see sampling.py.
-STEP_X, START_X, STEP_Y, START_Y = range(4)
-STEPS = 4
-
-# Fields of a row of `scales`: UNIT is the worth of a step's last bit; canvas -> source is x * SCALE_X + OFFSET_X.
-UNIT_X, UNIT_Y, SCALE_X, SCALE_Y, OFFSET_X, OFFSET_Y = range(6)
-SCALES = 6
-
-FIT_STRETCH, FIT_LETTERBOX, FIT_COVER = 0, 1, 2
 
 
 @pixel_function

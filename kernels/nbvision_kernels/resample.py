@@ -15,20 +15,31 @@ import math
 import numpy as np
 from numba import njit, prange
 
-from nbvision_kernels import regions as region
+from nbvision_kernels import codes as region
 from nbvision_kernels.chain import make_shade
+from nbvision_kernels.codes import (
+    FILTER_BOX as BOX,
+)
+from nbvision_kernels.codes import (
+    FILTER_CUBIC as CUBIC,
+)
+from nbvision_kernels.codes import (
+    FILTER_HAMMING as HAMMING,
+)
+from nbvision_kernels.codes import (
+    FILTER_LANCZOS as LANCZOS,
+)
+from nbvision_kernels.codes import (
+    FILTER_LINEAR as LINEAR,
+)
+from nbvision_kernels.codes import (
+    HEADER,
+    TAP_GROUP,
+)
 from nbvision_kernels.pixel import clamp, compiled_apart, pixel_function, pointer_from_address
 from nbvision_kernels.preprocess import make_store
 
 __all__ = [
-    "BOX",
-    "CUBIC",
-    "HAMMING",
-    "HEADER",
-    "LANCZOS",
-    "LINEAR",
-    "SUPPORT",
-    "TAP_GROUP",
     "fill_taps_cpu",
     "make_cpu_loop",
     "pack_taps",
@@ -37,10 +48,6 @@ __all__ = [
     "write_taps_of",
 ]
 
-BOX, LINEAR, HAMMING, CUBIC, LANCZOS = range(5)
-SUPPORT = {BOX: 0.5, LINEAR: 1.0, HAMMING: 1.0, CUBIC: 2.0, LANCZOS: 3.0}  # half a window, in output pixels
-HEADER = 4  # numbers of an entry before its weights, so that these can be read 16 bytes at a time
-TAP_GROUP = 4  # tables are whole groups, which is what the frame reads at once
 WEIGHT_BITS = 22
 HAMMING_MEAN, HAMMING_SWING = float(np.float32(0.54)), float(np.float32(0.46))  # Pillow has them in single precision
 STRIP = 16  # lines of a canvas that the CPU makes at a time

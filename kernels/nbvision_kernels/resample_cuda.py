@@ -5,7 +5,8 @@ from __future__ import annotations
 import numpy as np
 from numba import cuda
 
-from nbvision_kernels.resample import HEADER, pack_taps, write_taps_of
+from nbvision_kernels.codes import HEADER
+from nbvision_kernels.resample import pack_taps, write_taps_of
 from nbvision_kernels.window import write_window_of
 
 __all__ = ["fill_taps", "fill_windows"]

@@ -16,6 +16,18 @@ import math
 import numpy as np
 from numba import prange
 
+from nbvision_kernels.codes import (
+    COEFFICIENTS,
+)
+from nbvision_kernels.codes import (
+    WARP_CUBIC as CUBIC,
+)
+from nbvision_kernels.codes import (
+    WARP_LINEAR as LINEAR,
+)
+from nbvision_kernels.codes import (
+    WARP_NEAREST as NEAREST,
+)
 from nbvision_kernels.pixel import (
     clamp,
     compiled_apart,
@@ -28,11 +40,7 @@ from nbvision_kernels.pixel import (
 )
 
 __all__ = [
-    "COEFFICIENTS",
     "CONSTANT",
-    "CUBIC",
-    "LINEAR",
-    "NEAREST",
     "REFLECT",
     "REPLICATE",
     "SAMPLERS",
@@ -44,9 +52,7 @@ __all__ = [
     "write_coefficients",
 ]
 
-NEAREST, LINEAR, CUBIC = 0, 1, 2
 CONSTANT, REPLICATE, REFLECT = 0, 1, 2
-COEFFICIENTS = 9
 _FARTHEST = np.float32(1 << 21)  # positions beyond are moved here, where rounding and taps still fit
 _TILE = 32
 

@@ -10,14 +10,13 @@ from __future__ import annotations
 import numpy as np
 from numba import cuda, types
 
+from nbvision_kernels.codes import COEFFICIENTS, MOVE_LINES, WARP_LINES
+from nbvision_kernels.codes import WARP_TILE as TILE
 from nbvision_kernels.pixel import pixel_function
-from nbvision_kernels.warp import COEFFICIENTS, SAMPLERS, moved_from, warp_position, write_coefficients
+from nbvision_kernels.warp import SAMPLERS, moved_from, warp_position, write_coefficients
 
-__all__ = ["MOVE_LINES", "TILE", "WARP_LINES", "make_move", "make_warp", "warp_coefficients"]
+__all__ = ["make_move", "make_warp", "warp_coefficients"]
 
-TILE = 32
-WARP_LINES = 8
-MOVE_LINES = 8  # lines of threads; each moves four lines of a square tile
 _PITCH = TILE + 1  # of a tile in shared memory, so that a column lies in 32 banks
 _WARP_TILE, _MOVE_TILE = _PITCH * WARP_LINES, _PITCH * TILE
 

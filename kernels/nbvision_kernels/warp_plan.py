@@ -11,9 +11,10 @@ import numpy as np
 from numba import prange
 
 from nbvision_kernels.chain import make_shade
+from nbvision_kernels.codes import COEFFICIENTS
 from nbvision_kernels.pixel import compiled_apart, pixel_function, pointer_from_address, words_from_address
 from nbvision_kernels.preprocess import make_store
-from nbvision_kernels.warp import COEFFICIENTS, SAMPLERS, warp_position
+from nbvision_kernels.warp import SAMPLERS, warp_position
 
 __all__ = ["make_cpu_loop", "make_warp_export"]
 

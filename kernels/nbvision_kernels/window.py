@@ -13,8 +13,17 @@ import math
 import numpy as np
 from numba import prange
 
-from nbvision_kernels import regions as region
+from nbvision_kernels import codes as region
 from nbvision_kernels.chain import make_shade
+from nbvision_kernels.codes import (
+    CV2_AREA,
+    CV2_CUBIC,
+    HEADER,
+    TORCH_CUBIC,
+)
+from nbvision_kernels.codes import (
+    FILTER_CUBIC as CUBIC,
+)
 from nbvision_kernels.pixel import (
     bits_to_float,
     clamp,
@@ -25,14 +34,10 @@ from nbvision_kernels.pixel import (
     rint32,
 )
 from nbvision_kernels.preprocess import make_store
-from nbvision_kernels.resample import CUBIC, HEADER, filter_support, filter_value
+from nbvision_kernels.resample import filter_support, filter_value
 from nbvision_kernels.sampling import exact_blend
 
 __all__ = [
-    "CV2_AREA",
-    "CV2_CUBIC",
-    "KINDS",
-    "TORCH_CUBIC",
     "WINDOWS",
     "fill_windows_cpu",
     "make_cpu_loop",
@@ -40,15 +45,7 @@ __all__ = [
     "write_window_of",
 ]
 
-CV2_AREA, CV2_CUBIC, TORCH_CUBIC = range(3)
-# parity, interpolation -> kind, and half a window in the wider of source and output pixels; None is four source pixels
-KINDS = {
-    ("cv2", "area"): (CV2_AREA, 0.5),
-    ("cv2", "cubic"): (CV2_CUBIC, None),
-    ("torch", "cubic"): (TORCH_CUBIC, 2.0),
-}
-
-FIRST, COUNT, MODE, NUMBER = range(4)  # of an entry; HEADER of resample.py counts them
+FIRST, COUNT, MODE, NUMBER = range(4)  # of an entry; HEADER counts them
 # How an area window sums: weights as floats; the mean of a whole number of pixels, whose factor is the x entry's
 # NUMBER; that of 2 x 2; or, where an axis is enlarged, OpenCV's linear weights.
 WEIGHTED, MEAN, MEAN_OF_FOUR, BLENDED = range(4)

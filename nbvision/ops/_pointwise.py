@@ -47,7 +47,7 @@ def run_pointwise(
         _loop(operation, *channels)(np.int64(0), *flat_tables, len(batch), height, *values)
         return
     from nbvision_kernels.catalog import pointwise_kernel
-    from nbvision_kernels.pointwise_cuda import BLOCK
+    from nbvision_kernels.codes import POINTWISE_BLOCK
 
     for images in given:
         images.use_on_current_stream()
@@ -57,8 +57,8 @@ def run_pointwise(
     kernel = load_kernel(pointwise_kernel(operation, *channels), target.table.device.id)
     for first in range(0, len(batch), _MAX_GRID):
         part = slice(first, first + _MAX_GRID)
-        grid = (-(-line_bytes // (4 * BLOCK)), min(lines, _MAX_GRID), len(batch.sizes[part]))
-        kernel(grid, (BLOCK,), (0, 0, 0, *(rows[part] for rows in tables), np.int32(flat), *values))
+        grid = (-(-line_bytes // (4 * POINTWISE_BLOCK)), min(lines, _MAX_GRID), len(batch.sizes[part]))
+        kernel(grid, (POINTWISE_BLOCK,), (0, 0, 0, *(rows[part] for rows in tables), np.int32(flat), *values))
 
 
 @functools.cache

@@ -134,7 +134,7 @@ class Regions:
         return self.windows.tables(geometry, self.size, self.windows.limits(regions))
 
     def _fit_numbers(self) -> tuple[int, int, int, int, int, bool, bool, bool]:
-        from nbvision_kernels.regions import FIT_COVER, FIT_LETTERBOX, FIT_STRETCH
+        from nbvision_kernels.codes import FIT_COVER, FIT_LETTERBOX, FIT_STRETCH
 
         fit = {"cover": FIT_COVER, "letterbox": FIT_LETTERBOX, "stretch": FIT_STRETCH}[self.fit]
         return (*self.size, fit, *self.cover_size, self.scaleup, self.center, self.linear)
@@ -155,7 +155,7 @@ def _sources(sizes: npt.NDArray[np.int32]) -> npt.NDArray[np.int64]:
 
 
 def _empty_geometry(count: int, device: Device) -> Geometry:
-    from nbvision_kernels.regions import FIELDS, SCALES, STEPS
+    from nbvision_kernels.codes import FIELDS, SCALES, STEPS
 
     xp = array_module(device)
     regions, steps = xp.empty((count, FIELDS), np.int32), xp.empty((count, STEPS), np.int64)

@@ -59,7 +59,7 @@ class Windows:
     def limits(self, regions: npt.NDArray[np.int32]) -> tuple[np.int32, np.int32]:
         """Taps that the widest window of these regions can have, along x and y, in whole groups that may start up to
         three taps before it."""
-        from nbvision_kernels.regions import HEIGHT, OUT_HEIGHT, OUT_WIDTH, WIDTH
+        from nbvision_kernels.codes import HEIGHT, OUT_HEIGHT, OUT_WIDTH, WIDTH
 
         scales = regions[:, [WIDTH, HEIGHT]] / np.maximum(regions[:, [OUT_WIDTH, OUT_HEIGHT]], 1)
         x_scale, y_scale = scales.max(axis=0, initial=1)
@@ -79,7 +79,7 @@ class Windows:
 
     def tables(self, geometry: Geometry, size: tuple[int, int], limits: tuple[np.int32, np.int32]) -> TapTables:
         """Windows and weights for every column and line of every canvas, made on the geometry's device."""
-        from nbvision_kernels.resample import HEADER
+        from nbvision_kernels.codes import HEADER
 
         tables = []
         for vertical, (length, limit) in enumerate(zip(size[::-1], limits, strict=True)):
@@ -98,7 +98,7 @@ class Windows:
         return TapTables(tables[0], tables[1], (*limits, *self.numbers))
 
     def _taps_at(self, scale: float) -> np.int32:
-        from nbvision_kernels.resample import TAP_GROUP
+        from nbvision_kernels.codes import TAP_GROUP
 
         taps = 4 if self.support is None else math.ceil(self.support * max(scale, 1.0)) * 2 + 1
         limit: np.int32 = np.int32(math.ceil((taps + TAP_GROUP - 1) / TAP_GROUP) * TAP_GROUP)
@@ -107,15 +107,15 @@ class Windows:
 
 def windows_of(parity: str, interpolation: str) -> Windows | None:
     """The filter of a parity and an interpolation that has one."""
-    from nbvision_kernels import resample, window
+    from nbvision_kernels.codes import FILTERS, KINDS
 
     if parity.startswith("pil") or (parity, interpolation) == ("torch", "linear"):
-        kind = getattr(resample, interpolation.upper())
+        code, half_window = FILTERS[interpolation]
         width_first = np.int32(parity != "pil")  # only Pillow 13 at times begins with the height
-        return Windows("resample", "fill_taps_cpu", "fill_taps_kernel", kind, resample.SUPPORT[kind], (width_first,))
-    if (parity, interpolation) not in window.KINDS:
+        return Windows("resample", "fill_taps_cpu", "fill_taps_kernel", code, half_window, (width_first,))
+    if (parity, interpolation) not in KINDS:
         return None
-    kind, support = window.KINDS[parity, interpolation]
+    kind, support = KINDS[parity, interpolation]
     return Windows("window", "fill_windows_cpu", "fill_windows_kernel", kind, support)
 
 

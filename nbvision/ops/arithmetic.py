@@ -63,7 +63,7 @@ def threshold(
     >>> nbv.threshold(np.array([[90, 100, 110]], np.uint8), 100).tolist()
     [[0, 0, 255]]
     """
-    from nbvision_kernels.pointwise import THRESHOLD, THRESHOLDS
+    from nbvision_kernels.codes import THRESHOLD, THRESHOLDS
 
     kind = THRESHOLDS[one_of("mode", mode, ThresholdMode)]
     limit = min(max(math.floor(finite("threshold", threshold)), 0 if mode == "trunc" else -1), 255)
@@ -106,7 +106,7 @@ def add_weighted(
     >>> nbv.add_weighted(np.array([[200]], np.uint8), 0.5, np.array([[101]], np.uint8), 0.5).tolist()
     [[150]]
     """
-    from nbvision_kernels.pointwise import ADD_WEIGHTED
+    from nbvision_kernels.codes import ADD_WEIGHTED
 
     numbers = (finite("alpha", alpha), finite("beta", beta), finite("gamma", gamma))
     images, batch = collected(first)
@@ -149,7 +149,7 @@ def blend(first: Any, second: Any, mask: Any, *, out: Any = None, stream: Any = 
     >>> nbv.blend(white, black, np.array([[0, 0.5, 1]], np.float32)).tolist()
     [[0, 128, 255]]
     """
-    from nbvision_kernels.pointwise import BLEND_BYTES, BLEND_FLOATS
+    from nbvision_kernels.codes import BLEND_BYTES, BLEND_FLOATS
 
     images, batch = collected(first)
     other = _like(batch, second)
@@ -189,7 +189,7 @@ def lut(images: Any, table: Any, *, out: Any = None, stream: Any = None) -> Any:
     >>> nbv.lut(np.array([[1, 2]], np.uint8), np.arange(255, -1, -1, dtype=np.uint8)).tolist()
     [[254, 253]]
     """
-    from nbvision_kernels.pointwise import LUT
+    from nbvision_kernels.codes import LUT
 
     images, batch = collected(images)
     shape, dtype = tuple(getattr(table, "shape", ())), str(getattr(table, "dtype", type(table).__name__))

@@ -343,8 +343,8 @@ class _Options:
 
 def _rank_and_suppress(keys: Any, boxes: Any, scores: Any, labels: Any, options: _Options, kept: list[Any]) -> None:
     """The last two steps on CUDA."""
-    from nbvision_kernels.boxes_cuda import SOFT_THREADS
     from nbvision_kernels.catalog import rank_candidates_kernel, suppress_kernel
+    from nbvision_kernels.codes import SOFT_THREADS
 
     images, width = keys.shape
     most = options.max_candidates

@@ -48,7 +48,7 @@ def cvt_color(images: Any, to: Color, *, color: Color | None = None, out: Any = 
     >>> nbv.cvt_color(np.full((4, 6, 3), 200, np.uint8), "gray").shape
     (4, 6)
     """
-    from nbvision_kernels.pointwise import COLOR
+    from nbvision_kernels.codes import COLOR
 
     to = one_of("to", to, Color)
     images, batch = collected(images)

@@ -202,7 +202,7 @@ def _draw_cuda(
     batch: ImageBatch, target: ImageBatch, listed: _Listed, masks: Any, regions: Any, numbers: _Numbers, tables: _Tables
 ) -> None:
     from nbvision_kernels.catalog import lay_out_kernel, paint_kernel
-    from nbvision_kernels.draw_cuda import TILE_HEIGHT, TILE_WIDTH
+    from nbvision_kernels.codes import DRAW_TILE_HEIGHT, DRAW_TILE_WIDTH
 
     device_id = listed.rows.device.id
     records = _records(listed, "cuda")
@@ -220,15 +220,15 @@ def _draw_cuda(
         part = slice(first, first + _MAX_GRID_Z)
         lists = (listed.rows, listed.starts[part], listed.counts[part])
         arguments = (0, batch.table[part], target.table[part], np.int32(batch.channels), *lists, *last)
-        grid = (-(-width // TILE_WIDTH), -(-height // TILE_HEIGHT), len(batch.sizes[part]))
-        kernel(grid, (TILE_WIDTH, TILE_HEIGHT), arguments)
+        grid = (-(-width // DRAW_TILE_WIDTH), -(-height // DRAW_TILE_HEIGHT), len(batch.sizes[part]))
+        kernel(grid, (DRAW_TILE_WIDTH, DRAW_TILE_HEIGHT), arguments)
 
 
 def _records(listed: _Listed, device: Device) -> Any:
-    from nbvision_kernels.draw import FIELDS
+    from nbvision_kernels.codes import DRAW_FIELDS
 
     count = len(listed.rows)
-    return memory.acquire(count * FIELDS * 4, device=device).view((count, FIELDS), dtype=np.int32)
+    return memory.acquire(count * DRAW_FIELDS * 4, device=device).view((count, DRAW_FIELDS), dtype=np.int32)
 
 
 def _lay_out_arguments(

@@ -18,7 +18,7 @@ class Geometry:
     ----------
     regions : (N, 12) int32 array on ``device``
         Source image, source region and placement of each canvas; the columns of this table and the next two are
-        those of ``nbvision_kernels.regions``.
+        those of ``nbvision_kernels.codes``.
     steps : (N, 4) int64 array on ``device``
         Source positions in fixed point.
     scales : (N, 6) float32 array on ``device``

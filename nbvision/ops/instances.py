@@ -174,7 +174,7 @@ def instance_masks(
         _loop("instance_masks_cpu")(*planes, masks, channels, rows, columns, *canvas, logit, pixels)
     elif masks:
         from nbvision_kernels.catalog import instance_masks_kernel
-        from nbvision_kernels.instances_cuda import TILE_CELLS
+        from nbvision_kernels.codes import TILE_CELLS
 
         # A tile's first and last pixel fall between cells, which takes one more; one more is for rounding.
         tiles = [
@@ -213,7 +213,7 @@ def mask_table(
         _loop("mask_table_cpu")(boxes.reshape(-1), *where, *numbers, table.reshape(-1), needed)
     elif masks:
         from nbvision_kernels.catalog import mask_table_kernel
-        from nbvision_kernels.instances_cuda import TABLE_THREADS
+        from nbvision_kernels.codes import TABLE_THREADS
 
         kernel = load_kernel(mask_table_kernel(), boxes.device.id)
         kernel((1,), (TABLE_THREADS,), (boxes, *where, *numbers, table, needed))

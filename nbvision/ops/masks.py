@@ -148,10 +148,10 @@ def mask_centroids(masks: Any, geometry: Geometry | None = None, *, threshold: f
         _loop("mask_centroids_cpu")(masks.reshape(-1), count, *numbers, *last)
     elif count:
         from nbvision_kernels.catalog import mask_centroids_kernel
-        from nbvision_kernels.masks_cuda import BLOCK_LINES, BLOCK_WIDTH
+        from nbvision_kernels.codes import MASK_BLOCK_LINES, MASK_BLOCK_WIDTH
 
         kernel = load_kernel(mask_centroids_kernel(), masks.device.id)
-        kernel((count,), (BLOCK_WIDTH, BLOCK_LINES), (masks, *numbers, *last))
+        kernel((count,), (MASK_BLOCK_WIDTH, MASK_BLOCK_LINES), (masks, *numbers, *last))
     return centroids
 
 
@@ -305,14 +305,14 @@ def cut_out_rgba(
         _loop("cut_out_rgba_cpu")(*tables, count, height, *numbers, masks.reshape(-1), *shape)
     else:
         from nbvision_kernels.catalog import cut_out_rgba_kernel
-        from nbvision_kernels.masks_cuda import BLOCK_LINES, BLOCK_WIDTH
+        from nbvision_kernels.codes import MASK_BLOCK_LINES, MASK_BLOCK_WIDTH
 
         kernel = load_kernel(cut_out_rgba_kernel(), masks.device.id)
         on_device = array_module(device).asarray(records)
         for first in range(0, count, _MAX_GRID_Y):
-            grid = (-(-width // BLOCK_WIDTH), -(-height // BLOCK_LINES), min(count - first, _MAX_GRID_Y))
+            grid = (-(-width // MASK_BLOCK_WIDTH), -(-height // MASK_BLOCK_LINES), min(count - first, _MAX_GRID_Y))
             arguments = (0, 0, batch.table, out.table, on_device, *numbers, masks, *shape, np.int32(first))
-            kernel(grid, (BLOCK_WIDTH, BLOCK_LINES), arguments)
+            kernel(grid, (MASK_BLOCK_WIDTH, MASK_BLOCK_LINES), arguments)
     return out
 
 
@@ -404,12 +404,12 @@ def paste_masks(
         _loop("paste_masks_cpu")(*flat, *numbers, height, *canvas, pixels.reshape(-1).view(np.uint8))
     elif count:
         from nbvision_kernels.catalog import paste_masks_kernel
-        from nbvision_kernels.masks_cuda import BLOCK_LINES, BLOCK_WIDTH
+        from nbvision_kernels.codes import MASK_BLOCK_LINES, MASK_BLOCK_WIDTH
 
-        blocks = min(-(-height // BLOCK_LINES), max(_PASTE_BLOCKS // count, 8))
+        blocks = min(-(-height // MASK_BLOCK_LINES), max(_PASTE_BLOCKS // count, 8))
         kernel = load_kernel(paste_masks_kernel(), masks.device.id)
         arguments = (masks, places, table, *numbers, *canvas, pixels)
-        kernel((blocks, min(count, _MAX_GRID_Y)), (BLOCK_WIDTH, BLOCK_LINES), arguments)
+        kernel((blocks, min(count, _MAX_GRID_Y)), (MASK_BLOCK_WIDTH, MASK_BLOCK_LINES), arguments)
     return Masks(pixels, table, needed, (height, width), device) if ragged else pixels
 
 
@@ -432,7 +432,7 @@ def _places(geometry: Any, masks: Any, device: Device) -> tuple[Any, Any]:
     xp = array_module(device)
     count, rows, columns = masks.shape
     if isinstance(geometry, Geometry):
-        from nbvision_kernels.regions import OUT_HEIGHT, X
+        from nbvision_kernels.codes import OUT_HEIGHT, X
 
         if len(geometry) != count:
             raise InputError(f"there are {count} masks; expected {len(geometry)}, one per canvas of the geometry")

@@ -509,11 +509,11 @@ class Preprocess:
         return self._sampler(batch), self._layout, self._store("cuda")
 
     def _sampler(self, batch: ImageBatch) -> int:
-        from nbvision_kernels import preprocess as plan
+        from nbvision_kernels import codes
 
         if self.interpolation == "nearest":
-            return plan.NEAREST
-        return plan.LINEAR_EXACT if self.parity == "cv2" and batch.dtype == np.uint8 else plan.LINEAR_FAST
+            return codes.NEAREST
+        return codes.LINEAR_EXACT if self.parity == "cv2" and batch.dtype == np.uint8 else codes.LINEAR_FAST
 
     def _chain_for(self, batch: ImageBatch) -> Chain | None:
         """The pixel functions, and the gray made of what they give."""
@@ -533,29 +533,29 @@ class Preprocess:
     @property
     def _strides(self) -> tuple[np.int64, np.int64, np.int64, np.int64]:
         """What CPU loops know of the layout."""
-        from nbvision_kernels.preprocess import canvas_strides
+        from nbvision_kernels.codes import canvas_strides
 
         strides: tuple[np.int64, np.int64, np.int64, np.int64] = canvas_strides(self._layout, *self.size)
         return strides
 
     @property
     def _layout(self) -> int:
-        from nbvision_kernels import preprocess as plan
+        from nbvision_kernels import codes
 
         if self.color == "gray":
-            return plan.GRAY
-        return {"NCHW": plan.NCHW, "NHWC": plan.NHWC, "NHWC4": plan.NHWC4}[self.layout]
+            return codes.GRAY
+        return {"NCHW": codes.NCHW, "NHWC": codes.NHWC, "NHWC4": codes.NHWC4}[self.layout]
 
     def _store(self, device: Device) -> int:
-        from nbvision_kernels import preprocess as plan
+        from nbvision_kernels import codes
 
-        half = plan.STORE_HALF_BITS if device == "cpu" else plan.STORE_F16
-        stores = {"uint8": plan.STORE_U8, "int8": plan.STORE_I8, "float16": half, "float32": plan.STORE_F32}
-        return (stores | {"bfloat16": plan.STORE_BF16})[self.dtype.name]
+        half = codes.STORE_HALF_BITS if device == "cpu" else codes.STORE_F16
+        stores = {"uint8": codes.STORE_U8, "int8": codes.STORE_I8, "float16": half, "float32": codes.STORE_F32}
+        return (stores | {"bfloat16": codes.STORE_BF16})[self.dtype.name]
 
     def _channels(self, batch: ImageBatch) -> tuple[np.int32, np.int32, np.int32]:
         """Bytes of a source pixel, whether it is gray, whether first and third channel change places."""
-        from nbvision_kernels.preprocess import pixel_bytes_of
+        from nbvision_kernels.codes import pixel_bytes_of
 
         order = "rgb" if batch.color == "nv12" else batch.color[:3]
         swap = batch.color != "gray" and self.color != "gray" and order != self.color
@@ -564,8 +564,7 @@ class Preprocess:
 
     def _matrix(self, batch: ImageBatch) -> tuple[Any, ...]:
         """Six numbers from NV12 to RGB, of the type that the sampler computes in; of other images they are not read."""
-        from nbvision_kernels.nv12 import matrix_numbers
-        from nbvision_kernels.preprocess import LINEAR_FAST
+        from nbvision_kernels.codes import LINEAR_FAST, matrix_numbers
 
         numbers: tuple[Any, ...] = matrix_numbers(batch.yuv or "bt601", exact=self._sampler(batch) != LINEAR_FAST)
         return numbers
@@ -590,13 +589,13 @@ class Preprocess:
 
 def _source_type(batch: ImageBatch) -> int:
     """How the batch's images lie in memory, in the kernels' words."""
-    from nbvision_kernels import preprocess as plan
+    from nbvision_kernels import codes
 
     if batch.color == "nv12":
-        return plan.SOURCE_NV12
+        return codes.SOURCE_NV12
     if batch.layout == "CHW":
-        return plan.SOURCE_CHW
-    return {"uint8": plan.SOURCE_U8, "float16": plan.SOURCE_F16, "float32": plan.SOURCE_F32}[batch.dtype.name]
+        return codes.SOURCE_CHW
+    return {"uint8": codes.SOURCE_U8, "float16": codes.SOURCE_F16, "float32": codes.SOURCE_F32}[batch.dtype.name]
 
 
 def _checked_out(out: Any, shape: tuple[int, ...], dtype: np.dtype[Any], device: Device) -> Any:

@@ -36,7 +36,7 @@ __all__ = [
 Interpolation = Literal["linear", "nearest", "cubic"]
 Border = Literal["constant", "replicate", "reflect"]
 
-INTERPOLATIONS = {"nearest": 0, "linear": 1, "cubic": 2}  # as nbvision_kernels.warp numbers them
+INTERPOLATIONS = {"nearest": 0, "linear": 1, "cubic": 2}  # as nbvision_kernels.codes numbers them
 BORDERS = {"constant": 0, "replicate": 1, "reflect": 2}
 _MAX_GRID_Z = 65535
 _THREADS = 64
@@ -311,11 +311,19 @@ def _warped(
         coefficients = _coefficients(matrices, bool(inverse))
         if batch.device == "cuda":
             from nbvision_kernels.catalog import warp_kernel
-            from nbvision_kernels.warp_cuda import TILE, WARP_LINES
+            from nbvision_kernels.codes import WARP_LINES, WARP_TILE
 
             kernel = warp_kernel(kind, batch.channels)
             numbers = (perspective, edge, packed)
-            _launch(kernel, batch, target, (coefficients,), numbers, tile=(TILE, WARP_LINES), block=(TILE, WARP_LINES))
+            _launch(
+                kernel,
+                batch,
+                target,
+                (coefficients,),
+                numbers,
+                tile=(WARP_TILE, WARP_LINES),
+                block=(WARP_TILE, WARP_LINES),
+            )
         elif len(batch):
             _loop("warp", kind, batch.channels)(
                 batch.table.reshape(-1),
@@ -338,10 +346,16 @@ def _move(images: Any, how: tuple[bool, bool, bool], out: Any, stream: Any) -> A
         target, result = target_for(images, batch, [(height, width) for height, width in sizes], out)
         if batch.device == "cuda":
             from nbvision_kernels.catalog import move_kernel
-            from nbvision_kernels.warp_cuda import MOVE_LINES, TILE
+            from nbvision_kernels.codes import MOVE_LINES, WARP_TILE
 
             _launch(
-                move_kernel(batch.channels), batch, target, (), numbers, tile=(TILE, TILE), block=(TILE, MOVE_LINES)
+                move_kernel(batch.channels),
+                batch,
+                target,
+                (),
+                numbers,
+                tile=(WARP_TILE, WARP_TILE),
+                block=(WARP_TILE, MOVE_LINES),
             )
         elif len(batch):
             tables = (batch.table.reshape(-1), target.table.reshape(-1))
@@ -382,7 +396,7 @@ def coefficients_of(matrix: Any, count: int, inverse: bool, device: Device) -> t
 
 def _coefficients(matrices: Any, inverse: bool) -> Any:
     """(N, 9) float32 where the matrices are: output to source."""
-    from nbvision_kernels.warp import COEFFICIENTS
+    from nbvision_kernels.codes import COEFFICIENTS
 
     device = device_of(matrices)
     count, lines, _ = matrices.shape

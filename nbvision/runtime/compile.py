@@ -91,13 +91,13 @@ def _frame_ltoir(kernel: Kernel, cc: ComputeCapability) -> bytes:
 
 
 @functools.lru_cache(maxsize=16)
-def _function_ltoir(name: str, function: Callable[..., Any], result: Any, arguments: tuple[Any, ...]) -> bytes:
+def _function_ltoir(name: str, function: Callable[..., Any], result: str, arguments: tuple[str, ...]) -> bytes:
     """A Python device function as LTO-IR; kept, because kernels that differ in how they store share theirs."""
     from numba import cuda
 
     ltoir, _ = cuda.compile(
         getattr(function, "py_func", function),
-        result(*arguments),
+        _numba_type(result)(*map(_numba_type, arguments)),
         cc=OLDEST,
         output="ltoir",
         device=True,
@@ -106,6 +106,14 @@ def _function_ltoir(name: str, function: Callable[..., Any], result: Any, argume
     )
     code: bytes = ltoir
     return code
+
+
+def _numba_type(name: str) -> Any:
+    """Of the catalogue's name for it, such as ``"float32"`` or ``"uint8*"``."""
+    from numba import types
+
+    plain = getattr(types, name.rstrip("*"))
+    return types.CPointer(plain) if name.endswith("*") else plain
 
 
 def _link(objects: list[bytes], cc: ComputeCapability, form: Literal["cubin", "ptx"]) -> tuple[bytes, str]:
