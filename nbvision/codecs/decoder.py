@@ -17,7 +17,7 @@ from nbvision.runtime.device import Device, array_module, own_stream, resolve_de
 
 __all__ = ["Decoder"]
 
-_WORKERS_ON_CUDA = 2  # each has an nvImageCodec decoder of its own, and the engines are shared
+_WORKERS_ON_CUDA = 2  # one reads headers while the other has its turn on the JPEG engine
 
 
 class Decoder:
@@ -28,8 +28,8 @@ class Decoder:
     color, background, srgb, device, limit_pixels, recover, strict, deterministic, threads
         As :func:`nbvision.decode` takes them.
     workers : int, optional
-        Batches that are decoded at the same time. Default: 2 on CUDA, where each needs a decoder and a stream of its
-        own, and one for each core on the CPU, where single images come from many callers.
+        Batches that are decoded at the same time. Default: 2 on CUDA, where they take turns on the JPEG engine, and one
+        for each core on the CPU, where single images come from many callers.
 
     Raises
     ------
