@@ -6,12 +6,14 @@ import logging
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import onnx
 import pytest
 import tensorrt_rtx
 from test_engine import FLOAT, HALF, convolution, one_node, sum_and_product
 
 import nbvision
+from nbvision.demo.run import models_directory
 from nbvision.engines._trt import TensorRT, load_tensorrt
 from nbvision.engines.build import BuildOptions, build_plan
 from nbvision.engines.onnx_file import read_onnx
@@ -19,7 +21,7 @@ from nbvision.engines.spec import BatchRange
 from nbvision.errors import EngineError, InputError
 
 TARGETS = [(7, 5), (8, 0), (8, 6), (8, 9), (12, 0)]
-DEMO_MODELS = sorted((Path(nbvision.__file__).parent / "demo" / "models").glob("*.onnx"))
+DEMO_MODELS = sorted(models_directory().glob("*.onnx"))
 
 
 @pytest.fixture
@@ -63,6 +65,12 @@ def test_tiny_models_build(trt: TensorRT, tmp_path: Path, model: onnx.ModelProto
 def test_demo_models_build(trt: TensorRT) -> None:
     for path in DEMO_MODELS:
         assert len(build_plan(trt, read_onnx(path), options(), targets=TARGETS)) > 10_000, path.name
+
+
+def test_the_quantized_detector_builds(trt: TensorRT, tmp_path: Path) -> None:
+    images = np.random.default_rng(0).uniform(0, 1, (4, 3, 320, 320)).astype(np.float32)
+    nbvision.quantize(models_directory() / "detector.onnx", tmp_path / "int8.onnx", calibration=[images])
+    assert len(build_plan(trt, read_onnx(tmp_path / "int8.onnx"), options(), targets=TARGETS)) > 10_000
 
 
 def test_profile_reaches_the_plan(trt: TensorRT, tmp_path: Path) -> None:

@@ -12,6 +12,7 @@ from reference import cover_placement, letterbox_placement, on, random_image, to
 import nbvision as nbv
 from nbvision.errors import InputError
 from nbvision.image import ImageBatch, as_batch
+from nbvision.ops._regions import _scales
 from nbvision.ops._taps import windows_of
 from nbvision.ops.preprocess import Preprocess
 
@@ -287,13 +288,29 @@ def test_device_boxes_have_room_for_their_windows(names, image, size, fit, corne
     geometry = pre._regions._of_host_boxes(
         np.array([image], np.int32), np.array([[x1, y1, x2 + 1, y2 + 1]], np.float32), np.zeros(1, np.int64)
     )
-    most = windows.most(np.array([image], np.int32), size, keeps_ratio=fit != "stretch")
-    needed = windows.limits(geometry.regions)
+    most = windows.limits(pre._regions._box_scales(np.array([image], np.int32)))
+    needed = windows.limits(_scales(geometry.regions))
     assert needed[0] <= most[0]
     assert needed[1] <= most[1]
     tables = windows.tables(geometry, size, most)
     for table, limit in ((tables.x, needed[0]), (tables.y, needed[1])):
         assert table[..., 1].max(initial=0) <= limit
+
+
+@settings(max_examples=300, deadline=None)
+@given(
+    st.lists(st.tuples(st.integers(0, 5000), st.integers(0, 5000)), max_size=4),
+    st.tuples(st.integers(1, 300), st.integers(1, 300)),
+    st.sampled_from(["stretch", "letterbox", "cover"]),
+    st.booleans(),
+)
+def test_scales_of_images_are_those_of_their_regions(images, size, fit, scaleup):
+    """What tables are made for without a look at the regions, which a kernel makes."""
+    options = {"fit": fit, "scaleup": scaleup} if fit == "letterbox" else {"fit": fit}
+    regions = Preprocess(size, parity="pil", **options)._regions
+    sizes = np.array(images, np.int32).reshape(-1, 2)
+    sizes[(sizes == 0).any(axis=1)] = 0  # no image
+    np.testing.assert_array_equal(regions._image_scales(sizes), _scales(regions.of(sizes).regions))
 
 
 def test_lanczos_sums_fit_into_32_bits():
@@ -303,9 +320,8 @@ def test_lanczos_sums_fit_into_32_bits():
             windows = windows_of("pil", "lanczos")
             pre = Preprocess((1, length), fit="stretch", parity="pil", interpolation="lanczos")
             geometry = pre._regions.of(np.array([[1, source]], np.int32))
-            weights = (
-                windows.tables(geometry, (1, length), windows.limits(geometry.regions)).x[0, :, 4:].astype(np.int64)
-            )
+            limits = windows.limits(_scales(geometry.regions))
+            weights = windows.tables(geometry, (1, length), limits).x[0, :, 4:].astype(np.int64)
             assert np.maximum(weights, 0).sum(1).max() * 255 + 2**21 < 2**31
             assert np.minimum(weights, 0).sum(1).min() * 255 > -(2**31)
 

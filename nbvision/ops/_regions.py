@@ -1,11 +1,12 @@
 """Regions: which part of which source goes where on each canvas, made where the images are, but on the host for boxes
-that live there and for plans that must know their widest window.
+that live there.
 """
 
 from __future__ import annotations
 
 import functools
 from collections import OrderedDict
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -54,7 +55,7 @@ class Regions:
     def on_host(self, batch: ImageBatch, boxes: Any, box_images: Any) -> tuple[Geometry, TapTables | None]:
         """Of whole images or boxes on the host."""
         geometry = self._of_host_boxes(batch.sizes, boxes, box_images) if boxes is not None else self.of(batch.sizes)
-        return geometry, self._taps(geometry, geometry.regions)
+        return geometry, self._taps(geometry, _scales, geometry.regions)
 
     def on_device(
         self, batch: ImageBatch, boxes: Any, box_images: Any, stream: int
@@ -66,7 +67,7 @@ class Regions:
             return self._of_device_boxes(batch, boxes, box_images)
         host = self._of_host_boxes(batch.sizes, boxes, box_images)
         geometry = _on_device(host)
-        return geometry, self._taps(geometry, host.regions)
+        return geometry, self._taps(geometry, _scales, host.regions)
 
     def of(self, sizes: npt.NDArray[np.int32]) -> Geometry:
         """Of whole images of these sizes, on the host."""
@@ -80,12 +81,8 @@ class Regions:
         key = (batch.sizes.tobytes(), stream)
         known = self._known.get(key)
         if known is None:
-            if self.windows is None:
-                known = self._of_table(batch), None
-            else:  # whose widest is known only once the regions are
-                host = self.of(batch.sizes)
-                geometry = _on_device(host)
-                known = geometry, self._taps(geometry, host.regions)
+            geometry = self._of_table(batch)
+            known = geometry, self._taps(geometry, self._image_scales, batch.sizes)
             self._known[key] = known
             if len(self._known) > _KNOWN_SIZES:
                 self._known.popitem(last=False)
@@ -122,16 +119,46 @@ class Regions:
             numbers = [np.int32(number) for number in self._fit_numbers()]
             arguments = (batch.table, box_images, boxes, np.int32(len(boxes)), self.box_margin)
             kernel((-(-len(boxes) // 64),), (64,), (*arguments, *tables_of(geometry), *numbers))
-        if self.windows is None:
-            return geometry, None
-        limits = self.windows.most(batch.sizes, self.size, keeps_ratio=self.fit != "stretch")
-        return geometry, self.windows.tables(geometry, self.size, limits)
+        return geometry, self._taps(geometry, self._box_scales, batch.sizes)
 
-    def _taps(self, geometry: Geometry, regions: npt.NDArray[np.int32]) -> TapTables | None:
-        """The tables of a geometry whose ``regions`` are known on the host."""
+    def _image_scales(self, sizes: npt.NDArray[np.int32]) -> npt.NDArray[np.float64]:
+        """(N, 2) source pixels to an output pixel along y and x, of whole images: what their regions, which are made on
+        the device, will say.
+        """
+        sides = np.maximum(sizes, 1).astype(np.float64)
+        new = np.broadcast_to(np.array(self.size, np.float64), sides.shape)
+        if self.fit == "letterbox":
+            ratio = (new / sides).min(axis=1, keepdims=True)
+            new = np.clip(np.rint(sides * (ratio if self.scaleup else np.minimum(ratio, 1))), 1, new)
+        if self.fit == "cover":
+            height, width = np.array(self.cover_size, np.float64)
+            exact_height = height * sides[:, 1] >= width * sides[:, 0]
+            by_height = np.column_stack([np.full(len(sides), height), np.trunc(height * sides[:, 1] / sides[:, 0])])
+            by_width = np.column_stack([np.trunc(width * sides[:, 0] / sides[:, 1]), np.full(len(sides), width)])
+            new = np.maximum(np.where(exact_height[:, None], by_height, by_width), new)
+        scales: npt.NDArray[np.float64] = sizes / new
+        return scales
+
+    def _box_scales(self, sizes: npt.NDArray[np.int32]) -> npt.NDArray[np.float64]:
+        """The most that any boxes in images of these sizes can have: what is known of boxes that live on the device.
+
+        A side that a fit rounds to one pixel is scaled by at most twice its ratio.
+        """
+        most = sizes.max(axis=0, initial=1, keepdims=True) / np.array(self.size, np.float64)
+        if self.fit != "stretch":
+            most = np.full_like(most, 2 * most.max())
+        return most
+
+    def _taps(
+        self,
+        geometry: Geometry,
+        scales: Callable[[npt.NDArray[np.int32]], npt.NDArray[np.float64]],
+        known: npt.NDArray[np.int32],
+    ) -> TapTables | None:
+        """The tables of a geometry; how wide they must be, ``scales`` of what is ``known`` on the host says."""
         if self.windows is None:
             return None
-        return self.windows.tables(geometry, self.size, self.windows.limits(regions))
+        return self.windows.tables(geometry, self.size, self.windows.limits(scales(known)))
 
     def _fit_numbers(self) -> tuple[int, int, int, int, int, bool, bool, bool]:
         from nbvision_kernels.codes import FIT_COVER, FIT_LETTERBOX, FIT_STRETCH
@@ -168,6 +195,14 @@ def tables_of(geometry: Geometry) -> tuple[Any, Any, Any]:
 
 def flat_tables(geometry: Geometry) -> tuple[Any, ...]:
     return tuple(table.reshape(-1) for table in tables_of(geometry))
+
+
+def _scales(regions: npt.NDArray[np.int32]) -> npt.NDArray[np.float64]:
+    """(N, 2) source pixels to an output pixel along y and x."""
+    from nbvision_kernels.codes import HEIGHT, OUT_HEIGHT, OUT_WIDTH, WIDTH
+
+    scales: npt.NDArray[np.float64] = regions[:, [HEIGHT, WIDTH]] / np.maximum(regions[:, [OUT_HEIGHT, OUT_WIDTH]], 1)
+    return scales
 
 
 def _on_device(geometry: Geometry) -> Geometry:

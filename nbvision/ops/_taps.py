@@ -56,25 +56,10 @@ class Windows:
     support: float | None
     numbers: tuple[np.int32, ...] = ()
 
-    def limits(self, regions: npt.NDArray[np.int32]) -> tuple[np.int32, np.int32]:
-        """Taps that the widest window of these regions can have, along x and y, in whole groups that may start up to
-        three taps before it."""
-        from nbvision_kernels.codes import HEIGHT, OUT_HEIGHT, OUT_WIDTH, WIDTH
-
-        scales = regions[:, [WIDTH, HEIGHT]] / np.maximum(regions[:, [OUT_WIDTH, OUT_HEIGHT]], 1)
-        x_scale, y_scale = scales.max(axis=0, initial=1)
-        return self._taps_at(x_scale), self._taps_at(y_scale)
-
-    def most(
-        self, sizes: npt.NDArray[np.int32], size: tuple[int, int], *, keeps_ratio: bool
-    ) -> tuple[np.int32, np.int32]:
-        """The same for any regions of images of these sizes: what is known of boxes that live on the device.
-
-        A side that a fit rounds to one pixel is scaled by at most twice its ratio.
-        """
-        y_scale, x_scale = sizes.max(axis=0, initial=1) / np.array(size)
-        if keeps_ratio:
-            x_scale = y_scale = 2 * max(x_scale, y_scale)
+    def limits(self, scales: npt.NDArray[np.float64]) -> tuple[np.int32, np.int32]:
+        """Taps that the widest window can have, along x and y, in whole groups that may start up to three taps before
+        it; ``scales`` is (N, 2), source pixels to an output pixel along y and x."""
+        y_scale, x_scale = scales.max(axis=0, initial=1)
         return self._taps_at(x_scale), self._taps_at(y_scale)
 
     def tables(self, geometry: Geometry, size: tuple[int, int], limits: tuple[np.int32, np.int32]) -> TapTables:
