@@ -20,7 +20,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image, ImageOps
 
-from nbvision.codecs import decode, gpu, host, read_header
+from nbvision.codecs import decode, gpu_decode, host, read_header
 from nbvision.codecs._threads import Turns
 from nbvision.errors import DecodeError, InputError, MemoryLimitError
 from nbvision.image import ImageBatch
@@ -534,8 +534,8 @@ def refuse_to_import() -> None:
 
 
 def test_nvimgcodec_is_left_alone_without_images_for_it(device: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(gpu, "_nvimgcodec", refuse_to_import)
-    assert gpu.decode_into([], [], [], color="rgba") == []
+    monkeypatch.setattr(gpu_decode, "nvimgcodec", refuse_to_import)
+    assert gpu_decode.decode_into([], [], [], color="rgba") == []
     assert decode(list(OTHERS.values()), device=device).ok.all()
     assert decode(list(JPEGS.values()), color="bgra", device=device).ok.all()
 
@@ -544,14 +544,14 @@ def test_nvimgcodec_is_left_alone_without_images_for_it(device: Any, monkeypatch
 @pytest.mark.parametrize("subsampling", ["4:2:0", "4:2:2", "4:4:4"])
 def test_slivers_are_not_for_the_gpu(width: int, subsampling: str) -> None:
     header = read_header(encode(photo(9, width), "JPEG", subsampling=subsampling))
-    assert gpu.takes(header, "rgb") is (width > 4)
-    assert not gpu.takes(header, "rgba")
+    assert gpu_decode.takes(header, "rgb") is (width > 4)
+    assert not gpu_decode.takes(header, "rgba")
 
 
 def test_the_width_of_slivers_is_the_stored_one() -> None:
     header = read_header(with_orientation(photo(37, 3), "JPEG", 6))
     assert header.oriented_size == (3, 37)
-    assert not gpu.takes(header, "rgb")
+    assert not gpu_decode.takes(header, "rgb")
 
 
 class HostPixels:
@@ -566,17 +566,17 @@ def test_calls_to_nvimgcodec_without_a_gpu(monkeypatch: pytest.MonkeyPatch, colo
     decoder = codec.Decoder(
         device_id=codec.NVIMGCODEC_DEVICE_CPU_ONLY, backends=[codec.Backend(codec.BackendKind.CPU_ONLY)]
     )
-    lane = object.__new__(gpu._Lane)
+    lane = object.__new__(gpu_decode._Lane)
     lane._decoder, lane._turns = decoder, Turns()
     lane.stream = types.SimpleNamespace(ptr=0, record=lambda: None)
-    monkeypatch.setattr(gpu, "_Pixels", HostPixels)
+    monkeypatch.setattr(gpu_decode, "Pixels", HostPixels)
     datas = [JPEGS[name] for name in ("4:2:0", "gray", "progressive", "1x1")]
     datas += [with_orientation(photo(), "JPEG", orientation) for orientation in range(1, 9)]
     headers = [read_header(data) for data in datas]
     channels = 1 if color == "gray" else 3
     outs = [np.zeros((*header.oriented_size, channels), np.uint8) for header in headers]
     datas[1] = b"not what the header says"
-    jobs = [gpu._Job(*job) for job in zip([out.ctypes.data for out in outs], datas, headers, strict=True)]
+    jobs = [gpu_decode._Job(*job) for job in zip([out.ctypes.data for out in outs], datas, headers, strict=True)]
     lane.decode(jobs, color)
     assert [job.done for job in jobs] == [index != 1 for index in range(len(datas))]
     batch = decode(datas, color=color, device="cpu")

@@ -11,7 +11,7 @@ from PIL import Image
 from reference import random_image
 
 import nbvision as nbv
-from nbvision.codecs import gpu
+from nbvision.codecs import gpu_decode
 from nbvision.runtime import memory
 
 pytestmark = pytest.mark.needs_cuda
@@ -38,14 +38,14 @@ def by_pillow(data: bytes) -> Any:
 def test_both_decoders_share_large_batches() -> None:
     files = [jpeg(500 + 40 * (seed % 3), 700 - 30 * (seed % 5), seed) for seed in range(24)]
     expected = [by_pillow(data) for data in files]
-    gpu._by_device.clear()  # what other tests have taught it
+    gpu_decode._by_device.clear()  # what other tests have taught it
     for _ in range(8):
         batch = nbv.decode(files, device="cuda")
         for got, wanted in zip(batch.to("cpu"), expected, strict=True):
             difference = np.abs(got.astype(int) - wanted)
             assert difference.max() <= 3
             assert difference.mean() <= 0.5
-    (decoders,) = gpu._by_device.values()
+    (decoders,) = gpu_decode._by_device.values()
     (known,) = decoders._balance._classes.values()
     assert known.alone > 0, "the engine's rate was never measured"
     assert known.together > 0, "the CUDA decoder was never tried"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import types
 from typing import Any
 
 import cv2
@@ -15,6 +16,8 @@ from PIL import Image, ImageFile, JpegImagePlugin, features
 
 import nbvision as nbv
 from nbvision.codecs import encode as encode_function
+from nbvision.codecs import gpu_encode
+from nbvision.codecs._threads import Turns
 from nbvision.errors import InputError
 from nbvision.image import CHANNELS
 from nbvision.runtime.device import array_module
@@ -352,6 +355,104 @@ def test_work_queued_before_is_waited_for() -> None:
         assert np.unique(np.asarray(opened(small))).tolist() == [50]
 
 
+# --- on the GPU ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.needs_cuda
+@pytest.mark.parametrize("color", ["rgb", "bgr", "gray"])
+@pytest.mark.parametrize("options", [{}, {"optimize": True}, {"progressive": True}], ids=str)
+@pytest.mark.parametrize(("subsampling", "in_header"), [("444", 0), ("422", 1), ("420", 2)])
+def test_the_gpus_jpegs_are_as_near_as_the_hosts(color: str, options: Any, subsampling: str, in_header: int) -> None:
+    for quality in (30, 85, 95):
+        pixels = [smooth(*size, color, seed=index) for index, size in enumerate([(240, 320), (75, 101), (333, 16)])]
+        how = {"color": color, "quality": quality, "subsampling": subsampling, **options}
+        files = nbv.encode([on("cuda", image) for image in pixels], device="cuda", **how)
+        for image, file, of_host in zip(pixels, files, nbv.encode(pixels, **how), strict=True):
+            shown, by_host = opened(file), opened(of_host)
+            assert (shown.mode, shown.size) == (by_host.mode, by_host.size)
+            assert bool(shown.info.get("progressive")) is ("progressive" in options)
+            if color != "gray":
+                assert JpegImagePlugin.get_sampling(shown) == in_header
+            expected = red_first(image, color)
+            assert psnr(np.asarray(shown), expected) > psnr(np.asarray(by_host), expected) - 0.5
+            assert len(file) < 1.1 * len(of_host) + 400  # a header with one table more
+
+
+class HostPixels:
+    def __init__(self, address: int, shape: tuple[int, int, int]) -> None:
+        self.__array_interface__ = {"shape": shape, "typestr": "|u1", "data": (address, False), "version": 3}
+
+
+@pytest.mark.parametrize("color", ["rgb", "bgr", "gray"])
+def test_calls_to_nvimgcodec_without_a_gpu(monkeypatch: pytest.MonkeyPatch, color: Any) -> None:
+    """The GPU room's own code over nvImageCodec's CPU encoder: same calls, host arrays."""
+    codec = pytest.importorskip("nvidia.nvimgcodec")
+    encoder = object.__new__(gpu_encode._Encoder)
+    encoder._encoder = codec.Encoder(
+        device_id=codec.NVIMGCODEC_DEVICE_CPU_ONLY, backends=[codec.Backend(codec.BackendKind.CPU_ONLY)]
+    )
+    encoder._turns = Turns()
+    encoder._stream = types.SimpleNamespace(ptr=0, wait_event=lambda event: None)
+    cuda = types.SimpleNamespace(get_current_stream=lambda: types.SimpleNamespace(record=lambda: None))
+    host = types.SimpleNamespace(ascontiguousarray=lambda array: HostArray(np.ascontiguousarray(array)), cuda=cuda)
+    monkeypatch.setattr(gpu_encode, "array_module", lambda device: host)
+    monkeypatch.setattr(gpu_encode, "Pixels", HostPixels)
+    images = [smooth(*size, color) for size in SIZES]
+    files = encoder.encode(images, color, gpu_encode._params(95, "444", False, True))
+    for image, file in zip(images, files, strict=True):
+        shown = opened(file)
+        assert shown.info["progressive"]
+        assert psnr(np.asarray(shown), red_first(image, color)) > 30
+
+
+class HostArray:
+    """A NumPy array in CuPy's words."""
+
+    def __init__(self, array: np.ndarray) -> None:
+        self.array, self.shape = array, array.shape
+        self.data = types.SimpleNamespace(ptr=array.ctypes.data)
+
+
+@pytest.mark.needs_cuda
+def test_any_size_is_encoded_with_the_gpu() -> None:
+    """The smallest, which its encoder may refuse, too."""
+    pixels = [smooth(height, width) for height in (1, 2, 7, 8, 16, 17) for width in (1, 3, 8, 15, 40, 1000)]
+    files = nbv.encode([on("cuda", image) for image in pixels], device="cuda", quality=95, subsampling="444")
+    for image, file in zip(pixels, files, strict=True):
+        assert psnr(np.asarray(opened(file)), image) > 35
+
+
+@pytest.mark.needs_cuda
+def test_the_gpu_encodes_what_is_queued_views_and_what_is_there() -> None:
+    import cupy
+
+    for stream in (cupy.cuda.Stream(non_blocking=True), cupy.cuda.Stream.null):
+        with stream:
+            image = cupy.zeros((2000, 3000, 3), np.uint8)
+            for _ in range(50):
+                image += 1
+            large, small = nbv.encode(nbv.as_batch([image, image[100:900, 50:70]]), device="cuda")
+            image += 100  # after the files were made
+        assert np.unique(np.asarray(opened(large))).tolist() == [50]
+        assert np.asarray(opened(small)).shape == (800, 20, 3)
+        assert np.unique(np.asarray(opened(small))).tolist() == [50]
+    batch = nbv.decode([by_pillow(noise(20, 30), "PNG"), b"none", by_pillow(noise(9, 9), "PNG")], device="cuda")
+    first, missing, last = nbv.encode(batch, device="cuda")
+    assert missing is None
+    assert (opened(first).size, opened(last).size) == ((30, 20), (9, 9))
+    assert nbv.encode([], device="cuda") == []
+
+
+@pytest.mark.needs_cuda
+def test_threads_share_the_gpus_encoder() -> None:
+    from concurrent.futures import ThreadPoolExecutor
+
+    images = [[on("cuda", smooth(90 + 7 * index, 200, seed=index))] * 5 for index in range(8)]
+    alone = [nbv.encode(batch, device="cuda") for batch in images]
+    with ThreadPoolExecutor(8) as pool:
+        assert list(pool.map(lambda batch: nbv.encode(batch, device="cuda"), images * 4)) == alone * 4
+
+
 # --- bad input -------------------------------------------------------------------------------------------------------
 
 
@@ -382,6 +483,21 @@ def test_work_queued_before_is_waited_for() -> None:
 def test_options_that_are_none(format: Any, options: Any, said: str, device: str) -> None:
     with pytest.raises(InputError, match=said):
         nbv.encode(on(device, noise(8, 8)), format, **options)
+
+
+@pytest.mark.parametrize(
+    ("images", "options", "said"),
+    [
+        ("cuda", {"format": "png", "device": "cuda"}, "'cuda' encodes jpeg, not png"),
+        ("cpu", {"device": "cuda"}, "these are on the host"),
+        ("cuda", {"device": "cuda", "subsampling": "gray"}, r"cvt_color\(images, 'gray'\)"),
+        ("cuda", {"device": "gpu"}, "device is 'gpu'"),
+    ],
+)
+def test_what_the_gpus_encoder_does_not_do(images: str, options: Any, said: str, device: str) -> None:
+    if images == device or images == "cpu":
+        with pytest.raises(InputError, match=said):
+            nbv.encode(on(images, smooth(20, 30)), **options)
 
 
 @pytest.mark.parametrize("color", ["rgba", "bgra"])

@@ -14,7 +14,7 @@ from reference import to_host
 
 import nbvision as nbv
 from nbvision.codecs.decode import decode
-from nbvision.codecs.gpu import takes
+from nbvision.codecs.gpu_decode import takes
 from nbvision.codecs.headers import read_header
 from nbvision.codecs.host import check_jpeg
 from nbvision.errors import DecodeError

@@ -1,4 +1,4 @@
-"""RGB pixels in memory to files in memory, a batch at a time."""
+"""RGB pixels in memory to files in host memory, a batch at a time."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from .common import need, scenery, wall_us
+from .common import need, need_cuda, scenery, wall_us
 
 HEIGHT, WIDTH = 375, 500
 IMAGES = 8
@@ -53,6 +53,39 @@ class EncodeOnCPU:
         return sum(map(len, self.files)) / IMAGES
 
     track_bytes_per_image.unit = "bytes/image"
+
+
+class EncodeJpegOnGPU:
+    """From memory of the GPU, quality 85, colours shared by 2 x 2 pixels."""
+
+    params = (["500x375", "1920x1080"], ["nbvision, the GPU's", "nbvision, the host's", "torchvision"])
+    param_names = ("size", "how")
+    images = 64
+
+    def setup(self, size: str, how: str) -> None:
+        need_cuda()
+        import cupy
+
+        from nbvision import encode
+
+        width, height = map(int, size.split("x"))
+        different = [cupy.asarray(frame) for frame in frames(IMAGES, height, width)]
+        images = [different[index % IMAGES] for index in range(self.images)]
+        if how == "torchvision":
+            torch, io_of = need("torch"), need("torchvision.io")
+            tensors = [torch.from_dlpack(image).permute(2, 0, 1).contiguous() for image in images]
+            self.call = lambda: [file.cpu() for file in io_of.encode_jpeg(tensors, quality=85)]
+        else:
+            self.call = lambda: encode(images, quality=85, device="cuda" if how.endswith("GPU's") else "cpu")
+        files = self.call()
+        assert len(files) == self.images
+        first = files[0].numpy() if how == "torchvision" else files[0]
+        assert Image.open(io.BytesIO(bytes(first))).size == (width, height)
+
+    def track_us_per_image(self, size: str, how: str) -> float:
+        return wall_us(self.call) / self.images
+
+    track_us_per_image.unit = "us/image"
 
 
 # --- encoders ------------------------------------------------------------------------------------------------------

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeAlias, get_args
 
-from nbvision.codecs import gpu, host, recovery
+from nbvision.codecs import gpu_decode, host, recovery
 from nbvision.codecs._threads import available_cores, in_background, map_all, run_all
 from nbvision.codecs.headers import Header, as_bytes, read_header
 from nbvision.errors import DecodeError, InputError
@@ -99,7 +99,7 @@ def decode(
     opened = _open_all(items, limit_pixels, recover, threads)
     sizes = [item.header.oriented_size if isinstance(item, _Image) else (0, 0) for item in opened]
     offsets, total_bytes = image_offsets(sizes, CHANNELS[color])
-    buffer = memory.acquire(total_bytes, device=target, wait_on_host=True)  # as gpu.decode_into wants it
+    buffer = memory.acquire(total_bytes, device=target, wait_on_host=True)  # as gpu_decode.decode_into wants it
     images = []
     for item, offset in zip(opened, offsets, strict=True):
         if isinstance(item, _Image):
@@ -268,7 +268,7 @@ def _decode_on_cuda(
             doubtful.add(image)
 
     with in_background(stage_or_look_through, [*for_host, *(for_gpu if strict else ())], threads):
-        decoded = gpu.decode_into(
+        decoded = gpu_decode.decode_into(
             [buffer.address + image.offset_bytes for image in for_gpu],
             [image.data for image in for_gpu],
             [image.header for image in for_gpu],
@@ -287,7 +287,7 @@ def _decode_on_cuda(
 
 
 def _is_for_gpu(header: Header, wanted: host.Wanted) -> bool:
-    return gpu.takes(header, wanted.color) and not wanted.converts(header)
+    return gpu_decode.takes(header, wanted.color) and not wanted.converts(header)
 
 
 def _staging_for(images: Sequence[_Image], wanted: host.Wanted) -> dict[_Image, Any]:

@@ -21,11 +21,12 @@ import simplejpeg
 from PIL import Image, ImageFile, features
 
 from nbvision.codecs._threads import available_cores, map_all
+from nbvision.codecs.gpu_encode import encode_jpegs
 from nbvision.codecs.host import imagecodecs_module
 from nbvision.errors import InputError
 from nbvision.image import CHANNELS, Color, ImageBatch, as_batch, image_offsets, interleaved_color
 from nbvision.runtime import memory
-from nbvision.runtime.device import array_module, device_of
+from nbvision.runtime.device import Device, array_module, device_of
 
 __all__ = ["Format", "Subsampling", "encode"]
 
@@ -70,6 +71,7 @@ def encode(
     optimize: bool = False,
     progressive: bool = False,
     lossless: bool = False,
+    device: Device = "cpu",
     threads: int | None = None,
 ) -> Any:
     """Encode images of any sizes as JPEG, PNG, WebP or AVIF, each to the bytes of one file.
@@ -96,6 +98,10 @@ def encode(
         ones often refuse.
     lossless : bool
         WebP: every pixel as it is, also under an alpha of 0. PNG always is.
+    device : {"cpu", "cuda"}
+        Where it is done. ``"cuda"`` is for JPEGs from images on a CUDA device: nvJPEG's encoder, which leaves the
+        cores and the way to the host alone, but is slower for small images. Its files are not the host's, and show
+        the same pictures within what the quality costs.
     threads : int, optional
         Host threads to use at most; default: one for each core of this process. An image is encoded by one.
 
@@ -109,14 +115,17 @@ def encode(
     ------
     InputError
         For images that the format cannot hold, with what to do; for an option that it does not have, or one out of
-        range; for dtypes and layouts other than uint8 channels side by side. Nothing has been encoded then.
+        range; for dtypes and layouts other than uint8 channels side by side; for ``device="cuda"`` with images or a
+        format that it does not take. Nothing has been encoded then.
     MemoryLimitError
         If no pinned memory is left.
+    DeviceError, MissingExtraError
+        If ``device="cuda"`` cannot be used.
 
     Notes
     -----
-    Encoding is the host's work. Images on a GPU are all brought to pinned memory first, behind what is queued on
-    CuPy's current stream, and the call waits for that.
+    On the host, images of a GPU are all brought to pinned memory first, behind what is queued on CuPy's current stream,
+    and the call waits for that. What the GPU's encoder refuses, the host encodes.
 
     JPEG is written by simplejpeg, or by Pillow where it shall be optimised or progressive; PNG by imagecodecs where it
     is installed (the extra ``codecs``) and need not be optimised; the rest by Pillow.  The pixels of a PNG do not
@@ -141,6 +150,10 @@ def encode(
     pixel_color = interleaved_color(batch)
     indices = [int(index) for index in np.flatnonzero(batch.ok)]
     _check_images(batch, indices, format, pixel_color)
+    encoded: dict[int, bytes] = {}
+    if _checked_device(device, batch, format, options) == "cuda":
+        encoded = _on_gpu(batch, indices, pixel_color, options)
+        indices = [index for index in indices if index not in encoded]
     write = functools.partial(_writer(format, options), color=pixel_color, options=options)
     pixels = _on_host(batch, indices)
     files = map_all(
@@ -148,8 +161,8 @@ def encode(
         list(zip(indices, pixels, strict=True)),
         threads or available_cores(),
     )
-    by_index = dict(zip(indices, files, strict=True))
-    return files[0] if one else [by_index.get(index) for index in range(len(batch))]
+    encoded |= zip(indices, files, strict=True)
+    return encoded[0] if one else [encoded.get(index) for index in range(len(batch))]
 
 
 # --- arguments -------------------------------------------------------------------------------------------------------
@@ -188,6 +201,22 @@ def _checked_quality(format: Format, quality: Any, lossless: bool) -> int:
     if not limits.least_quality <= value <= 100:
         raise InputError(f"quality is {quality!r}; expected an integer from {limits.least_quality} to 100 for {format}")
     return value
+
+
+def _checked_device(device: Any, batch: ImageBatch, format: Format, options: _Options) -> Device:
+    if device not in get_args(Device):
+        raise InputError(f"device is {device!r}; expected one of {get_args(Device)}")
+    if device == "cuda":
+        if format != "jpeg":
+            raise InputError(f"device='cuda' encodes jpeg, not {format}; leave device out")
+        if batch.device != "cuda":
+            raise InputError("device='cuda' encodes images that are on a CUDA device, these are on the host")
+        if options.subsampling == "gray" and batch.color != "gray":
+            raise InputError(
+                "device='cuda' keeps the colours; make the images gray with nbvision.cvt_color(images, 'gray')"
+            )
+    checked: Device = device
+    return checked
 
 
 def _collected(images: Any, color: Color | None) -> tuple[bool, ImageBatch]:
@@ -245,6 +274,19 @@ def _check_images(batch: ImageBatch, indices: list[int], format: Format, color: 
 
 
 # --- pixels ----------------------------------------------------------------------------------------------------------
+
+
+def _on_gpu(batch: ImageBatch, indices: list[int], color: Color, options: _Options) -> dict[int, bytes]:
+    """The files that the GPU's encoder makes."""
+    files = encode_jpegs(
+        [batch[index] for index in indices],
+        color=color,
+        quality=options.quality,
+        subsampling=options.subsampling,
+        optimize=options.optimize,
+        progressive=options.progressive,
+    )
+    return {index: file for index, file in zip(indices, files, strict=True) if file is not None}
 
 
 def _on_host(batch: ImageBatch, indices: list[int]) -> list[Pixels]:

@@ -144,10 +144,8 @@ class Regions:
 
         A side that a fit rounds to one pixel is scaled by at most twice its ratio.
         """
-        most = sizes.max(axis=0, initial=1, keepdims=True) / np.array(self.size, np.float64)
-        if self.fit != "stretch":
-            most = np.full_like(most, 2 * most.max())
-        return most
+        most: npt.NDArray[np.float64] = sizes.max(axis=0, initial=1, keepdims=True) / np.array(self.size)
+        return most if self.fit == "stretch" else np.full_like(most, 2 * most.max())
 
     def _taps(
         self,

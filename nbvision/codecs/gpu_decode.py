@@ -12,29 +12,21 @@ from __future__ import annotations
 
 import collections
 import functools
-import os
 import threading
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from types import ModuleType
 from typing import Any
 
 from nbvision.codecs._balance import Balance, Measured, cost_of
+from nbvision.codecs._nvimgcodec import SAMPLES, Pixels, nvimgcodec
 from nbvision.codecs._threads import Turns, available_cores
 from nbvision.codecs.headers import Header
-from nbvision.errors import DeviceError, MissingExtraError
+from nbvision.errors import DeviceError
 from nbvision.image import CHANNELS, Color
 from nbvision.runtime.device import CUDA_EXTRA, array_module
 
 __all__ = ["decode_into", "takes"]
-
-# nvImageCodec's names of the sample format and the colour space, by ours. It cannot add an alpha channel.
-_SAMPLES: dict[Color, tuple[str, str]] = {
-    "rgb": ("I_RGB", "SRGB"),
-    "bgr": ("I_BGR", "SRGB"),
-    "gray": ("I_Y", "GRAY"),
-}
 
 # nvJPEG always interpolates subsampled colours. libjpeg repeats them where a row has two or fewer (4:2:2 and 4:2:0),
 # that is up to a width of 4; there the two would differ by whole colours, so the host decodes such slivers.
@@ -49,7 +41,7 @@ def takes(header: Header, color: Color) -> bool:
         and header.variant in ("baseline", "extended", "progressive")
         and header.colorspace in ("gray", "ycbcr")
         and header.width >= _SMOOTHED_FROM_WIDTH
-        and color in _SAMPLES
+        and color in SAMPLES
     )
 
 
@@ -217,7 +209,7 @@ class _Lane:
     """
 
     def __init__(self, kind: str, device_id: int, *, threads: int) -> None:
-        codec = _nvimgcodec()
+        codec = nvimgcodec()
         backends = [codec.Backend(getattr(codec.BackendKind, kind))]
         self._decoder = codec.Decoder(device_id=device_id, max_num_cpu_threads=threads, backends=backends)
         self._turns = Turns()  # a decoder that two threads use at once loses images, or the process
@@ -240,9 +232,9 @@ class _Lane:
             return _Turn(begin, self.stream.record(), sum(job.cost for job in jobs))
 
     def _prepare(self, jobs: Sequence[_Job], color: Color, params: Any) -> tuple[list[_Job], list[Any], list[Any], Any]:
-        codec = _nvimgcodec()
+        codec = nvimgcodec()
         known = [(job, stream) for job in jobs if _agrees(stream := codec.CodeStream(job.data), job.header)]
-        outs = [_Pixels(job.address, (*job.header.oriented_size, CHANNELS[color])) for job, _ in known]
+        outs = [Pixels(job.address, (*job.header.oriented_size, CHANNELS[color])) for job, _ in known]
         images = codec.as_images(outs, self.stream.ptr) if outs else []
         return [job for job, _ in known], [stream for _, stream in known], images, params
 
@@ -270,19 +262,10 @@ class _Turn:
         return self.cost, array_module("cuda").cuda.get_elapsed_time(self.begin, self.end)
 
 
-class _Pixels:
-    """Device memory as nvImageCodec wants it described; an array of CuPy's takes four times as long to make."""
-
-    __slots__ = ("__cuda_array_interface__",)
-
-    def __init__(self, address: int, shape: tuple[int, int, int]) -> None:
-        self.__cuda_array_interface__ = {"shape": shape, "typestr": "|u1", "data": (address, False), "version": 3}
-
-
 @functools.cache
 def _params(color: Color, apply_orientation: bool) -> Any:
-    codec = _nvimgcodec()
-    samples, space = _SAMPLES[color]
+    codec = nvimgcodec()
+    samples, space = SAMPLES[color]
     return codec.DecodeParams(
         apply_exif_orientation=apply_orientation,
         color_spec=getattr(codec.ColorSpec, space),
@@ -296,14 +279,3 @@ def _agrees(stream: Any, header: Header) -> bool:
         return bool((stream.height, stream.width) == (header.height, header.width))
     except RuntimeError:  # it cannot parse the file
         return False
-
-
-@functools.cache
-def _nvimgcodec() -> ModuleType:
-    os.environ.setdefault("PYNVIMGCODEC_VERBOSITY", "0")  # read at import; it would log every refused image
-    try:
-        from nvidia import nvimgcodec
-    except ImportError as error:
-        raise MissingExtraError("nvidia.nvimgcodec", extra=CUDA_EXTRA, needed_for="decoding on the GPU") from error
-    module: ModuleType = nvimgcodec
-    return module
