@@ -209,7 +209,7 @@ def _checked_device(device: Any, batch: ImageBatch, format: Format, options: _Op
     if device == "cuda":
         if format != "jpeg":
             raise InputError(f"device='cuda' encodes jpeg, not {format}; leave device out")
-        if batch.device != "cuda":
+        if batch.device != "cuda" and len(batch):
             raise InputError("device='cuda' encodes images that are on a CUDA device, these are on the host")
         if options.subsampling == "gray" and batch.color != "gray":
             raise InputError(
