@@ -92,6 +92,9 @@ def pytest_sessionfinish(session: pytest.Session) -> None:
         "require_cuda": REQUIRE_CUDA,
         "not_collected": collect_ignore,
         **{outcome: len(stats.get(outcome, [])) for outcome in ("passed", "failed", "error", "skipped", "xfailed")},
+        "not_passed": [
+            report.nodeid for outcome in ("failed", "error", "skipped") for report in stats.get(outcome, [])
+        ],
     }
     path = pathlib.Path(RECORD)
     runs = json.loads(path.read_text()) if path.exists() else []
