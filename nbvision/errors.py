@@ -6,7 +6,8 @@
     ├── InputError (ValueError)            an argument: its shape, dtype, layout, range
     ├── MissingExtraError (ImportError)    an optional dependency that is not installed; names the extra
     ├── DeviceError (RuntimeError)         no such device, or the device refused
-    │   └── MemoryLimitError (MemoryError) the byte limit of the memory manager, or the device's own memory
+    │   ├── MemoryLimitError (MemoryError) the byte limit of the memory manager, or the device's own memory
+    │   └── FrozenMemoryError              an allocation where none may be
     ├── CompileError (RuntimeError)        a kernel that does not compile
     ├── DecodeError (ValueError)           one image that cannot be decoded; ``kind`` says why
     ├── EngineError (RuntimeError)         a model that cannot be loaded, built or run
@@ -25,6 +26,7 @@ __all__ = [
     "DecodeErrorKind",
     "DeviceError",
     "EngineError",
+    "FrozenMemoryError",
     "InputError",
     "MemoryLimitError",
     "MissingExtraError",
@@ -73,6 +75,10 @@ class DeviceError(NbvisionError, RuntimeError):
 
 class MemoryLimitError(DeviceError, MemoryError):
     """The memory manager's byte limit, or the device's memory, is exhausted."""
+
+
+class FrozenMemoryError(DeviceError):
+    """Memory would have to be allocated within ``memory.frozen()``."""
 
 
 class CompileError(NbvisionError, RuntimeError):

@@ -205,7 +205,7 @@ def test_what_a_source_of_batches_raises_comes_through(device: Any) -> None:
 def test_decoding_ahead_uses_the_callers_memory_source(device: Any) -> None:
     with memory.source("a film ahead"), nbv.Decoder(device=device) as decoder:
         list(decoder.stream([[PNG]] * 3))
-    assert memory.stats(device=device).by_source["a film ahead"] > 0
+    assert memory.stats(device=device).sources["a film ahead"].held_bytes > 0
 
 
 def test_images_decoded_ahead_go_into_a_plan(device: Any) -> None:

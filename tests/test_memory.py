@@ -2,18 +2,40 @@
 
 from __future__ import annotations
 
+import contextlib
 import gc
+import io
+import itertools
 import threading
+import time
 import uuid
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
+from PIL import Image
 from reference import on, to_host
 
-from nbvision.errors import InputError, MemoryLimitError
+import nbvision as nbv
+from nbvision.errors import FrozenMemoryError, InputError, MemoryLimitError
 from nbvision.runtime import memory
+from nbvision.runtime._rings import Manager
+
+
+def encoded(height, width, seed, format):
+    coarse = np.random.default_rng(seed).integers(0, 256, (height // 8 + 1, width // 8 + 1, 3), np.uint8)
+    file = io.BytesIO()
+    Image.fromarray(coarse).resize((width, height)).save(file, format)
+    return file.getvalue()
+
+
+def photograph(height, width, seed):
+    return encoded(height, width, seed, "JPEG")
+
+
+def png(height, width, seed):
+    return encoded(height, width, seed, "PNG")
 
 
 @pytest.fixture
@@ -65,7 +87,7 @@ def test_sources_do_not_share_buffers(device, ring):
         assert memory.acquire(10_000, device=device).address != address
     with memory.source(ring + "a"):
         assert memory.acquire(10_000, device=device).address == address
-    assert memory.stats(device=device).by_source[ring + "a"] >= 10_000
+    assert memory.stats(device=device).sources[ring + "a"].held_bytes >= 10_000
 
 
 def test_a_large_idle_buffer_is_not_taken_for_a_small_need(device, ring):
@@ -85,10 +107,229 @@ def test_limit_frees_idle_buffers_first_then_refuses(device, ring, no_limit):
         del idle
         kept = memory.acquire(900_000, device=device)  # a third of the idle one: not reused, still within the limit
         larger = memory.acquire(2_000_000 + 40_000, device=device)  # fits only once the idle one is gone
-        with pytest.raises(MemoryLimitError, match=rf"the limit is .* {ring}"):
+        with pytest.raises(MemoryLimitError, match=rf"(?s)the limit is .*{ring}"):
             memory.acquire(2_000_000, device=device)
     assert memory.stats(device=device).held_bytes <= held + 3_200_000
     assert kept.size_bytes + larger.size_bytes <= 3_200_000
+
+
+def test_a_budget_is_of_one_source(device, ring):
+    with memory.source(ring, budget_bytes=3_200_000):
+        idle = memory.acquire(2_000_000, device=device)
+        del idle
+        kept = memory.acquire(900_000, device=device)
+        larger = memory.acquire(2_040_000, device=device)  # fits only once the idle one is gone
+        with pytest.raises(MemoryLimitError, match=rf"(?s){ring}.*its budget is 3.2 MB.*memory.source\(\)"):
+            memory.acquire(900_000, device=device)
+        with memory.source(ring + "-other"):
+            memory.acquire(2_000_000, device=device)
+    held = memory.stats(device=device).sources[ring]
+    assert held.held_bytes == kept.size_bytes + larger.size_bytes <= held.budget_bytes == 3_200_000
+
+
+def test_waiting_for_room(device, ring):
+    """Until somebody lets go; or, when nobody does, an error after that time."""
+    with memory.source(ring, budget_bytes=1_200_000, wait_ms=20_000):
+        held = [memory.acquire(1_000_000, device=device)]
+        timer = threading.Timer(0.1, held.clear)
+        timer.start()
+        started = time.monotonic()
+        again = memory.acquire(1_000_000, device=device)
+        assert 0.05 < time.monotonic() - started < 10
+        assert memory.stats(device=device).sources[ring].waits > 0
+        timer.join()
+    started = time.monotonic()
+    with (
+        memory.source(ring, budget_bytes=1_200_000, wait_ms=60),
+        pytest.raises(MemoryLimitError, match="after 60 ms"),
+    ):
+        memory.acquire(1_000_000, device=device)
+    assert time.monotonic() - started >= 0.06
+    assert again.size_bytes >= 1_000_000
+
+
+def test_a_source_that_has_its_share_does_not_starve_one_that_waits(device, ring, no_limit):
+    """Fails if who holds most is served first, because its buffers come back to its own ring."""
+    memory.clear(device=device)
+    memory.set_limit(memory.stats(device=device).held_bytes + 4 * 1_048_576, device=device)
+    got = []
+
+    def wait_for_one() -> None:
+        with memory.source(ring + "-small", wait_ms=20_000):
+            got.append(memory.acquire(1_048_576, device=device))
+
+    with memory.source(ring + "-large"):
+        held = [memory.acquire(1_048_576, device=device) for _ in range(4)]
+        thread = threading.Thread(target=wait_for_one)
+        thread.start()
+        while f"{ring}-small" not in memory.stats(device=device).sources:
+            time.sleep(0.001)
+        time.sleep(0.05)
+        held.pop()
+        with contextlib.suppress(MemoryLimitError):
+            held.append(memory.acquire(1_048_576, device=device))
+        thread.join(10)
+    assert got
+    assert len(held) == 3
+
+
+def test_frozen_memory_does_not_grow(device, ring):
+    with memory.source(ring):
+        memory.acquire(1_000_000, device=device)
+        with memory.frozen(device=device):
+            memory.acquire(1_000_000, device=device)
+            with pytest.raises(FrozenMemoryError, match=rf"{ring}.*test_memory.py:\d+ in test_frozen_memory_does_not"):
+                memory.acquire(3_000_000, device=device)
+            memory.acquire(1_000_000, device=device)
+        memory.acquire(3_000_000, device=device)
+
+
+def test_a_warm_plan_runs_in_frozen_memory(device, ring):
+    """Decode, then preprocess: whatever is larger than the warm-up is refused, and the next batch is right again."""
+    batch, larger = [photograph(90, 120, seed) for seed in range(4)], [photograph(400, 700, 9)] * 4
+    plan = nbv.Preprocess((64, 64), scale=1 / 255)
+
+    def run(files):
+        return plan(nbv.decode(files, device=device))[0]
+
+    with memory.source(ring):
+        expected = to_host(run(batch)).copy()
+        run(batch)
+        with memory.frozen(device=device):
+            for _ in range(3):
+                np.testing.assert_array_equal(to_host(run(batch)), expected)
+            with pytest.raises(FrozenMemoryError):
+                run(larger)
+            np.testing.assert_array_equal(to_host(run(batch)), expected)
+
+
+@pytest.mark.needs_cuda
+def test_frozen_memory_of_cupys_pool(ring):
+    import cupy
+
+    cupy.get_default_memory_pool().free_all_blocks()
+    kept = cupy.empty(10_000_000, np.uint8)
+    del kept
+    with memory.frozen(device="cuda"):
+        cupy.empty(10_000_000, np.uint8)  # from the pool
+        with pytest.raises(FrozenMemoryError, match=r"test_memory.py:\d+"):
+            cupy.empty(300_000_000, np.uint8)
+    cupy.empty(300_000_000, np.uint8)
+
+
+@pytest.mark.parametrize(
+    ("device", "place"),
+    [("cpu", "cpu"), *(pytest.param("cuda", place, marks=pytest.mark.needs_cuda) for place in ("cuda", "pinned"))],
+)
+def test_no_allocation_may_break_what_follows(device, place, ring, monkeypatch):
+    """Memory that runs out at each place where it is asked for: the right result or a typed error, then all is well."""
+    files = [photograph(90, 120, 1), png(70, 50, 2), photograph(333, 100, 3)]
+    plan = nbv.Preprocess((64, 64), parity="pil", scale=1 / 255)
+
+    def run():
+        return to_host(plan(nbv.decode(files, device=device))[0])
+
+    expected = run().copy()
+    allocate = Manager._allocate
+    failures = 0
+    for fatal in range(12):
+        left = [fatal]
+
+        def failing(self, size_bytes, left=left):
+            if self.device == place:
+                left[0] -= 1
+                if left[0] < 0:
+                    raise MemoryLimitError("injected")
+            return allocate(self, size_bytes)
+
+        with memory.source(f"{ring}-{fatal}"):
+            with monkeypatch.context() as patched:
+                patched.setattr(Manager, "_allocate", failing)
+                try:
+                    np.testing.assert_array_equal(run(), expected)
+                except MemoryLimitError as error:
+                    failures += "injected" in str(error)
+            np.testing.assert_array_equal(run(), expected)
+    assert failures > 0
+
+
+def test_idle_buffers_are_given_back(device, ring, monkeypatch):
+    def held():
+        return memory.stats(device=device).sources[ring].held_bytes
+
+    with memory.source(ring):
+        memory.acquire(1_000_000, device=device)
+        memory.trim(device=device, idle_s=3600)
+        assert held() >= 1_000_000
+        memory.acquire(5_000_000, device=device)
+        assert held() >= 6_000_000
+        monkeypatch.setattr("nbvision.runtime._rings._IDLE_S", 0.0)
+        kept = memory.acquire(20_000_000, device=device)  # which lets the ring grow
+        assert held() == kept.size_bytes
+        memory.trim(device=device, idle_s=0)
+        assert held() == kept.size_bytes
+
+
+def test_a_timeline_shows_who_used_what_when(device, ring, tmp_path):
+    kept = memory.acquire(100_000, device=device)
+    with memory.timeline(device=device) as timeline:
+        with memory.source(ring + "-a"):
+            first = memory.acquire(1_000_000, device=device)
+        time.sleep(0.02)
+        with memory.source(ring + "-b"):
+            second = memory.acquire(3_000_000, device=device)
+        sizes = first.size_bytes, second.size_bytes
+        del first
+    del second  # not noted any more
+    mine = [row for row in zip(timeline.sources, timeline.used_bytes, strict=True) if row[0].startswith(ring)]
+    assert mine == [(ring + "-a", sizes[0]), (ring + "-b", sizes[1]), (ring + "-a", 0)]
+    assert timeline.seconds == sorted(timeline.seconds)
+    assert timeline.seconds[-1] >= 0.02
+    assert timeline.peak_bytes() >= sum(sizes) + kept.size_bytes
+    timeline.save(tmp_path / "memory.png", size=(400, 200))
+    picture = Image.open(tmp_path / "memory.png")
+    assert picture.size == (400, 200)
+    assert picture.getpixel((200, 145)) != (255, 255, 255)  # in the middle, near the bottom
+    assert picture.getpixel((60, 15)) == (255, 255, 255)  # the first, near the peak
+
+
+def test_statistics_as_a_table(device, ring):
+    with memory.source(ring, budget_bytes=5_000_000):
+        kept = memory.acquire(1_000_001, device=device)
+        table = str(memory.stats(device=device))
+    line = next(line for line in table.splitlines() if line.startswith(ring))
+    megabytes = f"{kept.size_bytes / 1e6:.1f}"
+    assert line.split()[1:] == [megabytes, megabytes, megabytes, "5.0", "1"]
+    assert table.splitlines()[-1].startswith("all ")
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.lists(st.tuples(st.sampled_from("abc"), st.integers(1, 3_000_000), st.booleans()), max_size=40))
+def test_what_the_statistics_say_is_true(steps):
+    """Of any sequence of takes and drops: sums, limits and budgets hold, and no two buffers overlap."""
+    name = f"test-{uuid.uuid4()}"
+    memory.clear(device="cpu")
+    before = memory.stats(device="cpu")
+    memory.set_limit(before.held_bytes + 9_000_000, device="cpu")
+    leases = []
+    try:
+        for source, size, drop in steps:
+            if drop and leases:
+                leases.pop(size % len(leases))
+            with memory.source(name + source, budget_bytes=4_000_000), contextlib.suppress(MemoryLimitError):
+                leases.append(memory.acquire(size, device="cpu"))
+            stats = memory.stats(device="cpu")
+            rings = {key: ring for key, ring in stats.sources.items() if key.startswith(name)}
+            assert stats.held_bytes <= stats.limit_bytes
+            assert sum(ring.used_bytes for ring in rings.values()) == sum(lease.size_bytes for lease in leases)
+            assert all(ring.used_bytes <= ring.held_bytes <= ring.budget_bytes for ring in rings.values())
+            spans = sorted((lease.address, lease.address + lease.size_bytes) for lease in leases)
+            assert all(end <= start for (_, end), (start, _) in itertools.pairwise(spans))
+    finally:
+        memory.set_limit(None, device="cpu")
+        del leases
+        memory.clear(device="cpu")
+    assert memory.stats(device="cpu").used_bytes == before.used_bytes
 
 
 @pytest.mark.parametrize("limit", [0, -5])
@@ -241,9 +482,9 @@ def test_pinned_memory_is_not_reused_before_it_is_copied(ring):
         stream.synchronize()
         assert len(addresses) == 1
         assert all(bool((copy == value).all()) for value, copy in enumerate(copies))
-        assert memory.stats(device="pinned").by_source[ring] >= size
+        assert memory.stats(device="pinned").sources[ring].held_bytes >= size
         memory.clear(device="pinned")
-        assert ring not in memory.stats(device="pinned").by_source
+        assert ring not in memory.stats(device="pinned").sources
 
 
 def test_unknown_place_and_limits_that_are_no_numbers_are_refused():
@@ -251,3 +492,10 @@ def test_unknown_place_and_limits_that_are_no_numbers_are_refused():
         memory.acquire(1, device="tpu")
     with pytest.raises(InputError, match="expected a positive number"):
         memory.set_limit("1 GB", device="cpu")
+    with (
+        pytest.raises(InputError, match="budget_bytes is 0; expected a positive number"),
+        memory.source("a", budget_bytes=0),
+    ):
+        pass
+    with pytest.raises(InputError, match="wait_ms is -1; expected 0 or more"), memory.source("a", wait_ms=-1):
+        pass
