@@ -24,7 +24,7 @@ from nbvision.errors import (
 
 if TYPE_CHECKING:
     from nbvision.codecs import Decoder, decode, encode
-    from nbvision.engines import Engine, QuantizationReport, quantize
+    from nbvision.engines import Engine, EngineProfile, QuantizationReport, profile_engine, quantize
     from nbvision.image import ImageBatch, as_batch
     from nbvision.ops.arithmetic import add_weighted, blend, convert, lut, normalize, threshold
     from nbvision.ops.boxes import Detections, box_iou, nms, nms_boxes
@@ -54,6 +54,7 @@ __all__ = [
     "DeviceError",
     "Engine",
     "EngineError",
+    "EngineProfile",
     "FrozenMemoryError",
     "Geometry",
     "ImageBatch",
@@ -98,6 +99,7 @@ __all__ = [
     "pad",
     "paste_masks",
     "pixel",
+    "profile_engine",
     "quantize",
     "resize",
     "rle_to_mask",
@@ -112,6 +114,7 @@ _ROOM_OF = {
     "Decoder": "nbvision.codecs",
     "Detections": "nbvision.ops.boxes",
     "Engine": "nbvision.engines",
+    "EngineProfile": "nbvision.engines",
     "Geometry": "nbvision.ops.geometry",
     "ImageBatch": "nbvision.image",
     "Index": "nbvision.search",
@@ -149,6 +152,7 @@ _ROOM_OF = {
     "pad": "nbvision.ops.pad",
     "paste_masks": "nbvision.ops.masks",
     "pixel": "nbvision.ops.pixel",
+    "profile_engine": "nbvision.engines",
     "quantize": "nbvision.engines",
     "resize": "nbvision.ops.resize",
     "rle_to_mask": "nbvision.ops.rle",

@@ -1,10 +1,11 @@
-"""The command line: ``nbvision info | demo | index | search``."""
+"""The command line: ``nbvision info | demo | index | search | build-engine | profile-engine``."""
 
 from __future__ import annotations
 
 import argparse
 import functools
 import sys
+import time
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
@@ -12,6 +13,7 @@ from typing import TYPE_CHECKING
 
 import nbvision
 from nbvision.errors import InputError, NbvisionError, SearchError
+from nbvision.runtime.cache import cache_dir
 
 if TYPE_CHECKING:
     from nbvision.pipeline import Recognizer
@@ -60,6 +62,28 @@ def _parser() -> argparse.ArgumentParser:
     search.add_argument("-k", type=int, default=5, help="answers for each object (%(default)s)")
     _add_model_options(search)
     search.set_defaults(command=_search)
+
+    build = commands.add_parser("build-engine", help="make ready what an ONNX model needs on this machine, and keep it")
+    build.add_argument("model", type=Path, help="an ONNX file")
+    build.add_argument(
+        "--batch", type=_positive, nargs=3, default=(1, 16, 64), metavar=("MIN", "OPT", "MAX"), help="sizes (1 16 64)"
+    )
+    _add_device_options(build)
+    build.set_defaults(command=_build_engine)
+
+    profile = commands.add_parser("profile-engine", help="how long a model takes, by batch size and precision")
+    profile.add_argument("model", type=Path, help="an ONNX file")
+    profile.add_argument(
+        "--batches", type=_positive, nargs="+", default=[1, 2, 4, 8, 16, 32, 64], help="sizes (1 2 4 ... 64)"
+    )
+    profile.add_argument(
+        "--precisions", choices=["fp32", "fp16"], nargs="+", default=["fp32"], help="of TensorRT (fp32)"
+    )
+    profile.add_argument("--seconds", type=float, default=0.5, help="for each point (%(default)s)")
+    profile.add_argument("--device", choices=["cpu", "cuda"], help="default: CUDA where it works")
+    profile.add_argument("--json", type=Path, metavar="FILE", help="write the figures here too")
+    profile.add_argument("--picture", type=Path, metavar="FILE", help="draw the curves; needs the extra `plot`")
+    profile.set_defaults(command=_profile_engine)
     return parser
 
 
@@ -206,4 +230,45 @@ def _search(options: argparse.Namespace) -> int:
         console.table(title, ["image", "similarity", "match"], rows)
     if (hits.scores < weak).any():
         console.print(f"weak: a similarity under {weak}, which pictures of other products have too")
+    return 0
+
+
+def _build_engine(options: argparse.Namespace) -> int:
+    from nbvision.console import Console
+    from nbvision.engines import Engine
+
+    console = Console()
+    started = time.perf_counter()
+    with console.status(f"building {options.model.name}; TensorRT may take minutes"):
+        engine = Engine(options.model, precision=options.precision, batch=tuple(options.batch), device=options.device)
+    console.print(repr(engine))
+    console.print(f"ready in {time.perf_counter() - started:.1f} s; the next start loads what is kept in {cache_dir()}")
+    return 0
+
+
+def _profile_engine(options: argparse.Namespace) -> int:
+    from nbvision.console import Console
+    from nbvision.engines import profile_engine
+
+    console = Console()
+    with console.progress("timing", len(options.precisions) * len(set(options.batches))) as advance:
+        profile = profile_engine(
+            options.model,
+            precisions=options.precisions,
+            batches=options.batches,
+            seconds=options.seconds,
+            device=options.device,
+            progress=lambda found: advance(),
+        )
+    rows = [
+        (found.precision, str(found.batch), f"{found.p50_ms:.3f}", f"{found.p99_ms:.3f}", f"{found.items_per_s:,.0f}")
+        for found in profile.times
+    ]
+    columns = ["precision", "batch", "p50 ms", "p99 ms", "items/s"]
+    console.table(f"{profile.name} on {profile.device}, {profile.runtime}", columns, rows)
+    if options.json:
+        profile.save(options.json)
+    if options.picture:
+        profile.draw(options.picture)
+        console.print(f"picture: {options.picture}")
     return 0

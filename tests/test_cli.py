@@ -75,7 +75,19 @@ def test_info(capsys: pytest.CaptureFixture[str]) -> None:
     assert f"numpy {np.__version__}" in printed
     assert sum(line.startswith("cuda ") for line in lines) == 1
     extras = lines[lines.index("extras") + 1 :]
-    named = ["cuda13", "tensorrt", "tensorrt-rtx", "onnx", "search", "codecs", "polygons", "bfloat16", "cli"]
+    named = [
+        "cuda13",
+        "tensorrt",
+        "tensorrt-rtx",
+        "onnx",
+        "quantize",
+        "search",
+        "codecs",
+        "polygons",
+        "bfloat16",
+        "cli",
+    ]
+    named.append("plot")
     assert [line.split()[0] for line in extras] == named
 
 
@@ -289,3 +301,36 @@ def test_version(capsys):
         main(["--version"])
     assert stop.value.code == 0
     assert capsys.readouterr().out == f"nbvision {nbvision.__version__}\n"
+
+
+# --- engines ----------------------------------------------------------------------------------------------------------
+
+
+def test_profile_engine(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    model = models_directory() / "embedder.onnx"
+    options = ["--batches", "4", "1", "2", "--seconds", "0.05", "--device", "cpu"]
+    files = ["--json", tmp_path / "profile.json", "--picture", tmp_path / "profile.png"]
+    status, printed, errors = run(capsys, "profile-engine", model, *options, *files)
+    assert (status, errors) == (0, "")
+    rows = [row for row in table_rows(printed) if row[0] == "fp32"]
+    assert [row[1] for row in rows] == ["1", "2", "4"]
+    figures = json.loads((tmp_path / "profile.json").read_text())
+    assert (figures["name"], figures["device"], figures["runtime"]) == ("embedder", "cpu", "onnxruntime")
+    for row, point in zip(rows, figures["times"], strict=True):
+        assert float(row[2]) == pytest.approx(point["p50_ms"], abs=0.001)
+        assert 0 < point["p50_ms"] <= point["p99_ms"]
+    with Image.open(tmp_path / "profile.png") as picture:
+        assert len(picture.convert("RGB").getcolors(1 << 20)) > 100
+
+
+def test_build_engine(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    model = models_directory() / "embedder.onnx"
+    status, printed, errors = run(capsys, "build-engine", model, "--batch", "1", "2", "4", "--device", "cpu")
+    assert (status, errors) == (0, "")
+    assert "Engine('embedder', onnxruntime, fp32" in printed
+    assert "ready in" in printed
+    (tmp_path / "no.onnx").write_bytes(b"not a model")
+    assert_fails(run(capsys, "build-engine", tmp_path / "no.onnx", "--device", "cpu"), "no.onnx")
+    assert_fails(run(capsys, "profile-engine", tmp_path / "none.onnx", "--device", "cpu"), "none.onnx")
+    assert_fails(run(capsys, "build-engine", model, "--batch", "3", "2", "4", "--device", "cpu"), "(3, 2, 4)")

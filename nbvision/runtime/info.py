@@ -22,11 +22,13 @@ _EXTRAS: dict[str, tuple[tuple[str, ...], tuple[str, ...], str]] = {
     "tensorrt": (("tensorrt",), ("tensorrt",), "no Engine on CUDA"),
     "tensorrt-rtx": (("tensorrt_rtx",), ("tensorrt-rtx-cu13",), "no Engine on GeForce RTX through TensorRT-RTX"),
     "onnx": (("onnxruntime",), ("onnxruntime",), "no Engine on the CPU"),
+    "quantize": (("onnxruntime", "onnx"), ("onnxruntime", "onnx"), "no quantize()"),
     "search": (("faiss",), ("faiss-cpu",), "no search index"),
     "codecs": (("imagecodecs",), ("imagecodecs",), "PNG and WebP are decoded by Pillow, several times slower"),
     "polygons": (("cv2",), ("opencv-python-headless",), "no mask_to_polygons"),
     "bfloat16": (("ml_dtypes",), ("ml-dtypes",), "no Preprocess(dtype='bfloat16')"),
-    "cli": (("rich",), ("rich",), "no progress bars: `nbvision demo`, `index` and `search` do not start"),
+    "cli": (("rich",), ("rich",), "no progress bars and tables: of `nbvision`'s commands only `info` starts"),
+    "plot": (("matplotlib",), ("matplotlib",), "no picture from `nbvision profile-engine`"),
 }
 
 
