@@ -26,7 +26,7 @@ from nbvision.demo.catalogue import make_catalogue
 from nbvision.demo.run import models_directory
 from nbvision.engines import Engine
 from nbvision.ops.boxes import box_iou
-from nbvision.pipeline import BACKGROUND, CROP_MARGIN, IMAGENET_MEAN, IMAGENET_STD, Recognition, Recognizer
+from nbvision.recognizer import BACKGROUND, CROP_MARGIN, IMAGENET_MEAN, IMAGENET_STD, Recognition, Recognizer
 
 __all__ = ["Found", "StraightforwardRecognizer", "agreement", "decode", "letterbox", "tensor_of"]
 
@@ -36,7 +36,7 @@ STD = np.array(IMAGENET_STD, np.float32).reshape(3, 1, 1)
 
 @dataclass(frozen=True)
 class Found:
-    """What was found in a batch, in the fields and the order of :class:`nbvision.pipeline.Recognition`."""
+    """What was found in a batch, in the fields and the order of :class:`nbvision.recognizer.Recognition`."""
 
     errors: tuple[str | None, ...]
     images: np.ndarray

@@ -40,7 +40,7 @@ if TYPE_CHECKING:
     from nbvision.ops.resize import letterbox, resize
     from nbvision.ops.rle import mask_to_polygons, mask_to_rle, rle_to_mask
     from nbvision.ops.warp import flip, rotate, rotation_matrix, warp_affine, warp_perspective
-    from nbvision.pipeline import Recognizer
+    from nbvision.recognizer import Recognizer
     from nbvision.runtime import memory
     from nbvision.search import Index
 
@@ -122,7 +122,7 @@ _ROOM_OF = {
     "PixelFunction": "nbvision.ops.pixel",
     "Preprocess": "nbvision.ops.preprocess",
     "QuantizationReport": "nbvision.engines",
-    "Recognizer": "nbvision.pipeline",
+    "Recognizer": "nbvision.recognizer",
     "add_weighted": "nbvision.ops.arithmetic",
     "argmax_map": "nbvision.ops.masks",
     "as_batch": "nbvision.image",

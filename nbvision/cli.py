@@ -16,7 +16,7 @@ from nbvision.errors import InputError, NbvisionError, SearchError
 from nbvision.runtime.cache import cache_dir
 
 if TYPE_CHECKING:
-    from nbvision.pipeline import Recognizer
+    from nbvision.recognizer import Recognizer
 
 __all__ = ["main"]
 
@@ -115,7 +115,7 @@ def _add_model_options(parser: argparse.ArgumentParser) -> None:
 
 def _load_recognizer(options: argparse.Namespace) -> Recognizer:
     from nbvision.demo.run import models_directory
-    from nbvision.pipeline import Recognizer
+    from nbvision.recognizer import Recognizer
 
     return Recognizer.load(options.models or models_directory(), device=options.device, precision=options.precision)
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
-from nbvision.pipeline import Recognition, Recognizer, StageTimes
+from nbvision.recognizer import Recognition, Recognizer, StageTimes
 from nbvision.search import Index
 
 __all__ = ["IMAGE_SUFFIXES", "image_files", "index_files"]

@@ -21,7 +21,7 @@ from nbvision.errors import InputError
 from nbvision.image import ImageBatch
 from nbvision.ops.geometry import Geometry
 from nbvision.ops.preprocess import Preprocess
-from nbvision.pipeline import Recognition
+from nbvision.recognizer import Recognition
 
 HIT, MISS = True, False
 TRAINING = Path(__file__).parents[1] / "examples" / "train_demo_models.py"

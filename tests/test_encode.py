@@ -375,8 +375,9 @@ def test_the_gpus_jpegs_are_as_near_as_the_hosts(color: str, options: Any, subsa
                 assert JpegImagePlugin.get_sampling(shown) == in_header
             expected = red_first(image, color)
             assert psnr(np.asarray(shown), expected) > psnr(np.asarray(by_host), expected) - 0.5
-            # Of a progressive file, nvJPEG's tables are not those of the image.
-            assert len(file) < (1.7 if "progressive" in options else 1.1) * len(of_host) + 400
+            # Of a progressive file, nvJPEG's tables are not those of the image, and take 1.5 kB.
+            larger, tables_bytes = (1.7, 1900) if "progressive" in options else (1.1, 400)
+            assert len(file) < larger * len(of_host) + tables_bytes
 
 
 class HostPixels:

@@ -29,7 +29,7 @@ def recognizers(engines: str) -> tuple[Any, Any]:
         need("onnxruntime")
     from nbvision.demo.run import models_directory
     from nbvision.errors import MissingExtraError
-    from nbvision.pipeline import Recognizer
+    from nbvision.recognizer import Recognizer
 
     try:
         ours = Recognizer.load(models_directory(), device=device, precision=precision)

@@ -10,7 +10,7 @@ import numpy.typing as npt
 from nbvision.demo.garments import Scene
 from nbvision.ops.boxes import box_iou
 from nbvision.ops.geometry import Geometry
-from nbvision.pipeline import Recognition
+from nbvision.recognizer import Recognition
 
 __all__ = ["match_objects", "mean_average_precision", "mean_mask_iou", "paste_mask", "recall_at"]
 

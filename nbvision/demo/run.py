@@ -17,7 +17,7 @@ from nbvision.demo.catalogue import Catalogue, Photograph, make_catalogue, produ
 from nbvision.demo.metrics import match_objects, mean_average_precision, mean_mask_iou, paste_mask, recall_at
 from nbvision.demo.report import Match, Row, draw_report
 from nbvision.indexing import index_files
-from nbvision.pipeline import Recognition, Recognizer, StageTimes
+from nbvision.recognizer import Recognition, Recognizer, StageTimes
 from nbvision.runtime.device import Device
 from nbvision.search import Hits, Index
 

@@ -154,9 +154,9 @@ def _frozen_pool() -> Iterator[None]:
     class Refuse(cupy.cuda.MemoryHook):  # type: ignore[misc, name-defined]
         name = "nbvision.memory.frozen"
 
-        def malloc_preprocess(self, **request: Any) -> None:
+        def alloc_preprocess(self, **request: Any) -> None:  # malloc_preprocess is also called for what the pool has
             raise FrozenMemoryError(
-                f"CuPy's pool needs {request['size'] / 1e6:.1f} MB more while memory is frozen, at {asked_at()}. "
+                f"CuPy's pool needs {request['mem_size'] / 1e6:.1f} MB more while memory is frozen, at {asked_at()}. "
                 "Do the same work before, or take it out of memory.frozen()"
             )
 

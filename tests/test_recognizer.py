@@ -18,7 +18,7 @@ from nbvision.demo.metrics import match_objects
 from nbvision.demo.run import models_directory
 from nbvision.engines import Engine
 from nbvision.errors import DecodeError, EngineError, InputError
-from nbvision.pipeline import Recognition, Recognizer, StageTimes, in_batches
+from nbvision.recognizer import Recognition, Recognizer, StageTimes, in_batches
 
 STAGES = {"decode", "detect", "crop", "mask", "embed"}
 BROKEN = [b"", b"<html>404 Not Found</html>" * 40, "no-such-file.jpg"]
