@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import hashlib
 import importlib.util
 import logging
@@ -20,8 +21,9 @@ from nbvision.engines import BatchRange, Engine
 from nbvision.engines._trt import load_tensorrt
 from nbvision.engines.engine import _installed_tensorrt
 from nbvision.engines.plan_cache import read_plan, write_plan
-from nbvision.errors import DeviceError, EngineError, InputError, MissingExtraError
+from nbvision.errors import DeviceError, EngineError, InputError, MemoryLimitError, MissingExtraError
 from nbvision.image import to_device
+from nbvision.runtime import memory
 from nbvision.runtime.device import array_module, cuda_unavailable_because, synchronize
 
 FLOAT, HALF, INT64 = TensorProto.FLOAT, TensorProto.FLOAT16, TensorProto.INT64
@@ -152,6 +154,18 @@ def test_several_inputs_and_outputs(make: Make, device: Any, rng: np.random.Gene
     assert set(outputs) == {"sum", "product"}
     np.testing.assert_allclose(to_device(outputs["sum"], "cpu"), left + right, rtol=1e-6)
     np.testing.assert_allclose(to_device(outputs["product"], "cpu"), left * right, rtol=1e-6)
+
+
+@pytest.mark.parametrize("cuda_graphs", [False, True])
+def test_ranges_of_batches(make: Make, device: str, rng: np.random.Generator, cuda_graphs: bool) -> None:
+    engine = make(convolution(), batch=[(1, 1, 1), (2, 4, 8), (8, 16, 64)], cuda_graphs=cuda_graphs)
+    assert engine.batch == BatchRange(1, 16, 64)
+    for batch in (1, 8, 64, 2, 1, 9):
+        x = images(rng, batch)
+        y = engine(to_device(x, device))  # type: ignore[arg-type]
+        np.testing.assert_allclose(to_device(y, "cpu"), convolution_in_numpy(x), rtol=1e-4, atol=1e-4)
+    with pytest.raises(InputError, match="made for 1 to 64"):
+        engine(to_device(images(rng, 65), device))  # type: ignore[arg-type]
 
 
 def test_fixed_batch(make: Make, device: Any, rng: np.random.Generator) -> None:
@@ -363,6 +377,9 @@ def test_wrong_options(make: Make) -> None:
         {"batch": (0, 1, 2)},
         {"batch": (1, 9, 8)},
         {"batch": (1, 2)},
+        {"batch": []},
+        {"batch": [(1, 2, 4), (6, 8, 8)]},
+        {"batch": [(2, 4, 8), (1, 1, 1)]},
         {"runtime": "abacus"},
         {"device": "cpu", "runtime": "tensorrt"},
         {"device": "cuda", "runtime": "onnxruntime"},
@@ -408,7 +425,7 @@ def test_plan_files(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
         assert "is damaged" in caplog.text
     caplog.clear()
     write_plan(path / "beneath a file", b"plan")
-    assert "cannot keep the plan" in caplog.text
+    assert "cannot keep" in caplog.text
 
 
 @pytest.mark.needs_cuda
@@ -426,7 +443,7 @@ def test_plan_is_kept(tmp_path: Path, rng: np.random.Generator, caplog: pytest.L
         return caplog.text
 
     assert "built its plan" in check()
-    (path,) = (tmp_path / "plans").iterdir()
+    (path,) = (tmp_path / "plans").glob("*.plan")
     written = path.stat().st_mtime_ns
     logged = check()
     assert "plan loaded" in logged
@@ -435,13 +452,20 @@ def test_plan_is_kept(tmp_path: Path, rng: np.random.Generator, caplog: pytest.L
 
     assert "built its plan" in check(batch=(1, 2, 4))
     assert "built its plan" in check(precision="fp16")
-    assert len(list((tmp_path / "plans").iterdir())) == 3
+    assert len(list((tmp_path / "plans").glob("*.plan"))) == 3
 
     path.write_bytes(path.read_bytes()[:-100])
     logged = check()
     assert "is damaged" in logged
     assert "built its plan" in logged
     assert "plan loaded" in check()
+
+    (timings,) = (tmp_path / "plans").glob("*.timings")
+    timings.write_bytes(b"damaged")
+    logged = check(batch=(1, 3, 5))
+    assert f"{timings} is damaged" in logged
+    assert "built its plan" in logged
+    assert timings.read_bytes() != b"damaged"
 
     write_plan(path, b"from another TensorRT " * 1000)
     logged = check()
@@ -453,7 +477,7 @@ def test_plan_is_kept(tmp_path: Path, rng: np.random.Generator, caplog: pytest.L
 def test_plan_that_cannot_be_kept(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     onnx.save(convolution(), tmp_path / "tiny.onnx")
     Engine(tmp_path / "tiny.onnx", device="cuda", cache_dir=tmp_path / "tiny.onnx")
-    assert "cannot keep the plan" in caplog.text
+    assert "cannot keep" in caplog.text
 
 
 # CUDA streams
@@ -503,3 +527,90 @@ def test_shape_that_depends_on_the_data(plans: Path, tmp_path: Path) -> None:
     onnx.save(one_node("NonZero", ("x", FLOAT, ["N", 4]), ("y", INT64, [2, None])), tmp_path / "tiny.onnx")
     with pytest.raises(EngineError, match="depends on the data"):
         Engine(tmp_path / "tiny.onnx", device="cuda", cache_dir=plans)(array_module("cuda").ones((2, 4), np.float32))
+
+
+@pytest.mark.needs_cuda
+def test_graphs_give_what_calls_give(plans: Path, tmp_path: Path, rng: np.random.Generator) -> None:
+    """The same arrays again and again, with new values in them, then others, then the first ones from elsewhere."""
+    cupy = array_module("cuda")
+    onnx.save(convolution(), tmp_path / "tiny.onnx")
+    engine = Engine(tmp_path / "tiny.onnx", device="cuda", cache_dir=plans, cuda_graphs=True)
+    executor: Any = engine._executor
+    kept = [(cupy.empty((n, 3, 16, 16), np.float32), cupy.empty((n, 8, 16, 16), np.float32)) for n in (1, 5)]
+
+    def check(which: int) -> None:
+        x, out = kept[which]
+        values = images(rng, len(x))
+        x.set(values)
+        out.fill(np.nan)
+        assert engine.run({"x": x}, {"y": out})["y"] is out
+        np.testing.assert_allclose(out.get(), convolution_in_numpy(values), atol=1e-4)
+
+    streams = [cupy.cuda.Stream(non_blocking=True) for _ in range(2)]
+    for stream in (streams[0], streams[1], cupy.cuda.Stream.null):
+        with stream:
+            for which in (0, 0, 0, 0, 1, 1, 1, 0, 1, 1):
+                check(which)
+            assert any(lane._graph is not None for lanes in executor._lanes for lane in lanes)
+
+
+@pytest.mark.needs_cuda
+def test_a_call_inside_of_a_capture(plans: Path, tmp_path: Path, rng: np.random.Generator) -> None:
+    cupy = array_module("cuda")
+    onnx.save(convolution(), tmp_path / "tiny.onnx")
+    engine = Engine(tmp_path / "tiny.onnx", device="cuda", cache_dir=plans, cuda_graphs=True)
+    values = images(rng, 2)
+    with cupy.cuda.Stream(non_blocking=True) as stream:
+        x, out = cupy.zeros_like(to_device(values, "cuda")), cupy.empty((2, 8, 16, 16), np.float32)
+        for _ in range(4):
+            engine.run({"x": x}, {"y": out})
+        stream.begin_capture()
+        engine.run({"x": x}, {"y": out})
+        graph = stream.end_capture()
+        x.set(values)
+        graph.launch(stream)
+        stream.synchronize()
+    np.testing.assert_allclose(out.get(), convolution_in_numpy(values), atol=1e-4)
+
+
+@pytest.mark.needs_cuda
+def test_tensorrts_memory_is_the_managers(plans: Path, tmp_path: Path, rng: np.random.Generator) -> None:
+    onnx.save(convolution(), tmp_path / "tiny.onnx")
+
+    def used() -> int:
+        sources = memory.stats(device="cuda").sources
+        return sources["TensorRT"].used_bytes if "TensorRT" in sources else 0
+
+    gc.collect()
+    before = used()
+    engine = Engine(tmp_path / "tiny.onnx", device="cuda", cache_dir=plans)
+    loaded = used()
+    assert loaded > before
+    x = to_device(images(rng, 4), "cuda")
+    with array_module("cuda").cuda.Stream(non_blocking=True):
+        out = engine(x)
+        assert used() > loaded  # the slab of this stream
+        allocations = memory.stats(device="cuda").allocations
+        with memory.frozen(device="cuda"):
+            for _ in range(20):
+                engine.run({"x": x}, {"y": out})
+        assert memory.stats(device="cuda").allocations == allocations
+    held = used()
+    del engine
+    gc.collect()
+    assert used() - before <= held - loaded  # its weights are back; the stream keeps its slab
+
+
+@pytest.mark.needs_cuda
+def test_no_memory_for_the_weights(plans: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    onnx.save(convolution(), tmp_path / "tiny.onnx")
+    Engine(tmp_path / "tiny.onnx", device="cuda", cache_dir=plans)
+
+    def refuse(*arguments: Any, **options: Any) -> Any:
+        raise MemoryLimitError("none left")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(memory, "acquire", refuse)
+        with pytest.raises(MemoryLimitError, match="none left"):
+            Engine(tmp_path / "tiny.onnx", device="cuda", cache_dir=plans)
+    Engine(tmp_path / "tiny.onnx", device="cuda", cache_dir=plans)

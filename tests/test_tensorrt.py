@@ -29,8 +29,8 @@ def trt() -> TensorRT:
     return load_tensorrt("tensorrt_rtx")
 
 
-def options(precision: Any = "fp32", batch: BatchRange | None = None) -> BuildOptions:
-    return BuildOptions(batch or BatchRange(1, 4, 16), precision, 1 << 28)
+def options(precision: Any = "fp32", batches: tuple[BatchRange, ...] = (BatchRange(1, 4, 16),)) -> BuildOptions:
+    return BuildOptions(batches, precision, 1 << 28)
 
 
 def build(trt: TensorRT, path: Path, model: onnx.ModelProto, **choices: Any) -> bytes:
@@ -74,8 +74,32 @@ def test_the_quantized_detector_builds(trt: TensorRT, tmp_path: Path) -> None:
 
 
 def test_profile_reaches_the_plan(trt: TensorRT, tmp_path: Path) -> None:
-    small, large = BatchRange(1, 1, 2), BatchRange(1, 64, 256)
-    assert build(trt, tmp_path, convolution(), batch=small) != build(trt, tmp_path, convolution(), batch=large)
+    small, large = (BatchRange(1, 1, 2),), (BatchRange(1, 64, 256),)
+    assert build(trt, tmp_path, convolution(), batches=small) != build(trt, tmp_path, convolution(), batches=large)
+
+
+def test_a_profile_for_each_range(trt: TensorRT, tmp_path: Path) -> None:
+    one, two = (BatchRange(1, 4, 16),), (BatchRange(1, 1, 1), BatchRange(2, 4, 16))
+    sizes = [len(build(trt, tmp_path, convolution(), batches=batches)) for batches in (one, two)]
+    assert sizes[1] > sizes[0]
+
+
+def test_the_allocator_calls_back(trt: TensorRT) -> None:
+    asked: list[int] = []
+
+    def allocate(size: int) -> int:
+        asked.append(size)
+        return 4096
+
+    def free(address: int) -> bool:
+        asked.append(-address)
+        return True
+
+    allocator = trt.create_allocator(allocate, free)
+    assert isinstance(allocator, tensorrt_rtx.IGpuAllocator)
+    assert allocator.allocate_async(100, 256, 0, 0) == 4096
+    assert allocator.deallocate_async(4096, 0) is True
+    assert asked == [100, -4096]
 
 
 def test_float16_comes_from_the_file(trt: TensorRT, tmp_path: Path) -> None:

@@ -7,6 +7,9 @@ module              ``tensorrt``        ``tensorrt``        ``tensorrt``        
 explicit batch      a flag              always              always                  always
 float16             ``BuilderFlag``     ``BuilderFlag``     types of the file       types of the file
 tactic sources      cuBLAS, cuDNN, off  its own             its own                 its own
+activations         ``device_memory``   with their size     with their size         with their size
+allocator           without streams     with streams        with streams            with streams
+contexts a profile  one                 any number          any number              any number
 builds for          this GPU            this GPU            this GPU                this GPU, or named ones
 ==================  ==================  ==================  ======================  ======================
 """
@@ -14,12 +17,13 @@ builds for          this GPU            this GPU            this GPU            
 from __future__ import annotations
 
 import collections
+import ctypes
 import functools
 import importlib
 import importlib.util
 import logging
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
 import numpy as np
@@ -115,6 +119,71 @@ class TensorRT:
             config.clear_flag(self.api.BuilderFlag.TF32)
         return config
 
+    def create_context(self, engine: Any, profile: int, stream: Any) -> Any:
+        """An execution context of an optimisation profile, without memory for activations; None if there is none."""
+        if hasattr(engine, "create_execution_context_without_device_memory"):
+            context = engine.create_execution_context_without_device_memory()
+        else:
+            context = engine.create_execution_context(self.api.ExecutionContextAllocationStrategy.USER_MANAGED)
+        if context is not None and profile:
+            if not context.set_optimization_profile_async(profile, stream.ptr):
+                return None
+            stream.synchronize()
+        return context
+
+    @property
+    def shares_profiles(self) -> bool:
+        """Whether several contexts may have one optimisation profile."""
+        return self.name == "tensorrt_rtx" or self.version >= (10,)
+
+    def activation_bytes(self, engine: Any) -> int:
+        """Scratch memory that any context of an engine needs."""
+        sizes = (getattr(engine, name, None) for name in ("device_memory_size_v2", "device_memory_size"))
+        return next(int(size) for size in sizes if size is not None)
+
+    def set_activations(self, context: Any, address: int, size_bytes: int) -> None:
+        """Give a context its scratch memory."""
+        if hasattr(context, "set_device_memory"):
+            context.set_device_memory(address, size_bytes)
+        else:
+            context.device_memory = address
+
+    def create_allocator(self, allocate: Callable[[int], int], free: Callable[[int], bool]) -> Any:
+        """An allocator for a ``trt.Runtime``, which asks it for weights and for what a context keeps.
+
+        ``allocate`` takes a size and gives an address, or 0: an exception would vanish inside TensorRT. The streams are
+        not passed on, so memory has to be free for any stream when it is given, and is when it is taken back.
+        """
+        base = getattr(self.api, "IGpuAsyncAllocator", self.api.IGpuAllocator)
+
+        class Allocator(base):  # type: ignore[misc, valid-type]
+            def __init__(self) -> None:
+                base.__init__(self)  # as of the logger
+
+            def allocate(self, size: int, alignment: int, flags: int) -> int:
+                return allocate(size)
+
+            def deallocate(self, memory: Any) -> bool:
+                return free(_address(memory))
+
+            def allocate_async(self, size: int, alignment: int, *flags_and_stream: int) -> int:
+                return allocate(size)
+
+            def deallocate_async(self, memory: Any, stream: int) -> bool:
+                return free(_address(memory))
+
+            def reallocate(self, address: Any, alignment: int, new_size: int) -> int:
+                return 0
+
+        return Allocator()
+
+    def use_timings(self, config: Any, timings: bytes) -> Any:
+        """Let a build use and complete what earlier ones measured; None where that is not to be had."""
+        if self.name == "tensorrt_rtx":  # times nothing when it builds
+            return None
+        cache = config.create_timing_cache(timings)
+        return cache if cache is not None and config.set_timing_cache(cache, False) else None
+
     def set_targets(self, config: Any, compute_capabilities: Sequence[tuple[int, int]]) -> None:
         """Build for these compute capabilities instead of for the GPU at hand; TensorRT-RTX only."""
         if self.name != "tensorrt_rtx":
@@ -156,6 +225,15 @@ class TensorRT:
                     logger.log(level, "TensorRT: %s", message)
 
         return PythonLogger()
+
+
+def _address(memory: Any) -> int:
+    """An address as TensorRT hands it to Python: a number, or a capsule around it."""
+    if isinstance(memory, int):
+        return memory
+    pointer_of = ctypes.pythonapi.PyCapsule_GetPointer
+    pointer_of.restype, pointer_of.argtypes = ctypes.c_void_p, [ctypes.py_object, ctypes.c_char_p]
+    return pointer_of(memory, None) or 0
 
 
 @functools.cache

@@ -6,10 +6,12 @@ import logging
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from nbvision.engines._trt import TensorRT
 from nbvision.engines.onnx_file import OnnxFile
+from nbvision.engines.plan_cache import read_plan, write_plan
 from nbvision.engines.spec import BatchRange, Precision, TensorSpec, check_model_inputs
 from nbvision.errors import EngineError
 
@@ -22,15 +24,20 @@ logger = logging.getLogger("nbvision")
 class BuildOptions:
     """What a plan depends on besides its model and its machine."""
 
-    batch: BatchRange
+    batches: tuple[BatchRange, ...]
     precision: Precision
     workspace_bytes: int
 
 
 def build_plan(
-    trt: TensorRT, model: OnnxFile, options: BuildOptions, *, targets: Sequence[tuple[int, int]] = ()
+    trt: TensorRT,
+    model: OnnxFile,
+    options: BuildOptions,
+    *,
+    targets: Sequence[tuple[int, int]] = (),
+    timings: Path | None = None,
 ) -> bytes:
-    """Build a plan with one optimisation profile.
+    """Build a plan with an optimisation profile for each range of batch sizes.
 
     Parameters
     ----------
@@ -39,6 +46,8 @@ def build_plan(
     options : BuildOptions
     targets : sequence of (major, minor)
         Compute capabilities to build for, which needs no GPU; TensorRT-RTX only. Default: the GPU at hand.
+    timings : path, optional
+        A file of what earlier builds measured, which spares this one to; it is completed.
 
     Raises
     ------
@@ -61,12 +70,16 @@ def build_plan(
         int8=_is_quantized(trt, network),
     )
     if any(spec.batched for spec in inputs):
-        _add_profile(builder, config, inputs, options.batch)
+        for batch in options.batches:
+            _add_profile(builder, config, inputs, batch)
     if targets:
         trt.set_targets(config, targets)
+    timed = None if timings is None else trt.use_timings(config, read_plan(timings) or b"")
     plan = builder.build_serialized_network(network, config)
     if plan is None:
         raise EngineError(f"{model.path.name}: {trt} cannot build it: {trt.take_reason()}")
+    if timings is not None and timed is not None:
+        write_plan(timings, bytes(timed.serialize()))
     logger.info("%s: %s built its plan in %.1f s", model.path.name, trt, time.perf_counter() - started)
     return bytes(plan)
 

@@ -7,10 +7,10 @@ import importlib.util
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal, Protocol, get_args
+from typing import Any, Literal, NoReturn, Protocol, get_args
 
 from nbvision.engines.onnx_file import OnnxFile, read_onnx
-from nbvision.engines.spec import BatchRange, Precision, TensorSpec, check_out, checked_batch
+from nbvision.engines.spec import Batch, BatchRange, Precision, TensorSpec, check_out, checked_batches
 from nbvision.errors import InputError, MissingExtraError
 from nbvision.image import to_device
 from nbvision.runtime.device import (
@@ -57,9 +57,10 @@ class Engine:
         there ``"fp16"`` wants a file that holds float16. The CPU always computes in the types of the file.
         It changes no dtype of inputs and outputs: those are the file's (TensorRT 8 narrows int64 to int32), see
         :attr:`inputs`.
-    batch : (min, opt, max)
-        Batch sizes to prepare for; the engine is fastest at ``opt``. Of no effect if the file fixes its
-        batch.
+    batch : (min, opt, max), or a sequence of them
+        Batch sizes to prepare for; the engine is fastest at ``opt``. Of several ranges, which have to rise without a
+        gap, TensorRT chooses its kernels for each apart: ``[(1, 1, 1), (2, 16, 64)]`` is as fast with one image as it
+        can be, and takes longer to build. Of no effect if the file fixes its batch.
     device : {"cpu", "cuda"}, optional
         Default: where ``runtime`` runs, else ``NBVISION_DEVICE``, else CUDA where it works, else the CPU.
     runtime : {"tensorrt", "tensorrt_rtx", "onnxruntime"}, optional
@@ -69,6 +70,10 @@ class Engine:
         first build takes seconds to minutes, a load from there milliseconds.
     workspace_bytes : int
         Most scratch memory a TensorRT layer may take.
+    cuda_graphs : bool
+        Whether TensorRT's calls are kept as CUDA graphs: from the third call on the same arrays (the same memory, such
+        as a ring's) the host queues one graph instead of every layer, which pays for small batches. Calls that cannot
+        be a graph run as without. TensorRT 8 keeps one graph for each range of ``batch``, later ones four.
 
     Attributes
     ----------
@@ -77,7 +82,7 @@ class Engine:
     runtime : {"tensorrt", "tensorrt_rtx", "onnxruntime"}
     precision : {"fp32", "fp16"}
     batch : BatchRange or None
-        The batch sizes it takes; None if the file fixes them.
+        The batch sizes it takes, from the least to the most of all ranges; None if the file fixes them.
     name : str
         The file's name without its suffix.
     digest : str
@@ -108,15 +113,16 @@ class Engine:
         path: str | os.PathLike[str],
         *,
         precision: Precision = "fp32",
-        batch: tuple[int, int, int] = (1, 16, 64),
+        batch: Batch = (1, 16, 64),
         device: Device | None = None,
         runtime: RuntimeName | None = None,
         cache_dir: str | os.PathLike[str] | None = None,
         workspace_bytes: int = DEFAULT_WORKSPACE_BYTES,
+        cuda_graphs: bool = False,
     ) -> None:
         if precision not in get_args(Precision):
             raise InputError(f"precision is {precision!r}; expected one of {get_args(Precision)}")
-        batch_range = checked_batch(batch)
+        batches = checked_batches(batch)
         self.device, self.runtime = _choose_runtime(device, runtime)
         model = read_onnx(path)
         self.name = model.path.stem
@@ -126,14 +132,17 @@ class Engine:
         self._executor = _make_executor(
             self.runtime,
             model,
-            batch=batch_range,
+            batches=batches,
             precision=precision,
             workspace_bytes=workspace_bytes,
             cache_dir=None if cache_dir is None else Path(cache_dir),
+            cuda_graphs=cuda_graphs,
         )
         self.inputs = self._executor.inputs
         self.outputs = self._executor.outputs
-        self.batch = batch_range if any(spec.batched for spec in self.inputs) else None
+        self._input_names, self._output_names = set(_names(self.inputs)), set(_names(self.outputs))
+        whole = BatchRange(batches[0].min, batches[-1].opt, batches[-1].max)
+        self.batch = whole if any(spec.batched for spec in self.inputs) else None
 
     def __repr__(self) -> str:
         inputs, outputs = (", ".join(map(str, specs)) for specs in (self.inputs, self.outputs))
@@ -197,8 +206,10 @@ class Engine:
             If the runtime fails.
         """
         out = out or {}
-        self._check_names("input", inputs, self.inputs, complete=True)
-        self._check_names("out", out, self.outputs, complete=False)
+        if inputs.keys() != self._input_names:
+            self._refuse_names("input", inputs, self.inputs)
+        if not out.keys() <= self._output_names:
+            self._refuse_names("out", out, self.outputs)
         with self._on_stream(stream):
             arrays = {spec.name: self._checked_input(spec, inputs[spec.name]) for spec in self.inputs}
             if self._batch_of(arrays) == 0:
@@ -214,16 +225,11 @@ class Engine:
             return stream  # type: ignore[no-any-return]
         return cuda.ExternalStream(stream_pointer(stream))  # type: ignore[no-any-return]
 
-    def _check_names(
-        self, what: str, given: Mapping[str, Any], specs: tuple[TensorSpec, ...], *, complete: bool
-    ) -> None:
+    def _refuse_names(self, what: str, given: Mapping[str, Any], specs: tuple[TensorSpec, ...]) -> NoReturn:
         expected = {spec.name for spec in specs}
-        unknown = sorted(set(given) - expected)
-        missing = sorted(expected - set(given)) if complete else []
-        if unknown or missing:
-            raise InputError(
-                f"{self.name}: {what} has unknown names {unknown}, lacks {missing}; expected {_names(specs)}"
-            )
+        unknown, missing = sorted(set(given) - expected), sorted(expected - set(given))
+        lacks = f", lacks {missing}" if what == "input" else ""
+        raise InputError(f"{self.name}: {what} has unknown names {unknown}{lacks}; expected {_names(specs)}")
 
     def _checked_input(self, spec: TensorSpec, array: Any) -> Any:
         if not hasattr(array, "shape"):
@@ -303,10 +309,11 @@ def _make_executor(
     runtime: RuntimeName,
     model: OnnxFile,
     *,
-    batch: BatchRange,
+    batches: tuple[BatchRange, ...],
     precision: Precision,
     workspace_bytes: int,
     cache_dir: Path | None,
+    cuda_graphs: bool,
 ) -> Executor:
     if runtime == "onnxruntime":
         from nbvision.engines.onnxruntime import OnnxRuntimeExecutor
@@ -316,5 +323,5 @@ def _make_executor(
     from nbvision.engines.build import BuildOptions
     from nbvision.engines.tensorrt import TensorRTExecutor
 
-    options = BuildOptions(batch, precision, workspace_bytes)
-    return TensorRTExecutor(load_tensorrt(runtime), model, options, cache_dir=cache_dir)
+    options = BuildOptions(batches, precision, workspace_bytes)
+    return TensorRTExecutor(load_tensorrt(runtime), model, options, cache_dir=cache_dir, cuda_graphs=cuda_graphs)

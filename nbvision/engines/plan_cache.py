@@ -1,18 +1,21 @@
-"""Plans on disk: one file for each model, set of options, TensorRT and GPU."""
+"""Plans on disk, one file for each model, set of options, TensorRT and GPU; and one for what its builder timed."""
 
 from __future__ import annotations
 
 import hashlib
 import logging
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from nbvision.engines._trt import TensorRT
-from nbvision.engines.build import BuildOptions
 from nbvision.engines.onnx_file import OnnxFile
 from nbvision.runtime.cache import cache_dir, write_atomically
 from nbvision.runtime.device import compute_capability, require_cupy
 
-__all__ = ["plan_path", "read_plan", "write_plan"]
+if TYPE_CHECKING:
+    from nbvision.engines.build import BuildOptions
+
+__all__ = ["plan_path", "read_plan", "timings_path", "write_plan"]
 
 # A file is this line, the SHA-256 of the plan, and the plan.  TensorRT trusts what it deserializes, so a
 # damaged plan has to be found out before.
@@ -29,6 +32,12 @@ def plan_path(directory: Path | None, trt: TensorRT, model: OnnxFile, options: B
     return (directory or cache_dir() / "plans") / f"{key}.plan"
 
 
+def timings_path(directory: Path | None, trt: TensorRT) -> Path:
+    """Where this TensorRT's timings on CuPy's current device are; `read_plan` and `write_plan` serve them too."""
+    key = hashlib.sha256(repr((trt.name, trt.api.__version__, _gpu_identity())).encode()).hexdigest()
+    return (directory or cache_dir() / "plans") / f"{key}.timings"
+
+
 def read_plan(path: Path) -> bytes | None:
     """The plan in a file; None, and a logged warning, if the file is damaged; None if there is none."""
     try:
@@ -36,11 +45,11 @@ def read_plan(path: Path) -> bytes | None:
     except FileNotFoundError:
         return None
     except OSError as error:
-        logger.warning("cannot read the plan %s (%s); it is built anew", path, error)
+        logger.warning("cannot read %s (%s); it is built anew", path, error)
         return None
     header, plan = content[:_HEADER_BYTES], content[_HEADER_BYTES:]
     if header != _header(plan):
-        logger.warning("the plan %s is damaged; it is built anew", path)
+        logger.warning("%s is damaged; it is built anew", path)
         return None
     return plan
 
@@ -50,7 +59,7 @@ def write_plan(path: Path, plan: bytes) -> None:
     try:
         write_atomically(path, _header(plan) + plan)
     except OSError as error:
-        logger.warning("cannot keep the plan %s (%s); the next start builds it again", path, error)
+        logger.warning("cannot keep %s (%s); the next start builds it again", path, error)
 
 
 def _header(plan: bytes) -> bytes:

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, TypeAlias
 
 import numpy as np
 
 from nbvision.errors import EngineError, InputError
 from nbvision.runtime.device import Device, device_of
 
-__all__ = ["BatchRange", "Precision", "TensorSpec"]
+__all__ = ["Batch", "BatchRange", "Precision", "TensorSpec"]
 
 Precision = Literal["fp32", "fp16"]
 
@@ -22,6 +22,9 @@ class BatchRange(NamedTuple):
     min: int
     opt: int
     max: int
+
+
+Batch: TypeAlias = tuple[int, int, int] | Sequence[tuple[int, int, int]]
 
 
 @dataclass(frozen=True)
@@ -60,11 +63,21 @@ class TensorSpec:
         return f"{self.name!r} {self.dtype} {self.shape}"
 
 
-def checked_batch(batch: tuple[int, int, int]) -> BatchRange:
-    """``batch`` as a BatchRange, if 1 <= min <= opt <= max."""
-    if len(batch) != 3 or not 1 <= batch[0] <= batch[1] <= batch[2]:
-        raise InputError(f"batch is {batch!r}; expected (min, opt, max) with 1 <= min <= opt <= max")
-    return BatchRange(*(int(size) for size in batch))
+def checked_batches(batch: Batch) -> tuple[BatchRange, ...]:
+    """``batch`` as ranges, if each has 1 <= min <= opt <= max, and they rise without a gap."""
+    ranges: list[Any] = [batch] if batch and isinstance(batch[0], int) else list(batch)
+    found: list[BatchRange] = []
+    for sizes in ranges:
+        is_range = isinstance(sizes, Sequence) and len(sizes) == 3 and 1 <= sizes[0] <= sizes[1] <= sizes[2]
+        if not is_range or (found and not found[-1].min < sizes[0] <= found[-1].max + 1 <= sizes[2]):
+            break
+        found.append(BatchRange(*(int(size) for size in sizes)))
+    if not found or len(found) < len(ranges):
+        raise InputError(
+            f"batch is {batch!r}; expected (min, opt, max) with 1 <= min <= opt <= max, or several of them that rise "
+            "without a gap"
+        )
+    return tuple(found)
 
 
 def check_model_inputs(file_name: str, inputs: Iterable[TensorSpec]) -> None:

@@ -7,12 +7,13 @@ import math
 import threading
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 from nbvision.engines._trt import TensorRT
+from nbvision.engines._trt_memory import Allocations, slabs
 from nbvision.engines.build import BuildOptions, build_plan
 from nbvision.engines.onnx_file import OnnxFile
-from nbvision.engines.plan_cache import plan_path, read_plan, write_plan
+from nbvision.engines.plan_cache import plan_path, read_plan, timings_path, write_plan
 from nbvision.engines.spec import TensorSpec, check_out
 from nbvision.errors import EngineError, InputError
 from nbvision.runtime import memory
@@ -22,73 +23,128 @@ __all__ = ["TensorRTExecutor"]
 
 _ADDRESS_ALIGNMENT_BYTES = 256  # TensorRT's kernels load vectors and do not check
 
+_LAST_DEFAULT_STREAM = 2  # 0, and CUDA's names for the legacy and the per-thread default stream
+_GRAPH_AFTER = 2  # calls with the same arrays, which is a sign that more will come; TensorRT wants one before a capture
+_LANES = 4  # graphs of a profile, where contexts may share one
+
+Shapes: TypeAlias = tuple[tuple[int, ...], ...]
+
 logger = logging.getLogger("nbvision")
 
 
 class TensorRTExecutor:
-    """One plan, one execution context, one CUDA stream.
+    """One plan; an execution context for each optimisation profile, or several where calls are kept as graphs.
 
-    The context runs on a stream of its own, which waits for the caller's stream and which the caller's stream
-    then waits for, on the device.  So calls from different streams cannot meet in the context's scratch
-    memory, and TensorRT is spared CUDA's default stream, on which it would synchronize.
+    Work runs on the caller's stream. Only from CUDA's default stream, on which TensorRT would synchronize, it goes to a
+    stream of the executor's own, which waits for the caller's and which the caller's then waits for, on the device.
 
     Raises
     ------
     EngineError
         If the plan cannot be built, or the device cannot load it.
+    MemoryLimitError
+        If there is no memory for the weights.
     """
 
-    def __init__(self, trt: TensorRT, model: OnnxFile, options: BuildOptions, *, cache_dir: Path | None = None) -> None:
+    def __init__(
+        self,
+        trt: TensorRT,
+        model: OnnxFile,
+        options: BuildOptions,
+        *,
+        cache_dir: Path | None = None,
+        cuda_graphs: bool = False,
+    ) -> None:
         cuda = require_cupy("a TensorRT engine").cuda
         self._trt = trt
         self._file_name = model.path.name
+        self._batches = options.batches
         self._lock = threading.Lock()  # a context belongs to one thread at a time
+        self._allocations = Allocations()
+        self._allocator = trt.create_allocator(self._allocations.allocate, self._allocations.free)
         self._runtime = trt.create("Runtime")
-        self._engine = self._load_or_build(model, options, plan_path(cache_dir, trt, model, options))
-        self._context = self._engine.create_execution_context()
-        if self._context is None:
-            raise EngineError(f"{self._file_name}: {trt} makes no execution context: {trt.take_reason()}")
+        self._runtime.gpu_allocator = self._allocator
+        self._engine = self._load_or_build(model, options, cache_dir)
+        self._slabs = slabs(cuda.Device().id)
+        self._slabs.reserve(trt.activation_bytes(self._engine))
+        self._stream = cuda.Stream(non_blocking=True)
+        self._inputs_ready = cuda.Event(disable_timing=True)
+        self._outputs_ready = cuda.Event(disable_timing=True)
         names = [self._engine.get_tensor_name(index) for index in range(self._engine.num_io_tensors)]
         specs = [self._spec(name) for name in names]
         self.inputs = tuple(spec for spec in specs if self._is_input(spec))
         self.outputs = tuple(spec for spec in specs if not self._is_input(spec))
-        self._stream = cuda.Stream(non_blocking=True)
-        self._inputs_ready = cuda.Event(disable_timing=True)
-        self._outputs_ready = cuda.Event(disable_timing=True)
+        self._output_shapes: dict[Shapes, Shapes] = {}
+        lanes = _LANES if cuda_graphs and trt.shares_profiles else 1
+        self._lanes = [
+            [self._make_lane(profile, cuda_graphs) for _ in range(lanes)]
+            for profile in range(self._engine.num_optimization_profiles)
+        ]
 
     def run(self, inputs: dict[str, Any], out: Mapping[str, Any]) -> dict[str, Any]:
         """Run; see :class:`nbvision.engines.engine.Executor`."""
         caller = require_cupy("a TensorRT engine").cuda.get_current_stream()
-        inputs = {name: _aligned(array) for name, array in inputs.items()}
+        arrays = [_aligned(inputs[spec.name]) for spec in self.inputs]
+        shapes = tuple([array.shape for array in arrays])
+        stream = caller if caller.ptr > _LAST_DEFAULT_STREAM else self._stream
         with self._lock:
-            for name, array in inputs.items():
-                self._bind_input(name, array)
-            outputs = {spec.name: self._bind_output(spec, out.get(spec.name)) for spec in self.outputs}
-            caller.record(self._inputs_ready)
-            self._stream.wait_event(self._inputs_ready)
-            queued = self._context.execute_async_v3(self._stream.ptr)
-            self._stream.record(self._outputs_ready)
-            caller.wait_event(self._outputs_ready)
-        for array in (*inputs.values(), *outputs.values()):
+            lanes = self._lanes[self._profile_of(shapes)]
+            output_shapes = self._output_shapes.get(shapes) or self._infer(lanes[0], shapes)
+            slab = self._slabs.of(stream)
+            results = [
+                self._output(spec, shape, out.get(spec.name))
+                for spec, shape in zip(self.outputs, output_shapes, strict=True)
+            ]
+            addresses = tuple([array.data.ptr for array in (*arrays, *results)])
+            lane = _lane_for(lanes, (shapes, addresses, slab.address))
+            if stream is not caller:  # after the outputs were taken, whose last readers the caller's stream waits for
+                caller.record(self._inputs_ready)
+                stream.wait_event(self._inputs_ready)
+            queued = lane.run(stream, shapes, addresses, slab)
+            if stream is not caller:
+                stream.record(self._outputs_ready)
+                caller.wait_event(self._outputs_ready)
+        for array in (*arrays, *results):
             memory.record_use(array, caller)
         if not queued:
+            self._allocations.raise_failure()
             raise EngineError(f"{self._file_name}: {self._trt} refuses to run: {self._trt.take_reason()}")
-        return outputs
+        return {spec.name: array for spec, array in zip(self.outputs, results, strict=True)}
 
-    def _load_or_build(self, model: OnnxFile, options: BuildOptions, path: Path) -> Any:
+    def _profile_of(self, shapes: Shapes) -> int:
+        """The first optimisation profile that takes this batch."""
+        if len(self._lanes) == 1:
+            return 0
+        batch = next(shape[0] for spec, shape in zip(self.inputs, shapes, strict=True) if spec.batched)
+        return next(index for index, size in enumerate(self._batches) if size.min <= batch <= size.max)
+
+    def _load_or_build(self, model: OnnxFile, options: BuildOptions, cache_dir: Path | None) -> Any:
+        path = plan_path(cache_dir, self._trt, model, options)
         plan = read_plan(path)
         if plan is not None:
-            engine = self._runtime.deserialize_cuda_engine(plan)
+            engine = self._load(plan)
             if engine is not None:
                 logger.info("%s: plan loaded from %s", self._file_name, path)
                 return engine
             logger.warning("the plan %s does not load (%s); it is built anew", path, self._trt.take_reason())
-        plan = build_plan(self._trt, model, options)
-        engine = self._runtime.deserialize_cuda_engine(plan)
+        plan = build_plan(self._trt, model, options, timings=timings_path(cache_dir, self._trt))
+        engine = self._load(plan)
         if engine is None:
             raise EngineError(f"{self._file_name}: {self._trt} does not run here: {self._trt.take_reason()}")
         write_plan(path, plan)
         return engine
+
+    def _load(self, plan: bytes) -> Any:
+        engine = self._runtime.deserialize_cuda_engine(plan)
+        self._allocations.raise_failure()
+        return engine
+
+    def _make_lane(self, profile: int, cuda_graphs: bool) -> _Lane:
+        context = self._trt.create_context(self._engine, profile, self._stream)
+        if context is None:
+            self._allocations.raise_failure()
+            raise EngineError(f"{self._file_name}: {self._trt} makes no execution context: {self._trt.take_reason()}")
+        return _Lane(self._trt, self._file_name, context, self.inputs, self.outputs, cuda_graphs=cuda_graphs)
 
     def _spec(self, name: str) -> TensorSpec:
         dtype = self._trt.dtype(self._engine.get_tensor_dtype(name))
@@ -97,31 +153,129 @@ class TensorRTExecutor:
     def _is_input(self, spec: TensorSpec) -> bool:
         return bool(self._engine.get_tensor_mode(spec.name) == self._trt.api.TensorIOMode.INPUT)
 
-    def _bind_input(self, name: str, array: Any) -> None:
-        if not self._context.set_input_shape(name, tuple(array.shape)):
-            what = f"{name!r} of shape {array.shape}"
-            raise EngineError(f"{self._file_name}: {self._trt} refuses {what}: {self._trt.take_reason()}")
-        self._context.set_tensor_address(name, array.data.ptr)
+    def _infer(self, lane: _Lane, shapes: Shapes) -> Shapes:
+        """The shapes of the outputs, asked once for each shape of the inputs."""
+        found = lane.infer(shapes)
+        for spec, shape in zip(self.outputs, found, strict=True):
+            if -1 in shape:
+                raise EngineError(
+                    f"{self._file_name}: the shape {shape} of output {spec.name!r} depends on the data, which "
+                    "nbvision does not support; export the model without that last step"
+                )
+        self._output_shapes[shapes] = found
+        return found
 
-    def _bind_output(self, spec: TensorSpec, out: Any) -> Any:
-        shape = tuple(self._context.get_tensor_shape(spec.name))
-        if -1 in shape:
-            raise EngineError(
-                f"{self._file_name}: the shape {shape} of output {spec.name!r} depends on the data, which "
-                "nbvision does not support; export the model without that last step"
-            )
+    def _output(self, spec: TensorSpec, shape: tuple[int, ...], out: Any) -> Any:
         if out is None:
             size_bytes = math.prod(shape) * spec.dtype.itemsize
-            out = memory.acquire(size_bytes, device="cuda").view(shape, dtype=spec.dtype)
-        else:
-            check_out(spec, out, shape=shape, device="cuda")
-            if out.data.ptr % _ADDRESS_ALIGNMENT_BYTES:
-                raise InputError(
-                    f"out[{spec.name!r}] starts at {out.data.ptr:#x}; expected a multiple of "
-                    f"{_ADDRESS_ALIGNMENT_BYTES} bytes. Give a whole array, not a slice"
-                )
-        self._context.set_tensor_address(spec.name, out.data.ptr)
+            return memory.acquire(size_bytes, device="cuda").view(shape, dtype=spec.dtype)
+        check_out(spec, out, shape=shape, device="cuda")
+        if out.data.ptr % _ADDRESS_ALIGNMENT_BYTES:
+            raise InputError(
+                f"out[{spec.name!r}] starts at {out.data.ptr:#x}; expected a multiple of "
+                f"{_ADDRESS_ALIGNMENT_BYTES} bytes. Give a whole array, not a slice"
+            )
         return out
+
+
+class _Lane:
+    """An execution context, what it was last told, and the graph of that, if it was told so often enough."""
+
+    def __init__(
+        self,
+        trt: TensorRT,
+        file_name: str,
+        context: Any,
+        inputs: tuple[TensorSpec, ...],
+        outputs: tuple[TensorSpec, ...],
+        *,
+        cuda_graphs: bool,
+    ) -> None:
+        self._trt, self._file_name, self._context = trt, file_name, context
+        self._inputs, self._outputs = [spec.name for spec in inputs], [spec.name for spec in outputs]
+        self._cuda = require_cupy("a TensorRT engine").cuda
+        self._event = self._cuda.Event(disable_timing=True)
+        self._shapes: Shapes = ((),) * len(inputs)
+        self._addresses: tuple[int, ...] = (0,) * (len(inputs) + len(outputs))
+        self._slab: memory.Buffer | None = None  # kept, for a graph has its address
+        self._stream: Any = None
+        self._calls = 0  # in this state
+        self._graph: Any = None
+        self._capture_stream = self._cuda.Stream(non_blocking=True) if cuda_graphs else None
+
+    @property
+    def state(self) -> tuple[Shapes, tuple[int, ...], int]:
+        """What the next call would run on."""
+        return self._shapes, self._addresses, self._slab.address if self._slab else 0
+
+    def infer(self, shapes: Shapes) -> Shapes:
+        """The shapes of the outputs for those of the inputs."""
+        self._tell_shapes(shapes)
+        return tuple(tuple(self._context.get_tensor_shape(name)) for name in self._outputs)
+
+    def run(self, stream: Any, shapes: Shapes, addresses: tuple[int, ...], slab: memory.Buffer) -> bool:
+        """Queue one call on ``stream``; False if TensorRT refuses."""
+        if self._stream is not None and self._stream.ptr != stream.ptr:
+            # The context's own memory is still in use by what was queued before.
+            self._stream.record(self._event)
+            stream.wait_event(self._event)
+        self._stream = stream
+        if self.state != (shapes, addresses, slab.address):
+            self._tell_shapes(shapes)
+            self._tell_addresses(addresses, slab)
+        if self._graph is not None and not stream.is_capturing():
+            self._graph.launch(stream)
+            return True
+        queued = bool(self._context.execute_async_v3(stream.ptr))
+        self._calls += 1
+        if queued and self._calls == _GRAPH_AFTER and self._capture_stream is not None and not stream.is_capturing():
+            self._graph = self._captured(self._capture_stream)
+        return queued
+
+    def _tell_shapes(self, shapes: Shapes) -> None:
+        self._calls, self._graph = 0, None
+        for name, shape, before in zip(self._inputs, shapes, self._shapes, strict=True):
+            if shape != before and not self._context.set_input_shape(name, shape):
+                self._shapes = ((),) * len(shapes)
+                what = f"{name!r} of shape {shape}"
+                raise EngineError(f"{self._file_name}: {self._trt} refuses {what}: {self._trt.take_reason()}")
+        self._shapes = shapes
+
+    def _tell_addresses(self, addresses: tuple[int, ...], slab: memory.Buffer) -> None:
+        for name, address, before in zip((*self._inputs, *self._outputs), addresses, self._addresses, strict=True):
+            if address != before:
+                self._context.set_tensor_address(name, address)
+        self._addresses = addresses
+        if self._slab is None or self._slab.address != slab.address:
+            self._trt.set_activations(self._context, slab.address, slab.size_bytes)
+        self._slab = slab
+
+    def _captured(self, stream: Any) -> Any:
+        """The call as a graph; None, and no further attempt, if it cannot be one."""
+        try:
+            stream.begin_capture()
+            try:
+                captured = self._context.execute_async_v3(stream.ptr)
+            finally:
+                graph = stream.end_capture()
+        except self._cuda.runtime.CUDARuntimeError as error:
+            captured, graph = False, None
+            logger.warning("%s: no CUDA graph (%s); calls are queued one by one", self._file_name, error)
+        else:
+            if not captured:
+                logger.warning("%s: no CUDA graph: %s", self._file_name, self._trt.take_reason())
+        if not captured:
+            self._capture_stream = None
+            return None
+        return graph
+
+
+def _lane_for(lanes: list[_Lane], state: tuple[Shapes, tuple[int, ...], int]) -> _Lane:
+    """The lane that is in this state, else the one that was used longest ago; the last in the list is the latest."""
+    index = next((index for index, lane in enumerate(lanes) if lane.state == state), 0)
+    lane = lanes.pop(index)
+    lanes.append(lane)
+    return lane
 
 
 def _aligned(array: Any) -> Any:

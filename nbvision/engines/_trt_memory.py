@@ -1,0 +1,87 @@
+"""The device memory of TensorRT's engines, all of it from the memory manager: weights, and slabs for activations."""
+
+from __future__ import annotations
+
+import collections
+import functools
+import sys
+import threading
+from typing import Any
+
+from nbvision.runtime import memory
+from nbvision.runtime.device import require_cupy
+
+__all__ = ["SOURCE", "Allocations", "Slabs", "slabs"]
+
+SOURCE = "TensorRT"  # its name among the sources of the memory manager
+
+_MOST_SLABS = 8
+
+
+class Allocations:
+    """What TensorRT asks for by itself: weights, and what contexts keep. Called from inside of it, by any thread."""
+
+    def __init__(self) -> None:
+        self._leases: dict[int, memory.Buffer] = {}
+        self._failure: Exception | None = None
+
+    def allocate(self, size_bytes: int) -> int:
+        """An address that any stream may write to; 0 if there is none, and `raise_failure` says why."""
+        try:
+            with memory.source(SOURCE):
+                lease = memory.acquire(size_bytes, device="cuda", wait_on_host=True)
+        except Exception as error:  # TensorRT would print it and go on
+            self._failure = error
+            return 0
+        self._leases[lease.address] = lease
+        return lease.address
+
+    def free(self, address: int) -> bool:
+        lease = self._leases.pop(address, None)
+        if lease is not None and not sys.is_finalizing():
+            # Nothing says which streams still read it, and this happens when an engine goes.
+            require_cupy("CUDA memory").cuda.Device().synchronize()
+        return True
+
+    def raise_failure(self) -> None:
+        """Raise what went wrong in a callback since the last call, if anything did."""
+        failure, self._failure = self._failure, None
+        if failure is not None:
+            raise failure
+
+
+class Slabs:
+    """One block of scratch memory for each stream of a device, as large as any engine wants.
+
+    Engines that run on one stream run one after the other, and so can share it. The oldest block is let go when there
+    are too many.
+    """
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._size_bytes = 0
+        self._of_stream: collections.OrderedDict[int, memory.Buffer] = collections.OrderedDict()
+
+    def reserve(self, size_bytes: int) -> None:
+        """Let every slab be at least so large from now on."""
+        with self._lock:
+            self._size_bytes = max(self._size_bytes, size_bytes)
+
+    def of(self, stream: Any) -> memory.Buffer:
+        """The slab of a stream of CuPy's current device."""
+        key = stream.ptr
+        slab = self._of_stream.get(key)
+        if slab is not None and slab.size_bytes >= self._size_bytes:
+            return slab
+        with self._lock, stream, memory.source(SOURCE):
+            slab = memory.acquire(self._size_bytes, device="cuda")
+            self._of_stream[key] = slab
+            if len(self._of_stream) > _MOST_SLABS:
+                self._of_stream.popitem(last=False)
+        return slab
+
+
+@functools.cache
+def slabs(device_id: int) -> Slabs:
+    """Those of a device."""
+    return Slabs()
