@@ -26,7 +26,7 @@ from pathlib import Path
 from typing import Any
 
 HERE = Path(__file__).resolve().parent
-MODULES = ("preprocess", "nv12", "boxes", "masks", "draw", "warp", "eager", "decode", "encode", "pipeline")
+MODULES = ("preprocess", "nv12", "boxes", "masks", "draw", "warp", "eager", "decode", "encode", "engine", "pipeline")
 TRACK = "track_"
 
 

@@ -40,6 +40,7 @@ if TYPE_CHECKING:
     from nbvision.ops.resize import letterbox, resize
     from nbvision.ops.rle import mask_to_polygons, mask_to_rle, rle_to_mask
     from nbvision.ops.warp import flip, rotate, rotation_matrix, warp_affine, warp_perspective
+    from nbvision.pipeline import Pipeline, PipelineReport
     from nbvision.recognizer import Recognizer
     from nbvision.runtime import memory
     from nbvision.search import Index
@@ -64,6 +65,8 @@ __all__ = [
     "MemoryLimitError",
     "MissingExtraError",
     "NbvisionError",
+    "Pipeline",
+    "PipelineReport",
     "PixelFunction",
     "Preprocess",
     "QuantizationReport",
@@ -119,6 +122,8 @@ _ROOM_OF = {
     "ImageBatch": "nbvision.image",
     "Index": "nbvision.search",
     "Masks": "nbvision.ops.instances",
+    "Pipeline": "nbvision.pipeline",
+    "PipelineReport": "nbvision.pipeline",
     "PixelFunction": "nbvision.ops.pixel",
     "Preprocess": "nbvision.ops.preprocess",
     "QuantizationReport": "nbvision.engines",

@@ -237,6 +237,12 @@ class ImageBatch:
     def __len__(self) -> int:
         return len(self._rows)
 
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all pixels, as NumPy's ``nbytes``."""
+        pixels = int(self.sizes.astype(np.int64).prod(axis=1).sum())
+        return (pixels * 3 // 2 if self.color == "nv12" else pixels * CHANNELS[self.color]) * self.dtype.itemsize
+
     def __getitem__(self, index: int) -> Any:
         """The image as an (H, W, C) array, of planes (C, H, W), of NV12 (H * 3 / 2, W), that shares the batch's memory;
         raises its error if it is missing."""

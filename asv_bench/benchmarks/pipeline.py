@@ -11,7 +11,7 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-from .common import catalogue_files, need, need_cuda, straightforward, wall_us
+from .common import catalogue_files, jpeg, need, need_cuda, scenery, straightforward, wait_for_gpu, wall_us
 
 BATCH = 32
 IMAGES = {"cpu": 32, "cuda": 256}
@@ -92,3 +92,104 @@ def _seconds(call: Callable[[], Any]) -> float:
     started = time.perf_counter()
     call()
     return time.perf_counter() - started
+
+
+# --- stages side by side ----------------------------------------------------------------------------------------------
+
+SIZE, BATCHES = (720, 1280), 16
+MODELS = ["TensorRT, the demo's detector, fp16", "torch, resnet18 compiled, fp16"]
+WAYS = ["Pipeline", "one after the other", "decode alone", "model alone", "torchvision, the same model"]
+
+
+class StagesOnGPU:
+    """JPEGs to a model's answer on the host: overlapped, one after the other, and what bounds it."""
+
+    params = (MODELS, WAYS)
+    param_names = ("model", "how")
+
+    def setup(self, model: str, how: str) -> None:
+        need_cuda()
+        batches = [[jpeg(scenery(*SIZE, seed)) for seed in range(BATCH)]] * BATCHES
+        stages = tensorrt_stages() if model.startswith("TensorRT") else torch_stages()
+        if how == "torchvision, the same model":
+            if not model.startswith("torch"):
+                raise NotImplementedError("torchvision is timed beside torch")
+            chain = torchvision_chain(stages["model"])
+            self.call = lambda: [chain(files) for files in batches]
+        elif how == "decode alone":
+            self.call = lambda: [stages["decode"](files) for files in batches]
+        elif how == "model alone":
+            given = stages["preprocess"](stages["decode"](batches[0]))
+            self.call = lambda: [stages["model"](given) for _ in batches]
+        else:
+            from nbvision import Pipeline
+
+            made = Pipeline(stages)
+            self.call = (lambda: list(made.stream(batches))) if how == "Pipeline" else lambda: list(map(made, batches))
+        self.images = BATCH * BATCHES
+
+    def track_us_per_image(self, model: str, how: str) -> float:
+        return wall_us(self.call, finish=wait_for_gpu, seconds=2.0) / self.images
+
+    track_us_per_image.unit = "us/image"
+
+
+@functools.lru_cache(maxsize=1)
+def tensorrt_stages() -> dict[str, Callable[[Any], Any]]:
+    from nbvision import Engine, Preprocess, decode, nms
+    from nbvision.demo.run import models_directory
+    from nbvision.errors import MissingExtraError
+    from nbvision.image import to_device
+
+    try:
+        detector = Engine(models_directory() / "detector.onnx", precision="fp16", batch=(1, 32, 64), device="cuda")
+    except MissingExtraError as error:
+        raise NotImplementedError(str(error)) from error
+    plan = Preprocess(detector.inputs[0].shape[2:], scale=1 / 255)
+    return {
+        "decode": decode,
+        "preprocess": plan,
+        "model": lambda given: (detector(given[0]), given[1]),
+        "answer": lambda found: to_device(nms(*found).boxes, "cpu"),
+    }
+
+
+@functools.lru_cache(maxsize=1)
+def torch_stages() -> dict[str, Callable[[Any], Any]]:
+    """The same with a torch module, on the stage's stream, from and to arrays without a copy."""
+    import cupy
+
+    from nbvision import Preprocess, decode
+
+    torch, models = need("torch"), need("torchvision.models")
+    module = torch.compile(models.resnet18(num_classes=10).cuda().half().eval())
+    plan = Preprocess((224, 224), fit="stretch", mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225), dtype="float16")
+
+    @torch.inference_mode()
+    def model(x: Any) -> Any:
+        with torch.cuda.stream(torch.cuda.ExternalStream(cupy.cuda.get_current_stream().ptr)):
+            return cupy.from_dlpack(module(torch.from_dlpack(x)))
+
+    return {"decode": decode, "preprocess": lambda batch: plan(batch)[0], "model": model, "answer": lambda y: y.get()}
+
+
+def torchvision_chain(model: Callable[[Any], Any]) -> Callable[[list[bytes]], Any]:
+    import cupy
+    import numpy as np
+
+    torch, io_of, v2 = need("torch"), need("torchvision.io"), need("torchvision.transforms.v2")
+    change = v2.Compose(
+        [
+            v2.Resize((224, 224), antialias=True),
+            v2.ToDtype(torch.float16, scale=True),
+            v2.Normalize((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
+        ]
+    )
+
+    def chain(files: list[bytes]) -> Any:
+        encoded = [torch.from_numpy(np.frombuffer(file, np.uint8).copy()) for file in files]
+        images = torch.stack([change(image) for image in io_of.decode_jpeg(encoded, device="cuda")])
+        torch.cuda.current_stream().synchronize()  # the model runs on CuPy's
+        return model(cupy.from_dlpack(images)).get()
+
+    return chain
