@@ -8,10 +8,12 @@ import torch
 from reference import random_image, to_host
 
 from nbvision.codecs import encode
+from nbvision.errors import MemoryLimitError
 from nbvision.image import ImageBatch, as_batch
 from nbvision.ops.boxes import nms
 from nbvision.ops.preprocess import Preprocess
 from nbvision.ops.warp import flip, rotate, warp_affine
+from nbvision.runtime import memory
 
 
 def test_tensor_in_shares_memory(device, rng):
@@ -82,3 +84,27 @@ def test_antialiased_resize_is_within_a_level_of_torchs(device, rng, interpolati
     mode = {"linear": "bilinear", "cubic": "bicubic"}[interpolation]
     wanted = torch.nn.functional.interpolate(given, (224, 150), mode=mode, antialias=True).clamp(0, 255).round()
     assert np.abs(to_host(tensor)[0].astype(int) - wanted[0].cpu().numpy()).max() <= 1
+
+
+@pytest.mark.needs_cuda
+def test_one_pool_for_both():
+    import cupy
+
+    memory.clear(device="cuda")
+    before = torch.cuda.memory_allocated()
+    try:
+        memory.share_with_torch()
+        with memory.source("shared with torch"):
+            lease = memory.acquire(50_000_000, device="cuda")
+        assert torch.cuda.memory_allocated() - before >= 50_000_000
+        view = lease.view((50_000_000,))
+        view.fill(7)
+        assert int(torch.as_tensor(view, device="cuda").sum()) == 350_000_000
+        with pytest.raises(MemoryLimitError, match="no .* MB left"):
+            memory.acquire(1 << 42, device="cuda")
+        del lease, view
+        memory.clear(device="cuda")
+        assert torch.cuda.memory_allocated() == before
+    finally:
+        memory.clear(device="cuda")
+        cupy.cuda.set_allocator(cupy.get_default_memory_pool().malloc)

@@ -37,6 +37,7 @@ __all__ = [
     "limit_bytes",
     "record_use",
     "set_limit",
+    "share_with_torch",
     "size_class",
     "source",
     "stats",
@@ -226,3 +227,37 @@ def trim(*, device: Place, idle_s: float) -> None:
 def clear(*, device: Place) -> None:
     """Give every free buffer of one place back, waiting for the streams that used it last."""
     _manager(device).trim(0)
+
+
+def share_with_torch() -> None:
+    """Let CuPy, and so every ring on ``"cuda"``, take its memory from torch's caching allocator from now on.
+
+    One pool then serves both libraries, and what one gives back the other may have.  What CuPy holds already stays
+    where it is; :func:`frozen` watches the rings, but not torch's allocator.  For RMM, CuPy's own call does the same:
+    ``cupy.cuda.set_allocator(rmm.allocators.cupy.rmm_cupy_allocator)``.
+
+    Raises
+    ------
+    MissingExtraError
+        If CuPy is not installed.
+    InputError
+        If torch is not installed.
+    """
+    cupy = require_cupy("memory of torch")
+    try:
+        import torch
+    except ImportError as error:
+        raise InputError("torch is not installed, and share_with_torch() takes its memory; install it first") from error
+
+    def allocate(size_bytes: int, device_id: int) -> int:
+        stream = cupy.cuda.get_current_stream().ptr
+        try:
+            return int(torch.cuda.caching_allocator_alloc(size_bytes, device_id, stream))
+        except torch.OutOfMemoryError:
+            free, total = cupy.cuda.runtime.memGetInfo()
+            raise cupy.cuda.memory.OutOfMemoryError(size_bytes, total - free) from None
+
+    def give_back(address: int, device_id: int) -> None:
+        torch.cuda.caching_allocator_delete(address)
+
+    cupy.cuda.set_allocator(cupy.cuda.PythonFunctionAllocator(allocate, give_back).malloc)
