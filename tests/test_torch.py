@@ -100,7 +100,7 @@ def test_one_pool_for_both():
         view = lease.view((50_000_000,))
         view.fill(7)
         assert int(torch.as_tensor(view, device="cuda").sum()) == 350_000_000
-        with pytest.raises(MemoryLimitError, match="no .* MB left"):
+        with pytest.raises(MemoryLimitError, match=r"no .* MB left"):
             memory.acquire(1 << 42, device="cuda")
         del lease, view
         memory.clear(device="cuda")
