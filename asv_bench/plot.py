@@ -19,6 +19,7 @@ import matplotlib.pyplot as plt
 CURVES = {
     "preprocess.BatchesOnGPU.track_us": ("speed-batches.png", "1080p to 640 x 640 letterbox, float16", "images"),
     "preprocess.CropsOnGPU.track_us": ("speed-crops.png", "boxes on the GPU to 224 x 224, float16", "boxes"),
+    "memory.AllocationOnGPU.track_us": ("memory-cost.png", "a batch's buffers taken and let go", "images of a batch"),
     "decode.JpegBatchesOnGPU.track_us_per_image": ("speed-decode.png", "JPEGs to device memory", "images in a call"),
 }
 

@@ -9,6 +9,7 @@ The exit status is 1 if a benchmark failed; what could be measured is written al
 from __future__ import annotations
 
 import argparse
+import ast
 import gc
 import hashlib
 import importlib
@@ -26,7 +27,8 @@ from pathlib import Path
 from typing import Any
 
 HERE = Path(__file__).resolve().parent
-MODULES = ("preprocess", "nv12", "boxes", "masks", "draw", "warp", "eager", "decode", "encode", "engine", "pipeline")
+MODULES = ("preprocess", "nv12", "boxes", "masks", "draw", "warp", "eager", "decode", "encode")
+MODULES += ("engine", "memory", "pipeline")
 TRACK = "track_"
 
 
@@ -113,7 +115,7 @@ def print_table(record: dict[str, Any]) -> None:
         return
     for index, names in enumerate(itertools.product(*record["params"])):
         value, reason = record["result"][index], record["reasons"][index]
-        label = "  ".join(f"{name[1:-1]:24}" for name in names)
+        label = "  ".join(f"{ast.literal_eval(name)!s:24}" for name in names)
         if value is None:
             print(f"  {label} {'n/a':>10}  {(reason or '').splitlines()[0][:100] if reason else ''}")
             continue
