@@ -462,6 +462,42 @@ def test_recorded_use_is_waited_for(ring):
         assert user.done
 
 
+def overwritten_while_read(ring, record_use):
+    """How many of 5 slow copies on one stream got what another stream wrote into the same memory afterwards."""
+    import cupy
+
+    owner, user = cupy.cuda.Stream(non_blocking=True), cupy.cuda.Stream(non_blocking=True)
+    filler, size, wrong = cupy.ones((2048, 2048), np.float32), 16 << 20, 0
+    cupy.cuda.Device().synchronize()
+    for _ in range(5):
+        with memory.source(ring), owner:
+            view = memory.acquire(size, device="cuda").view((size,))
+            view.fill(1)
+            address = view.data.ptr
+            user.wait_event(owner.record())
+            with user:
+                busy = filler
+                for _ in range(60):
+                    busy = cupy.sin(busy)
+                copy = view.copy()
+            record_use(view, user)
+            del view
+            again = memory.acquire(size, device="cuda").view((size,))
+            assert again.data.ptr == address
+            again.fill(2)
+            user.synchronize()
+            owner.synchronize()
+            wrong += bool((copy != 1).any())
+            del again
+    return wrong
+
+
+@pytest.mark.needs_cuda
+def test_memory_that_crosses_streams_is_safe_by_the_record_alone(ring):
+    assert overwritten_while_read(ring, memory.record_use) == 0
+    assert overwritten_while_read(ring, lambda view, stream: None) == 5
+
+
 @pytest.mark.needs_cuda
 def test_pinned_memory_is_not_reused_before_it_is_copied(ring):
     """Fails if the host does not wait: it would write the next values while the copy of the last ones is queued."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import functools
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +18,10 @@ from nbvision.demo.catalogue import Catalogue, make_catalogue
 from nbvision.demo.metrics import match_objects
 from nbvision.demo.run import models_directory
 from nbvision.engines import Engine
-from nbvision.errors import DecodeError, EngineError, InputError
+from nbvision.errors import DecodeError, EngineError, InputError, MemoryLimitError
 from nbvision.recognizer import Recognition, Recognizer, StageTimes, in_batches
+from nbvision.runtime import memory
+from nbvision.runtime._rings import Manager
 
 STAGES = {"decode", "detect", "crop", "mask", "embed"}
 BROKEN = [b"", b"<html>404 Not Found</html>" * 40, "no-such-file.jpg"]
@@ -268,3 +271,54 @@ def test_models_that_do_not_fit_together(device: str) -> None:
 def test_missing_models(device: str, tmp_path: Path) -> None:
     with pytest.raises(EngineError, match=r"detector\.onnx"):
         Recognizer.load(tmp_path, device=device)
+
+
+@pytest.mark.parametrize(
+    ("device", "place"),
+    [("cpu", "cpu"), *(pytest.param("cuda", place, marks=pytest.mark.needs_cuda) for place in ("cuda", "pinned"))],
+)
+def test_no_allocation_may_break_the_road(
+    device: str, place: str, files: list[bytes], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Memory that runs out at each place where it is asked for: the right answer or a typed error, then all is well."""
+    allocate = Manager._allocate
+    asked = 0
+
+    def allocate_until(fatal: int) -> Callable[[Manager, int], Any]:
+        def counted(self: Manager, size_bytes: int) -> Any:
+            nonlocal asked
+            if self.device == place:
+                asked += 1
+                if asked > fatal:
+                    raise MemoryLimitError("injected")
+            return allocate(self, size_bytes)
+
+        return counted
+
+    def check() -> None:
+        found = recognizer(device).recognize(batch)
+        assert found.errors == expected.errors
+        np.testing.assert_array_equal(found.labels, expected.labels)
+        np.testing.assert_array_equal(found.masks, expected.masks)
+        np.testing.assert_allclose(found.vectors, expected.vectors, **SAME_VECTORS)
+
+    is_jpeg = [file.startswith(b"\xff\xd8") for file in files]
+    batch = [files[is_jpeg.index(True)], files[is_jpeg.index(False)]]
+    expected = recognizer(device).recognize(batch)
+    assert len(expected) > 0
+    monkeypatch.setattr(Manager, "_allocate", allocate_until(1_000))
+    with memory.source("counted"):
+        check()
+    failures, allocations = 0, asked
+    for fatal in range(allocations):
+        asked = 0
+        with memory.source(f"out of memory at {fatal}"):
+            with monkeypatch.context() as patch:
+                patch.setattr(Manager, "_allocate", allocate_until(fatal))
+                try:
+                    check()
+                except MemoryLimitError as error:
+                    failures += "injected" in str(error)
+            monkeypatch.setattr(Manager, "_allocate", allocate)
+            check()
+    assert 0 < failures <= allocations
