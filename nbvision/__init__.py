@@ -23,7 +23,7 @@ from nbvision.errors import (
 )
 
 if TYPE_CHECKING:
-    from nbvision.codecs import Decoder, decode, encode
+    from nbvision.codecs import Decoder, decode, decode_frames, encode, read_parquet, read_tar
     from nbvision.engines import Engine, EngineProfile, QuantizationReport, profile_engine, quantize
     from nbvision.image import ImageBatch, as_batch
     from nbvision.ops.arithmetic import add_weighted, blend, convert, lut, normalize, threshold
@@ -84,6 +84,7 @@ __all__ = [
     "cut_out_rgba",
     "cvt_color",
     "decode",
+    "decode_frames",
     "draw",
     "encode",
     "errors",
@@ -104,6 +105,8 @@ __all__ = [
     "pixel",
     "profile_engine",
     "quantize",
+    "read_parquet",
+    "read_tar",
     "resize",
     "rle_to_mask",
     "rotate",
@@ -140,6 +143,7 @@ _ROOM_OF = {
     "cut_out_rgba": "nbvision.ops.masks",
     "cvt_color": "nbvision.ops.color",
     "decode": "nbvision.codecs",
+    "decode_frames": "nbvision.codecs",
     "draw": "nbvision.ops.draw",
     "encode": "nbvision.codecs",
     "flip": "nbvision.ops.warp",
@@ -159,6 +163,8 @@ _ROOM_OF = {
     "pixel": "nbvision.ops.pixel",
     "profile_engine": "nbvision.engines",
     "quantize": "nbvision.engines",
+    "read_parquet": "nbvision.codecs",
+    "read_tar": "nbvision.codecs",
     "resize": "nbvision.ops.resize",
     "rle_to_mask": "nbvision.ops.rle",
     "rotate": "nbvision.ops.warp",

@@ -22,6 +22,7 @@ _NEEDS = {
     "test_benchmarks.py": "asv",
     "test_compile.py": "numba_cuda",
     "test_house_rules.py": "ruff",
+    "test_parquet.py": "pyarrow",
     "test_rle.py": "pycocotools",
     "test_simulator.py": "numba_cuda",
     "test_tensorrt.py": "tensorrt_rtx",

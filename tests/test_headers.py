@@ -56,6 +56,9 @@ FILES = {
     "lzw tiff": encode(picture(), "TIFF", compression="tiff_lzw"),
     "big tiff": encode(picture(), "TIFF", big_tiff=True),
     "gif": encode(picture().quantize(16), "GIF"),
+    "jpeg 2000": encode(picture(), "JPEG2000"),
+    "bare jpeg 2000": encode(picture(mode="L"), "JPEG2000", no_jp2=True),
+    "lossy jpeg 2000 with alpha": encode(picture(mode="RGBA"), "JPEG2000", irreversible=True, quality_layers=[20]),
     "avif": encode(picture(), "AVIF"),
     "turned avif with alpha": encode(picture(mode="RGBA"), "AVIF", exif=exif(7)),
 }

@@ -3,6 +3,18 @@
 from nbvision.codecs.decode import decode
 from nbvision.codecs.decoder import Decoder
 from nbvision.codecs.encode import encode
+from nbvision.codecs.frames import decode_frames
 from nbvision.codecs.headers import Header, read_header
+from nbvision.codecs.readers import NamedBytes, read_parquet, read_tar
 
-__all__ = ["Decoder", "Header", "decode", "encode", "read_header"]
+__all__ = [
+    "Decoder",
+    "Header",
+    "NamedBytes",
+    "decode",
+    "decode_frames",
+    "encode",
+    "read_header",
+    "read_parquet",
+    "read_tar",
+]

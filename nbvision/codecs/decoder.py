@@ -25,7 +25,7 @@ class Decoder:
 
     Parameters
     ----------
-    color, background, srgb, device, limit_pixels, recover, strict, deterministic, threads
+    color, background, srgb, device, limit_pixels, recover, strict, deterministic, reduce, threads
         As :func:`nbvision.decode` takes them.
     workers : int, optional
         Batches that are decoded at the same time. Default: 2 on CUDA, where they take turns on the JPEG engine, and one
@@ -55,17 +55,18 @@ class Decoder:
         recover: bool = False,
         strict: bool = False,
         deterministic: bool = False,
+        reduce: int = 1,
         threads: int | None = None,
         workers: int | None = None,
     ) -> None:
-        check_options(color, background, limit_pixels, threads)
+        check_options(color, background, limit_pixels, recover, reduce, threads)
         if workers is not None and (not isinstance(workers, int) or workers <= 0):
             raise InputError(f"workers is {workers!r}; expected a positive integer, or None")
         self.device: Device = resolve_device(device)
         self.workers = workers or (_WORKERS_ON_CUDA if self.device == "cuda" else available_cores())
         self._options: dict[str, Any] = {"color": color, "background": background, "srgb": srgb, "device": self.device}
         self._options |= {"limit_pixels": limit_pixels, "recover": recover, "strict": strict}
-        self._options |= {"deterministic": deterministic, "threads": threads}
+        self._options |= {"deterministic": deterministic, "reduce": reduce, "threads": threads}
         self._device_id = array_module("cuda").cuda.Device().id if self.device == "cuda" else None
         self._closed = False
         self._pool: tuple[int, ThreadPoolExecutor] | None = None

@@ -15,7 +15,7 @@ from nbvision.errors import DecodeError, InputError
 
 __all__ = ["Header", "ImageFormat", "as_bytes", "read_header"]
 
-ImageFormat = Literal["avif", "bmp", "gif", "jpeg", "png", "tiff", "webp"]
+ImageFormat = Literal["avif", "bmp", "gif", "jpeg", "jpeg2000", "png", "tiff", "webp"]
 
 
 class Header(NamedTuple):  # made four times as fast as a frozen dataclass; thousands a second are
@@ -23,7 +23,7 @@ class Header(NamedTuple):  # made four times as fast as a frozen dataclass; thou
 
     Attributes
     ----------
-    format : {"avif", "bmp", "gif", "jpeg", "png", "tiff", "webp"}
+    format : {"avif", "bmp", "gif", "jpeg", "jpeg2000", "png", "tiff", "webp"}
     height, width : int
         In pixels, as stored: before ``orientation`` is applied.
     channels : int
@@ -36,7 +36,8 @@ class Header(NamedTuple):  # made four times as fast as a frozen dataclass; thou
         False if the file provably ends before its last pixel. True is no promise: pixels are not looked at.
     variant : str
         JPEG: ``"baseline"``, ``"extended"``, ``"progressive"``, ``"lossless"``, ``"hierarchical"`` or
-        ``"arithmetic"``.  PNG: ``"interlaced"``.  Otherwise empty.
+        ``"arithmetic"``.  PNG: ``"interlaced"``.  JPEG 2000: ``"codestream"`` where no boxes are around it.  Otherwise
+        empty.
     colorspace : str
         JPEG: ``"gray"``, ``"ycbcr"``, ``"rgb"``, ``"cmyk"``, ``"ycck"`` or ``"unknown"``.  Otherwise empty.
     has_profile : bool
@@ -413,7 +414,7 @@ def _boxes(data: bytes, position: int, end: int) -> Iterator[tuple[bytes, int, i
             header_bytes = 16
         stop = end if length == 0 else position + length
         if length and length < header_bytes:
-            raise _corrupt("avif", f"has a box {name!r} of {length} bytes")
+            raise _corrupt("file", f"has a box {name!r} of {length} bytes")
         if stop > end:
             return
         yield name, position + header_bytes, stop
@@ -502,6 +503,44 @@ def _last_byte(data: bytes, position: int) -> int:
     return last
 
 
+# --- JPEG 2000: a codestream, mostly in boxes -------------------------------------------------------------------------
+
+_CODESTREAM, _START_OF_PIXELS, _END_OF_CODESTREAM = b"\xff\x4f\xff\x51", b"\xff\x93", b"\xff\xd9"
+
+
+def _parse_codestream(data: bytes, start: int = 0) -> Header:
+    """ISO 15444-1, A.5.1: the image is what lies between its offset and its far corner on the reference grid."""
+    right, bottom, left, top = struct.unpack_from(">4I", data, start + 8)
+    channels, depth = struct.unpack_from(">HB", data, start + 40)
+    if right <= left or bottom <= top:
+        raise _corrupt("jpeg2000", f"says that it reaches from {left}, {top} to {right}, {bottom}")
+    pixels = data.find(_START_OF_PIXELS, start + 42)
+    return Header(
+        format="jpeg2000",
+        height=bottom - top,
+        width=right - left,
+        channels=channels,
+        bits=(depth & 0x7F) + 1,
+        # No two bytes of the pixels' codes look like this marker.
+        complete=pixels >= 0 and data.rfind(_END_OF_CODESTREAM, pixels) >= 0,
+        variant="" if start else "codestream",
+    )
+
+
+def _parse_jp2(data: bytes) -> Header:
+    start = data.find(_CODESTREAM, 12)
+    if start < 0:
+        raise struct.error
+    has_palette = has_profile = False
+    for name, first, end in _boxes(data, 12, start):
+        if name == b"jp2h":
+            inner = [(name, at) for name, at, _ in _boxes(data, first, end)]
+            has_palette = any(name == b"pclr" for name, _ in inner)
+            has_profile = any(name == b"colr" and data[at] == 2 for name, at in inner)
+    header = _parse_codestream(data, start)
+    return header._replace(channels=3 if has_palette else header.channels, has_profile=has_profile)
+
+
 # --- Signatures ------------------------------------------------------------------------------------------------------
 
 _PARSERS: tuple[tuple[bytes, Callable[[bytes], Header]], ...] = (
@@ -515,11 +554,11 @@ _PARSERS: tuple[tuple[bytes, Callable[[bytes], Header]], ...] = (
     (b"MM\0*", _parse_tiff),
     (b"II+\0", _parse_tiff),
     (b"MM\0+", _parse_tiff),
+    (b"\0\0\0\x0cjP  \r\n\x87\n", _parse_jp2),
+    (_CODESTREAM, _parse_codestream),
 )
 
 _UNREAD_FORMATS = (
-    (0, b"\0\0\0\x0cjP  ", "JPEG 2000"),
-    (0, b"\xff\x4f\xff\x51", "JPEG 2000"),
     (0, b"\0\0\0\x0cJXL ", "JPEG XL"),
     (0, b"\xff\x0a", "JPEG XL"),
     (0, b"8BPS", "Photoshop"),
@@ -539,6 +578,6 @@ def _parser_of(data: bytes) -> Callable[[bytes], Header]:
         if data.startswith(signature, offset):
             raise DecodeError(f"this is {name}, which nbvision does not read; convert it first", kind="unsupported")
     raise DecodeError(
-        f"{len(data)} bytes that start with {data[:8]!r}; expected a JPEG, PNG, WebP, AVIF, TIFF, BMP or GIF",
+        f"{len(data)} bytes that start with {data[:8]!r}; expected a JPEG, PNG, WebP, AVIF, TIFF, BMP, GIF, JPEG 2000",
         kind="not_an_image",
     )

@@ -10,6 +10,7 @@ import functools
 import io
 import threading
 import warnings
+from collections.abc import Iterator
 from dataclasses import dataclass
 from types import ModuleType
 from typing import Any
@@ -23,6 +24,7 @@ from PIL import (
     GifImagePlugin,
     Image,
     ImageFile,
+    Jpeg2KImagePlugin,
     JpegImagePlugin,
     PngImagePlugin,
     TiffImagePlugin,
@@ -35,7 +37,7 @@ from nbvision.codecs.headers import Header
 from nbvision.errors import DecodeError, DecodeErrorKind
 from nbvision.image import Color
 
-__all__ = ["Wanted", "check_jpeg", "decode_into", "imagecodecs_module"]
+__all__ = ["Wanted", "check_jpeg", "decode_into", "imagecodecs_module", "read_frames"]
 
 Pixels = npt.NDArray[np.uint8]
 
@@ -50,10 +52,14 @@ _PILLOW_READER: dict[str, type[ImageFile.ImageFile]] = {
     "bmp": BmpImagePlugin.BmpImageFile,
     "gif": GifImagePlugin.GifImageFile,
     "jpeg": JpegImagePlugin.JpegImageFile,
+    "jpeg2000": Jpeg2KImagePlugin.Jpeg2KImageFile,
     "png": PngImagePlugin.PngImageFile,
     "tiff": TiffImagePlugin.TiffImageFile,
     "webp": WebPImagePlugin.WebPImageFile,
 }
+
+
+_PILLOW_CODEC = {"avif": "avif", "jpeg2000": "jpg_2000"}  # that a build may lack
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,11 +75,19 @@ class Wanted:
         Red, green, blue over which an image with alpha is blended, where ``color`` has none; None drops the alpha.
     srgb : bool
         Whether pixels with an ICC profile are converted to sRGB.
+    reduce : {1, 2, 4, 8}
+        How many times smaller the image shall be, both ways.
     """
 
     color: Color = "rgb"
     background: tuple[int, int, int] | None = None
     srgb: bool = False
+    reduce: int = 1
+
+    def size(self, header: Header) -> tuple[int, int]:
+        """Height and width of the upright image."""
+        height, width = header.oriented_size
+        return -(-height // self.reduce), -(-width // self.reduce)
 
     def blends(self, header: Header) -> bool:
         """Whether an image may have alpha to blend; a palette or a single colour may be transparent in a PNG."""
@@ -90,7 +104,7 @@ def decode_into(out: Pixels, data: bytes, header: Header, *, wanted: Wanted, str
     Parameters
     ----------
     out : (H, W, C) uint8 array
-        ``header.oriented_size`` pixels, C channels of ``color``. JPEGs that are stored upright are decoded straight
+        ``wanted.size(header)`` pixels, C channels of ``color``. JPEGs that are stored upright are decoded straight
         into it if it is C-contiguous. After an error its content is undefined.
     data : bytes
     header : Header
@@ -111,8 +125,8 @@ def decode_into(out: Pixels, data: bytes, header: Header, *, wanted: Wanted, str
         if strict and header.format == "jpeg":
             check_jpeg(data, header)
     elif _suits_simplejpeg(header):
-        done = _decode_jpeg_into(out, data, header, color, strict)
-    elif _suits_imagecodecs(header, color):
+        done = _decode_jpeg_into(out, data, header, wanted, strict)
+    elif wanted.reduce == 1 and _suits_imagecodecs(header, color):
         done = _decode_by_imagecodecs_into(out, data, header, color)
     if not done:
         _decode_by_pillow_into(out, data, header, wanted)
@@ -125,17 +139,20 @@ def _suits_simplejpeg(header: Header) -> bool:
     return header.variant in ("baseline", "extended", "progressive") and header.colorspace in ("gray", "ycbcr", "rgb")
 
 
-def _decode_jpeg_into(out: Pixels, data: bytes, header: Header, color: Color, strict: bool) -> bool:
+def _decode_jpeg_into(out: Pixels, data: bytes, header: Header, wanted: Wanted, strict: bool) -> bool:
     """Decode a JPEG; False, and nothing done, if it samples its colours in a way that only Pillow takes."""
     upright = header.orientation == 1 and out.flags.c_contiguous
-    target = out if upright else np.empty((header.height, header.width, out.shape[2]), np.uint8)
+    height, width = out.shape[:2] if header.orientation < 5 else out.shape[1::-1]
+    target = out if upright else np.empty((height, width, out.shape[2]), np.uint8)
+    # libjpeg makes fewer pixels of each block: the fewest that are no less than these, which are then just as many.
+    least = {"min_height": height, "min_width": width} if wanted.reduce > 1 else {}
     try:
-        pixels = simplejpeg.decode_jpeg(data, _SIMPLEJPEG_COLOR[color], buffer=target, strict=strict)
+        pixels = simplejpeg.decode_jpeg(data, _SIMPLEJPEG_COLOR[wanted.color], buffer=target, strict=strict, **least)
     except Exception as error:  # ValueError in all cases we know; nothing else may escape either
         if "subsampling" in str(error):
             return False
         raise _decode_error(header, error) from error
-    _check_size(header, pixels.shape[:2], (header.height, header.width))
+    _check_size(header, pixels.shape[:2], (height, width))
     if not upright:
         _copy_turned(out, pixels, header.orientation)
     return True
@@ -197,8 +214,9 @@ def _decode_by_imagecodecs_into(out: Pixels, data: bytes, header: Header, color:
 
 
 def _decode_by_pillow_into(out: Pixels, data: bytes, header: Header, wanted: Wanted) -> None:
-    if header.format == "avif" and not features.check("avif"):
-        raise DecodeError("this Pillow was built without AVIF; install its wheel", kind="unsupported")
+    codec = _PILLOW_CODEC.get(header.format)
+    if codec is not None and not features.check(codec):
+        raise DecodeError(f"this Pillow was built without {header.format}; install its wheel", kind="unsupported")
     try:
         with _quiet_pillow, _PILLOW_READER[header.format](io.BytesIO(data)) as image:
             # Before the pixels are touched: a reader that disagrees may be about to allocate gigabytes.
@@ -210,8 +228,48 @@ def _decode_by_pillow_into(out: Pixels, data: bytes, header: Header, wanted: Wan
         raise
     except Exception as error:  # Pillow's readers let about ten kinds of exception out of damaged files
         raise _decode_error(header, error) from error
-    _check_size(header, pixels.shape[:2], expected)
+    _check_size(header, pixels.shape[:2], (-(-expected[0] // wanted.reduce), -(-expected[1] // wanted.reduce)))
     _copy_turned(out, pixels, 1 if upright_by_pillow else header.orientation, _FROM_RED_FIRST.get(wanted.color))
+
+
+def read_frames(
+    data: bytes, header: Header, *, wanted: Wanted, limit_frames: int, limit_pixels: int
+) -> Iterator[Pixels]:
+    """Each picture of a file as (H, W, C) uint8, upright, in the channel order that is wanted.
+
+    Raises
+    ------
+    DecodeError
+        As :func:`decode_into`, and of kind ``"too_large"`` before a picture is decoded: for more of them than
+        ``limit_frames``, or more than ``limit_pixels`` in all of them together.
+    """
+    at = 0
+    try:
+        with _quiet_pillow, _PILLOW_READER[header.format](io.BytesIO(data)) as image:
+            count = getattr(image, "n_frames", 1)
+            if count > limit_frames:
+                raise DecodeError(f"it has {count} frames; the limit is {limit_frames}", kind="too_large")
+            pixels = 0
+            for at in range(count):
+                image.seek(at)
+                pixels += image.width * image.height
+                # The frames of an animation are of one size, so what they come to is known at the first.
+                if (pixels if header.format == "tiff" else header.pixels * count) > limit_pixels:
+                    raise DecodeError(
+                        f"it has {count} frames, the first of {header.height} x {header.width} pixels; the limit is "
+                        f"{limit_pixels} in all. Raise limit_pixels if you trust the file",
+                        kind="too_large",
+                    )
+                frame = _pixels_of(image.copy(), header, wanted)
+                height, width, channels = frame.shape
+                orientation = 1 if header.format == "tiff" else header.orientation  # Pillow turns those itself
+                out = np.empty((width, height, channels) if orientation >= 5 else frame.shape, np.uint8)
+                _copy_turned(out, frame, orientation, _FROM_RED_FIRST.get(wanted.color))
+                yield out
+    except DecodeError:
+        raise
+    except Exception as error:
+        raise _decode_error(header, error, f"frame {at}: ") from error
 
 
 def _pixels_of(image: Image.Image, header: Header, wanted: Wanted) -> Pixels:
@@ -231,6 +289,8 @@ def _pixels_of(image: Image.Image, header: Header, wanted: Wanted) -> Pixels:
         image.info.pop("transparency", None)  # dropped anyway, and a palette's draws a warning
     if image.mode != mode:
         image = image.convert(mode)
+    if wanted.reduce > 1:
+        image = image.copy().reduce(wanted.reduce)  # of a copy, for JPEG 2000 files have a number of this name
     pixels: Pixels = np.asarray(image)
     return pixels if pixels.ndim == 3 else pixels[:, :, None]
 
@@ -291,10 +351,12 @@ def _check_size(header: Header, got: tuple[int, ...], expected: tuple[int, int])
         )
 
 
-def _decode_error(header: Header, error: Exception) -> DecodeError:
+def _decode_error(header: Header, error: Exception, where: str = "") -> DecodeError:
     """A decoder's own exception as ours, sorted into our kinds by what it says."""
     text = str(error) or type(error).__name__
-    return DecodeError(f"the {header.format.upper()} decoder says: {text}", kind=_kind_of(header, error, text.lower()))
+    return DecodeError(
+        f"{where}the {header.format.upper()} decoder says: {text}", kind=_kind_of(header, error, text.lower())
+    )
 
 
 def _kind_of(header: Header, error: Exception, said: str) -> DecodeErrorKind:

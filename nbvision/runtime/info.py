@@ -26,6 +26,7 @@ _EXTRAS: dict[str, tuple[tuple[str, ...], tuple[str, ...], str]] = {
     "search": (("faiss",), ("faiss-cpu",), "no search index"),
     "codecs": (("imagecodecs",), ("imagecodecs",), "PNG and WebP are decoded by Pillow, several times slower"),
     "polygons": (("cv2",), ("opencv-python-headless",), "no mask_to_polygons"),
+    "parquet": (("pyarrow",), ("pyarrow",), "no read_parquet"),
     "bfloat16": (("ml_dtypes",), ("ml-dtypes",), "no Preprocess(dtype='bfloat16')"),
     "cli": (("rich",), ("rich",), "no progress bars and tables: of `nbvision`'s commands only `info` starts"),
     "plot": (("matplotlib",), ("matplotlib",), "no picture from `nbvision profile-engine`"),
