@@ -84,6 +84,7 @@ def test_info(capsys: pytest.CaptureFixture[str]) -> None:
         "search",
         "codecs",
         "polygons",
+        "parquet",
         "bfloat16",
         "cli",
     ]

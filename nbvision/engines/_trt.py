@@ -177,13 +177,6 @@ class TensorRT:
 
         return Allocator()
 
-    def use_timings(self, config: Any, timings: bytes) -> Any:
-        """Let a build use and complete what earlier ones measured; None where that is not to be had."""
-        if self.name == "tensorrt_rtx":  # times nothing when it builds
-            return None
-        cache = config.create_timing_cache(timings)
-        return cache if cache is not None and config.set_timing_cache(cache, False) else None
-
     def set_targets(self, config: Any, compute_capabilities: Sequence[tuple[int, int]]) -> None:
         """Build for these compute capabilities instead of for the GPU at hand; TensorRT-RTX only."""
         if self.name != "tensorrt_rtx":

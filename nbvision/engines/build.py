@@ -6,12 +6,10 @@ import logging
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from nbvision.engines._trt import TensorRT
 from nbvision.engines.onnx_file import OnnxFile
-from nbvision.engines.plan_cache import read_plan, write_plan
 from nbvision.engines.spec import BatchRange, Precision, TensorSpec, check_model_inputs
 from nbvision.errors import EngineError
 
@@ -30,12 +28,7 @@ class BuildOptions:
 
 
 def build_plan(
-    trt: TensorRT,
-    model: OnnxFile,
-    options: BuildOptions,
-    *,
-    targets: Sequence[tuple[int, int]] = (),
-    timings: Path | None = None,
+    trt: TensorRT, model: OnnxFile, options: BuildOptions, *, targets: Sequence[tuple[int, int]] = ()
 ) -> bytes:
     """Build a plan with an optimisation profile for each range of batch sizes.
 
@@ -46,8 +39,6 @@ def build_plan(
     options : BuildOptions
     targets : sequence of (major, minor)
         Compute capabilities to build for, which needs no GPU; TensorRT-RTX only. Default: the GPU at hand.
-    timings : path, optional
-        A file of what earlier builds measured, which spares this one to; it is completed.
 
     Raises
     ------
@@ -74,12 +65,9 @@ def build_plan(
             _add_profile(builder, config, inputs, batch)
     if targets:
         trt.set_targets(config, targets)
-    timed = None if timings is None else trt.use_timings(config, read_plan(timings) or b"")
     plan = builder.build_serialized_network(network, config)
     if plan is None:
         raise EngineError(f"{model.path.name}: {trt} cannot build it: {trt.take_reason()}")
-    if timings is not None and timed is not None:
-        write_plan(timings, bytes(timed.serialize()))
     logger.info("%s: %s built its plan in %.1f s", model.path.name, trt, time.perf_counter() - started)
     return bytes(plan)
 

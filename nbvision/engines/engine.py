@@ -35,7 +35,7 @@ class Executor(Protocol):
     inputs: tuple[TensorSpec, ...]
     outputs: tuple[TensorSpec, ...]
 
-    def run(self, inputs: dict[str, Any], out: Mapping[str, Any]) -> dict[str, Any]:
+    def run(self, inputs: Mapping[str, Any], out: Mapping[str, Any]) -> dict[str, Any]:
         """Queue one call on CuPy's current stream, or make it on the CPU; fill ``out`` for what it names."""
         ...
 
@@ -140,6 +140,8 @@ class Engine:
         )
         self.inputs = self._executor.inputs
         self.outputs = self._executor.outputs
+        self._array_type = array_module(self.device).ndarray
+        self._passed: set[tuple[Any, ...]] = set()
         self._input_names, self._output_names = set(_names(self.inputs)), set(_names(self.outputs))
         whole = BatchRange(batches[0].min, batches[-1].opt, batches[-1].max)
         self.batch = whole if any(spec.batched for spec in self.inputs) else None
@@ -211,10 +213,19 @@ class Engine:
         if not out.keys() <= self._output_names:
             self._refuse_names("out", out, self.outputs)
         with self._on_stream(stream):
-            arrays = {spec.name: self._checked_input(spec, inputs[spec.name]) for spec in self.inputs}
-            if self._batch_of(arrays) == 0:
-                return self._empty_outputs(out)
-            return self._executor.run(arrays, out)
+            if not self._has_passed(inputs):
+                inputs = {spec.name: self._checked_input(spec, inputs[spec.name]) for spec in self.inputs}
+                if self._batch_of(inputs) == 0:
+                    return self._empty_outputs(out)
+                self._passed.add(_signature(inputs))
+            return self._executor.run(inputs, out)
+
+    def _has_passed(self, inputs: Mapping[str, Any]) -> bool:
+        """Whether arrays of these dtypes and shapes were taken before, and these need no copy."""
+        for array in inputs.values():
+            if type(array) is not self._array_type or not array.flags.c_contiguous:
+                return False
+        return _signature(inputs) in self._passed
 
     def _on_stream(self, stream: Any) -> contextlib.AbstractContextManager[Any]:
         """Make ``stream`` CuPy's current one."""
@@ -250,7 +261,7 @@ class Engine:
             raise InputError(f"input {spec.name!r} has shape {array.shape}; {self.name} takes {spec.shape}")
         return array if array.flags.c_contiguous else array_module(self.device).ascontiguousarray(array)
 
-    def _batch_of(self, arrays: dict[str, Any]) -> int | None:
+    def _batch_of(self, arrays: Mapping[str, Any]) -> int | None:
         """The batch size of this call, checked against the engine's range; None if the model fixes it."""
         if self.batch is None:
             return None
@@ -279,6 +290,10 @@ class Engine:
             else:
                 outputs[spec.name] = array_module(self.device).empty(shape, spec.dtype)
         return outputs
+
+
+def _signature(arrays: Mapping[str, Any]) -> tuple[Any, ...]:
+    return tuple([(name, array.dtype, array.shape) for name, array in arrays.items()])
 
 
 def _names(specs: tuple[TensorSpec, ...]) -> list[str]:

@@ -66,7 +66,7 @@ class OnnxRuntimeExecutor:
         # A name for the first dimension that inputs and outputs share says that it is the batch there too.
         self._follow_batch = {value.name for value in outputs if value.shape and value.shape[0] in symbols}
 
-    def run(self, inputs: dict[str, Any], out: Mapping[str, Any]) -> dict[str, Any]:
+    def run(self, inputs: Mapping[str, Any], out: Mapping[str, Any]) -> dict[str, Any]:
         """Run; see :class:`nbvision.engines.engine.Executor`."""
         for spec in self.outputs:
             if spec.name in out:
@@ -76,11 +76,11 @@ class OnnxRuntimeExecutor:
         except Exception as error:
             raise EngineError(f"{self._file_name}: ONNX Runtime failed: {error}") from error
 
-    def _run_plain(self, inputs: dict[str, Any]) -> dict[str, Any]:
+    def _run_plain(self, inputs: Mapping[str, Any]) -> dict[str, Any]:
         names = [spec.name for spec in self.outputs]
-        return dict(zip(names, self._session.run(names, inputs), strict=True))
+        return dict(zip(names, self._session.run(names, dict(inputs)), strict=True))
 
-    def _run_bound(self, inputs: dict[str, Any], out: Mapping[str, Any]) -> dict[str, Any]:
+    def _run_bound(self, inputs: Mapping[str, Any], out: Mapping[str, Any]) -> dict[str, Any]:
         binding = self._session.io_binding()
         for name, array in inputs.items():
             binding.bind_cpu_input(name, array)
@@ -94,7 +94,7 @@ class OnnxRuntimeExecutor:
         values = zip(self.outputs, binding.get_outputs(), strict=True)
         return {spec.name: out[spec.name] if spec.name in out else value.numpy() for spec, value in values}
 
-    def _shape_now(self, spec: TensorSpec, inputs: dict[str, Any]) -> tuple[int, ...]:
+    def _shape_now(self, spec: TensorSpec, inputs: Mapping[str, Any]) -> tuple[int, ...]:
         """The output's shape in this call, as far as the model's own names tell it."""
         if spec.name in self._follow_batch and self._batch_input is not None:
             return (inputs[self._batch_input].shape[0], *spec.shape[1:])

@@ -1,21 +1,21 @@
-"""Plans on disk, one file for each model, set of options, TensorRT and GPU; and one for what its builder timed."""
+"""Plans on disk: one file for each model, set of options, TensorRT and GPU."""
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import hashlib
 import logging
+from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from nbvision.engines._trt import TensorRT
+from nbvision.engines.build import BuildOptions
 from nbvision.engines.onnx_file import OnnxFile
 from nbvision.runtime.cache import cache_dir, write_atomically
 from nbvision.runtime.device import compute_capability, require_cupy
 
-if TYPE_CHECKING:
-    from nbvision.engines.build import BuildOptions
-
-__all__ = ["plan_path", "read_plan", "timings_path", "write_plan"]
+__all__ = ["plan_path", "read_plan", "sole_builder", "write_plan"]
 
 # A file is this line, the SHA-256 of the plan, and the plan.  TensorRT trusts what it deserializes, so a
 # damaged plan has to be found out before.
@@ -32,10 +32,24 @@ def plan_path(directory: Path | None, trt: TensorRT, model: OnnxFile, options: B
     return (directory or cache_dir() / "plans") / f"{key}.plan"
 
 
-def timings_path(directory: Path | None, trt: TensorRT) -> Path:
-    """Where this TensorRT's timings on CuPy's current device are; `read_plan` and `write_plan` serve them too."""
-    key = hashlib.sha256(repr((trt.name, trt.api.__version__, _gpu_identity())).encode()).hexdigest()
-    return (directory or cache_dir() / "plans") / f"{key}.timings"
+@contextlib.contextmanager
+def sole_builder(path: Path) -> Iterator[None]:
+    """Wait until no other process is at work on this plan; where nothing can be locked, several may build it."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        lock = open(path.with_suffix(".lock"), "wb")  # noqa: SIM115  (closed below)
+    except OSError:
+        yield
+        return
+    with lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            logger.info("another process builds %s; waiting for it", path)
+            fcntl.flock(lock, fcntl.LOCK_EX)
+        except OSError as error:  # a file system without locks
+            logger.info("%s cannot be locked (%s)", path, error)
+        yield
 
 
 def read_plan(path: Path) -> bytes | None:
@@ -45,11 +59,11 @@ def read_plan(path: Path) -> bytes | None:
     except FileNotFoundError:
         return None
     except OSError as error:
-        logger.warning("cannot read %s (%s); it is built anew", path, error)
+        logger.warning("cannot read the plan %s (%s); it is built anew", path, error)
         return None
     header, plan = content[:_HEADER_BYTES], content[_HEADER_BYTES:]
     if header != _header(plan):
-        logger.warning("%s is damaged; it is built anew", path)
+        logger.warning("the plan %s is damaged; it is built anew", path)
         return None
     return plan
 
@@ -59,7 +73,7 @@ def write_plan(path: Path, plan: bytes) -> None:
     try:
         write_atomically(path, _header(plan) + plan)
     except OSError as error:
-        logger.warning("cannot keep %s (%s); the next start builds it again", path, error)
+        logger.warning("cannot keep the plan %s (%s); the next start builds it again", path, error)
 
 
 def _header(plan: bytes) -> bytes:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import math
 import threading
@@ -13,7 +14,7 @@ from nbvision.engines._trt import TensorRT
 from nbvision.engines._trt_memory import Allocations, slabs
 from nbvision.engines.build import BuildOptions, build_plan
 from nbvision.engines.onnx_file import OnnxFile
-from nbvision.engines.plan_cache import plan_path, read_plan, timings_path, write_plan
+from nbvision.engines.plan_cache import plan_path, read_plan, sole_builder, write_plan
 from nbvision.engines.spec import TensorSpec, check_out
 from nbvision.errors import EngineError, InputError
 from nbvision.runtime import memory
@@ -55,7 +56,9 @@ class TensorRTExecutor:
         cache_dir: Path | None = None,
         cuda_graphs: bool = False,
     ) -> None:
-        cuda = require_cupy("a TensorRT engine").cuda
+        cupy = require_cupy("a TensorRT engine")
+        cuda = cupy.cuda
+        self._array_type = cupy.ndarray
         self._trt = trt
         self._file_name = model.path.name
         self._batches = options.batches
@@ -74,29 +77,28 @@ class TensorRTExecutor:
         specs = [self._spec(name) for name in names]
         self.inputs = tuple(spec for spec in specs if self._is_input(spec))
         self.outputs = tuple(spec for spec in specs if not self._is_input(spec))
-        self._output_shapes: dict[Shapes, Shapes] = {}
+        self._known: dict[Shapes, tuple[list[_Lane], Shapes]] = {}
         lanes = _LANES if cuda_graphs and trt.shares_profiles else 1
         self._lanes = [
             [self._make_lane(profile, cuda_graphs) for _ in range(lanes)]
             for profile in range(self._engine.num_optimization_profiles)
         ]
 
-    def run(self, inputs: dict[str, Any], out: Mapping[str, Any]) -> dict[str, Any]:
+    def run(self, inputs: Mapping[str, Any], out: Mapping[str, Any]) -> dict[str, Any]:
         """Run; see :class:`nbvision.engines.engine.Executor`."""
         caller = require_cupy("a TensorRT engine").cuda.get_current_stream()
         arrays = [_aligned(inputs[spec.name]) for spec in self.inputs]
         shapes = tuple([array.shape for array in arrays])
         stream = caller if caller.ptr > _LAST_DEFAULT_STREAM else self._stream
         with self._lock:
-            lanes = self._lanes[self._profile_of(shapes)]
-            output_shapes = self._output_shapes.get(shapes) or self._infer(lanes[0], shapes)
+            lanes, output_shapes = self._known.get(shapes) or self._infer(shapes)
             slab = self._slabs.of(stream)
             results = [
                 self._output(spec, shape, out.get(spec.name))
                 for spec, shape in zip(self.outputs, output_shapes, strict=True)
             ]
             addresses = tuple([array.data.ptr for array in (*arrays, *results)])
-            lane = _lane_for(lanes, (shapes, addresses, slab.address))
+            lane = lanes[0] if len(lanes) == 1 else _lane_for(lanes, (shapes, addresses, slab.address))
             if stream is not caller:  # after the outputs were taken, whose last readers the caller's stream waits for
                 caller.record(self._inputs_ready)
                 stream.wait_event(self._inputs_ready)
@@ -120,6 +122,12 @@ class TensorRTExecutor:
 
     def _load_or_build(self, model: OnnxFile, options: BuildOptions, cache_dir: Path | None) -> Any:
         path = plan_path(cache_dir, self._trt, model, options)
+        with contextlib.ExitStack() as stack:
+            if read_plan(path) is None:
+                stack.enter_context(sole_builder(path))
+            return self._load_or_build_alone(model, options, path)
+
+    def _load_or_build_alone(self, model: OnnxFile, options: BuildOptions, path: Path) -> Any:
         plan = read_plan(path)
         if plan is not None:
             engine = self._load(plan)
@@ -127,7 +135,7 @@ class TensorRTExecutor:
                 logger.info("%s: plan loaded from %s", self._file_name, path)
                 return engine
             logger.warning("the plan %s does not load (%s); it is built anew", path, self._trt.take_reason())
-        plan = build_plan(self._trt, model, options, timings=timings_path(cache_dir, self._trt))
+        plan = build_plan(self._trt, model, options)
         engine = self._load(plan)
         if engine is None:
             raise EngineError(f"{self._file_name}: {self._trt} does not run here: {self._trt.take_reason()}")
@@ -153,23 +161,26 @@ class TensorRTExecutor:
     def _is_input(self, spec: TensorSpec) -> bool:
         return bool(self._engine.get_tensor_mode(spec.name) == self._trt.api.TensorIOMode.INPUT)
 
-    def _infer(self, lane: _Lane, shapes: Shapes) -> Shapes:
-        """The shapes of the outputs, asked once for each shape of the inputs."""
-        found = lane.infer(shapes)
+    def _infer(self, shapes: Shapes) -> tuple[list[_Lane], Shapes]:
+        """The lanes for these shapes of the inputs, and the shapes of the outputs, asked once."""
+        lanes = self._lanes[self._profile_of(shapes)]
+        found = lanes[0].infer(shapes)
         for spec, shape in zip(self.outputs, found, strict=True):
             if -1 in shape:
                 raise EngineError(
                     f"{self._file_name}: the shape {shape} of output {spec.name!r} depends on the data, which "
                     "nbvision does not support; export the model without that last step"
                 )
-        self._output_shapes[shapes] = found
-        return found
+        self._known[shapes] = lanes, found
+        return lanes, found
 
     def _output(self, spec: TensorSpec, shape: tuple[int, ...], out: Any) -> Any:
         if out is None:
             size_bytes = math.prod(shape) * spec.dtype.itemsize
             return memory.acquire(size_bytes, device="cuda").view(shape, dtype=spec.dtype)
-        check_out(spec, out, shape=shape, device="cuda")
+        fits = type(out) is self._array_type and out.shape == shape and out.dtype == spec.dtype
+        if not fits or not out.flags.c_contiguous:
+            check_out(spec, out, shape=shape, device="cuda")
         if out.data.ptr % _ADDRESS_ALIGNMENT_BYTES:
             raise InputError(
                 f"out[{spec.name!r}] starts at {out.data.ptr:#x}; expected a multiple of "

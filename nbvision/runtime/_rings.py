@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import functools
 import math
+import os
 import sys
 import threading
 import time
-import weakref
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -23,6 +24,7 @@ Place: TypeAlias = Device | Literal["pinned"]
 
 _SIZE_CLASSES_PER_OCTAVE = 4  # at most 19 % of a buffer is slack, and similar batches share buffers
 
+_NONE = -1  # no stream's address
 _IDLE_S = 60.0  # a buffer that was not used for so long is given back when any ring grows
 
 
@@ -88,15 +90,37 @@ class Slot:
     size_bytes: int
     address: int
     source: str
-    events: list[Any] = field(default_factory=list)
+    events: dict[int, Any] = field(default_factory=dict)  # by the address of the stream that they are of
+    spare: list[Any] = field(default_factory=list)  # events to be recorded again: to make one takes longer
     free_since_s: float = 0.0  # of time.monotonic()
 
+    def is_idle_for(self, stream: int) -> bool:
+        """Whether work on a stream may use it at once."""
+        return all(of == stream or event.done for of, event in self.events.items())
+
     def is_idle(self) -> bool:
-        return all(event.done for event in self.events)
+        return all(event.done for event in self.events.values())
+
+    def mark(self, streams: dict[int, Any]) -> None:
+        """Note where the streams are now, which used it."""
+        for address, stream in streams.items():
+            self.events[address] = stream.record(self.spare.pop() if self.spare else _new_event())
+
+    def let_wait(self, stream: Any) -> None:
+        """Let a stream wait for all others."""
+        for of, event in self.events.items():
+            if of != stream.ptr:
+                stream.wait_event(event)
+        self._forget()
 
     def wait(self) -> None:
-        for event in self.events:
+        """Wait on the host."""
+        for event in self.events.values():
             event.synchronize()
+        self._forget()
+
+    def _forget(self) -> None:
+        self.spare += self.events.values()
         self.events.clear()
 
 
@@ -132,7 +156,12 @@ class Buffer:
         self.device: Place = manager.device
         self._device_id = slot.storage.data.device_id if manager.device == "cuda" else -1
         self._streams = streams
-        weakref.finalize(self, manager.release, slot, asked_bytes, streams).atexit = False
+        self._lease = manager, slot, asked_bytes
+
+    def __del__(self) -> None:
+        if not sys.is_finalizing():  # when CUDA may be gone
+            manager, slot, asked_bytes = self._lease
+            manager.release(slot, asked_bytes, self._streams)
 
     def record_stream(self, stream: Any = None) -> None:
         """Say that work queued on ``stream`` (default: CuPy's current one) uses this buffer."""
@@ -149,7 +178,7 @@ class Buffer:
             If the view would end past the buffer.
         """
         dtype = np.dtype(dtype)
-        size = math.prod(map(int, shape)) * dtype.itemsize  # int: NumPy's own would overflow
+        size = math.prod([int(length) for length in shape]) * dtype.itemsize  # int: NumPy's own would overflow
         if offset_bytes < 0 or offset_bytes + size > self.size_bytes:
             raise InputError(f"a view of {size} bytes at {offset_bytes} ends past a buffer of {self.size_bytes} bytes")
         if self.device != "cuda":
@@ -186,31 +215,30 @@ class Manager:
         self._peak_bytes = 0
         self._allocations = 0
         self._waits = 0
+        self._waiting = 0  # threads, for room
 
     def acquire(self, size_bytes: int, source: Source, *, wait_on_host: bool = False) -> Buffer:
         """See :func:`nbvision.memory.acquire`."""
         wanted = size_class(size_bytes)
+        stream = None if self.device == "cpu" else require_cupy("a CUDA stream").cuda.get_current_stream()
+        wait_on_host = wait_on_host or self.device == "pinned"
         with self._room:
-            slot = self._take_or_grow(source, wanted)
+            slot = self._take_or_grow(source, wanted, _NONE if stream is None or wait_on_host else stream.ptr)
             ring = self._rings[source.name]
             ring.used_bytes += slot.size_bytes
             self._asked_bytes += size_bytes
             self._tell(source.name, ring)
-        streams: dict[int, Any] = {}
-        if self.device != "cpu":
-            stream = require_cupy("a CUDA stream").cuda.get_current_stream()
-            streams[stream.ptr] = stream
-            if wait_on_host or self.device == "pinned":
-                self._waits += not slot.is_idle()
-                slot.wait()
-            for event in slot.events:
-                stream.wait_event(event)
-            slot.events.clear()
-        return Buffer(slot, self, size_bytes, streams)
+        if stream is None:
+            return Buffer(slot, self, size_bytes, {})
+        if wait_on_host:
+            self._waits += not slot.is_idle()
+            slot.wait()
+        else:
+            slot.let_wait(stream)
+        return Buffer(slot, self, size_bytes, {stream.ptr: stream})
 
     def release(self, slot: Slot, asked_bytes: int, streams: dict[int, Any]) -> None:
-        if self.device != "cpu":
-            slot.events = [_mark(stream) for stream in streams.values()]
+        slot.mark(streams)
         slot.free_since_s = time.monotonic()
         with self._room:
             ring = self._rings[slot.source]
@@ -218,39 +246,50 @@ class Manager:
             self._asked_bytes -= asked_bytes
             ring.free.append(slot)
             self._tell(slot.source, ring)
-            self._room.notify_all()
+            if self._waiting:
+                self._room.notify_all()
 
-    def _take_or_grow(self, source: Source, wanted: int) -> Slot:
-        ring = self._rings.setdefault(source.name, Ring())
+    def _take_or_grow(self, source: Source, wanted: int, stream: int) -> Slot:
+        ring = self._rings.get(source.name)
+        if ring is None:
+            ring = self._rings[source.name] = Ring()
         ring.budget_bytes = source.budget_bytes
-        deadline_s = time.monotonic() + source.wait_ms / 1e3
+        deadline_s = None
         while True:
             if not self._is_greedy(ring, wanted):
-                slot = self._take(ring, wanted)
+                slot = self._take(ring, wanted, stream)
                 if slot is not None:
                     return slot
                 if self._makes_room(ring, wanted):
                     return self._grow(source.name, ring, wanted)
+            deadline_s = deadline_s or time.monotonic() + source.wait_ms / 1e3
             left_s = deadline_s - time.monotonic()
             if left_s <= 0:
                 raise MemoryLimitError(self._refusal(source, ring, wanted))
             ring.waits += 1
             ring.waiting += 1
+            self._waiting += 1
             try:
                 self._room.wait(left_s)
             finally:
                 ring.waiting -= 1
+                self._waiting -= 1
 
-    def _take(self, ring: Ring, wanted: int) -> Slot | None:
-        """The smallest free slot that fits, those whose streams have passed before the others.
+    def _take(self, ring: Ring, wanted: int, stream: int) -> Slot | None:
+        """The smallest free slot that fits, of those whose streams have passed if there are any.
 
         A slot more than twice too large is left for whom it was made.
         """
-        fitting = [slot for slot in ring.free if wanted <= slot.size_bytes <= 2 * wanted]
-        if not fitting:
-            return None
-        best = min(fitting, key=lambda slot: (not slot.is_idle(), slot.size_bytes))
-        ring.free.remove(best)
+        best, best_key = None, (True, 0)
+        for slot in ring.free:
+            if wanted <= slot.size_bytes <= 2 * wanted:
+                key = (not slot.is_idle_for(stream), slot.size_bytes)
+                if best is None or key < best_key:
+                    best, best_key = slot, key
+                    if key == (False, wanted):
+                        break
+        if best is not None:
+            ring.free.remove(best)
         return best
 
     def _makes_room(self, ring: Ring, wanted: int) -> bool:
@@ -273,8 +312,10 @@ class Manager:
 
     def _is_greedy(self, ring: Ring, wanted: int) -> bool:
         """Whether the ring would have more than an equal share while another waits that has less than its own."""
+        if self.limit_bytes is None or not self._waiting:
+            return False
         hungry = [other for other in self._rings.values() if other.waiting and other is not ring]
-        if self.limit_bytes is None or not hungry:
+        if not hungry:
             return False
         active = sum(bool(other.used_bytes or other.waiting or other is ring) for other in self._rings.values())
         share = self.limit_bytes // active
@@ -313,19 +354,21 @@ class Manager:
                 f"{asked_at()}. Run batches of that size before, or take the work out of memory.frozen()"
             )
         self._give_back_idle(_IDLE_S)
-        storage, address, events = self._allocate(wanted)
+        storage, address, users = self._allocate(wanted)
         ring.held_bytes += wanted
         ring.peak_bytes = max(ring.peak_bytes, ring.held_bytes)
         ring.allocations += 1
         self._peak_bytes = max(self._peak_bytes, self._held_bytes())
         self._allocations += 1
-        return Slot(storage, wanted, address, name, events)
+        slot = Slot(storage, wanted, address, name)
+        slot.mark(users)
+        return slot
 
-    def _allocate(self, size_bytes: int) -> tuple[Any, int, list[Any]]:
-        """New storage, its address, and the events to wait for before its first use."""
+    def _allocate(self, size_bytes: int) -> tuple[Any, int, dict[int, Any]]:
+        """New storage, its address, and the streams to wait for before its first use."""
         if self.device == "cpu":
             array = np.empty(size_bytes, np.uint8)
-            return array, array.ctypes.data, []
+            return array, array.ctypes.data, {}
         cupy = require_cupy("a CUDA array")
         if self.device == "pinned":
             try:
@@ -334,7 +377,7 @@ class Manager:
                 raise MemoryLimitError(
                     f"the host pins no {size_bytes / 1e6:.1f} MB of memory: {error}\n{self.stats()}"
                 ) from error
-            return pinned, pinned.ptr, []
+            return pinned, pinned.ptr, {}
         try:
             block = cupy.empty(size_bytes, np.uint8)
         except cupy.cuda.memory.OutOfMemoryError:
@@ -347,7 +390,8 @@ class Manager:
                     f"the device has no {size_bytes / 1e6:.1f} MB left: {error}\n{self.stats()}"
                 ) from error
         # CuPy's pool hands out blocks that work queued on the current stream may still use: it counts as the last user.
-        return block, block.data.ptr, [_mark(cupy.cuda.get_current_stream())]
+        stream = cupy.cuda.get_current_stream()
+        return block, block.data.ptr, {stream.ptr: stream}
 
     def _give_back_idle(self, idle_s: float) -> None:
         before_s = time.monotonic() - idle_s
@@ -391,19 +435,21 @@ class Manager:
 
 
 def asked_at() -> str:
-    """The file, line and function outside of this package that asked for memory."""
-    package = str(Path(__file__).parent.parent)
+    """The file, line and function outside of this package, and of CuPy, that asked for memory."""
+    package, cupy = str(Path(__file__).parent.parent), f"{os.sep}cupy{os.sep}"
     frame = sys._getframe(1)
-    while frame.f_back is not None and frame.f_code.co_filename.startswith(package):
+    while frame.f_back is not None and (
+        frame.f_code.co_filename.startswith(package) or cupy in frame.f_code.co_filename
+    ):
         frame = frame.f_back
     return f"{frame.f_code.co_filename}:{frame.f_lineno} in {frame.f_code.co_name}"
 
 
-def _mark(stream: Any) -> Any:
-    """An event at the present end of a stream."""
-    return stream.record(require_cupy("a CUDA event").cuda.Event(disable_timing=True))
+def _new_event() -> Any:
+    return require_cupy("a CUDA event").cuda.Event(disable_timing=True)
 
 
+@functools.lru_cache(maxsize=4096)
 def size_class(size_bytes: int) -> int:
     """Round up to one of four sizes per power of two, at least 4 KiB."""
     size = max(int(size_bytes), 4096)
