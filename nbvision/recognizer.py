@@ -32,12 +32,13 @@ from nbvision.ops.preprocess import Preprocess
 from nbvision.runtime import memory
 from nbvision.runtime.device import Device, device_of, resolve_device, synchronize
 
-__all__ = ["Recognition", "Recognizer", "StageTimes", "in_batches"]
+__all__ = ["BATCHES", "Recognition", "Recognizer", "StageTimes", "in_batches", "load_engine"]
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 CROP_MARGIN = 0.1  # the mask head and the embedder were trained on boxes enlarged by this share
 BACKGROUND = 0.5  # what the embedder sees where the mask is not
+BATCHES = {"detector": (1, 32, 64), "masker": (1, 64, 256), "embedder": (1, 64, 256)}
 
 
 @dataclass
@@ -161,11 +162,7 @@ class Recognizer:
     ) -> Recognizer:
         """From ``detector.onnx``, ``masker.onnx`` and ``embedder.onnx`` in a directory."""
         device = resolve_device(device)
-        engines = [
-            Engine(Path(directory) / f"{name}.onnx", device=device, precision=precision, batch=batch)
-            for name, batch in [("detector", (1, 32, 64)), ("masker", (1, 64, 256)), ("embedder", (1, 64, 256))]
-        ]
-        return cls(*engines, **options)
+        return cls(*(load_engine(directory, name, device=device, precision=precision) for name in BATCHES), **options)
 
     @property
     def digest(self) -> str:
@@ -254,6 +251,13 @@ class Recognizer:
 
     def _stage(self, times: StageTimes | None, name: str, items: int) -> contextlib.AbstractContextManager[None]:
         return contextlib.nullcontext() if times is None else times.stage(name, self.device, items=items)
+
+
+def load_engine(
+    directory: str | os.PathLike[str], name: str, *, device: Device | None = None, precision: Any = "fp32"
+) -> Engine:
+    """One of the recognizer's models: ``"detector"``, ``"masker"`` or ``"embedder"``."""
+    return Engine(Path(directory) / f"{name}.onnx", device=device, precision=precision, batch=BATCHES[name])
 
 
 def in_batches(engine: Engine, inputs: Any) -> Any:
