@@ -1,4 +1,4 @@
-"""The command line: ``nbvision info | demo | index | search | build-engine | profile-engine``."""
+"""The command line: ``nbvision info | demo | index | search | build-engine | profile-engine | quantize``."""
 
 from __future__ import annotations
 
@@ -7,9 +7,9 @@ import functools
 import sys
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import nbvision
 from nbvision.errors import InputError, NbvisionError, SearchError
@@ -84,6 +84,22 @@ def _parser() -> argparse.ArgumentParser:
     profile.add_argument("--json", type=Path, metavar="FILE", help="write the figures here too")
     profile.add_argument("--picture", type=Path, metavar="FILE", help="draw the curves; needs the extra `plot`")
     profile.set_defaults(command=_profile_engine)
+
+    quantized = commands.add_parser("quantize", help="an int8 version of a model, with ranges from your own images")
+    quantized.add_argument("model", type=Path, help="an ONNX file with one input (batch, 3, height, width)")
+    quantized.add_argument("images", type=Path, help="directory of images of the kind that the model will meet")
+    quantized.add_argument("--out", type=Path, required=True, metavar="FILE", help="the file to write")
+    quantized.add_argument(
+        "--fit", choices=["letterbox", "stretch", "cover"], default="letterbox", help="(%(default)s)"
+    )
+    quantized.add_argument("--scale", type=float, default=1 / 255, help="of pixels before mean and std (1/255)")
+    quantized.add_argument("--mean", type=float, nargs=3, metavar=("R", "G", "B"), help="after the scale (none)")
+    quantized.add_argument("--std", type=float, nargs=3, metavar=("R", "G", "B"), help="after the scale (none)")
+    quantized.add_argument("--limit", type=_positive, default=400, help="images to read at most (%(default)s)")
+    quantized.add_argument("--method", choices=["minmax", "percentile"], default="minmax", help="(%(default)s)")
+    quantized.add_argument("--exclude", nargs="*", default=[], metavar="NODE", help="nodes that stay in float32")
+    quantized.add_argument("--json", type=Path, metavar="FILE", help="write the report here too")
+    quantized.set_defaults(command=_quantize)
     return parser
 
 
@@ -161,14 +177,15 @@ def _demo(options: argparse.Namespace) -> int:
 
 def _index(options: argparse.Namespace) -> int:
     from nbvision.console import Console
-    from nbvision.indexing import IMAGE_SUFFIXES, image_files, index_files
+    from nbvision.codecs.headers import IMAGE_SUFFIXES
+    from nbvision.indexing import image_files, index_files
     from nbvision.search import Index
 
     if not options.directory.is_dir():
         raise InputError(f"{options.directory} is no directory; expected a directory of images")
     files = image_files(options.directory)
     if not files:
-        suffixes = ", ".join(sorted(IMAGE_SUFFIXES))
+        suffixes = ", ".join(IMAGE_SUFFIXES)
         raise InputError(f"{options.directory} holds no images; expected file names that end in {suffixes}")
     console = Console()
     path = options.index or Path(f"{options.directory.resolve()}.index")  # resolved: "." has no name
@@ -271,4 +288,44 @@ def _profile_engine(options: argparse.Namespace) -> int:
     if options.picture:
         profile.draw(options.picture)
         console.print(f"picture: {options.picture}")
+    return 0
+
+
+def _quantize(options: argparse.Namespace) -> int:
+    from nbvision.codecs import decode
+    from nbvision.console import Console
+    from nbvision.engines import Engine, quantize
+    from nbvision.indexing import image_files
+    from nbvision.ops.preprocess import Preprocess
+
+    batch_size = 8
+    console = Console()
+    inputs = Engine(options.model, device="cpu").inputs
+    if len(inputs) != 1 or len(inputs[0].shape) != 4:
+        raise InputError(f"{options.model} takes {inputs}; expected one input (batch, 3, height, width)")
+    plan = Preprocess(inputs[0].shape[2:], fit=options.fit, scale=options.scale, mean=options.mean, std=options.std)
+    files = image_files(options.images)[: options.limit]
+    if len(files) < 2:
+        raise InputError(f"{options.images} has {len(files)} images; expected two at least, and hundreds in earnest")
+    held_out = files[:: max(4, len(files) // (4 * batch_size))]  # to measure errors with: a quarter, at most 32
+
+    def batches(chosen: Sequence[Path]) -> Iterator[Any]:
+        for start in range(0, len(chosen), batch_size):
+            batch = decode(chosen[start : start + batch_size], device="cpu")
+            whole = [index for index, error in enumerate(batch.errors) if error is None]
+            if whole:
+                yield plan(batch.select(whole))[0]
+
+    with console.status(f"quantizing {options.model.name} with {len(files) - len(held_out)} images"):
+        report = quantize(
+            options.model,
+            options.out,
+            calibration=batches([path for path in files if path not in set(held_out)]),
+            validation=batches(held_out),
+            method=options.method,
+            exclude=options.exclude,
+        )
+    console.print(str(report))
+    if options.json:
+        report.save(options.json)
     return 0

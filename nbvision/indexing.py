@@ -7,12 +7,11 @@ from pathlib import Path
 
 import numpy as np
 
+from nbvision.codecs.headers import IMAGE_SUFFIXES
 from nbvision.recognizer import Recognition, Recognizer, StageTimes
 from nbvision.search import Index
 
-__all__ = ["IMAGE_SUFFIXES", "image_files", "index_files"]
-
-IMAGE_SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".webp", ".avif", ".bmp", ".tif", ".tiff", ".gif"})
+__all__ = ["image_files", "index_files"]
 
 
 def image_files(directory: Path) -> list[Path]:

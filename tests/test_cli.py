@@ -325,6 +325,32 @@ def test_profile_engine(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> N
         assert len(picture.convert("RGB").getcolors(1 << 20)) > 100
 
 
+def test_quantize(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    images = tmp_path / "images" / "below"
+    images.mkdir(parents=True)
+    rng = np.random.default_rng(2)
+    for index in range(12):
+        pixels = rng.integers(0, 256, (9, 7, 3), np.uint8).repeat(16, 0).repeat(16, 1)
+        Image.fromarray(pixels).save(
+            images / f"{index}.{'png' if index % 2 else 'JPG'}", format=["JPEG", "PNG"][index % 2]
+        )
+    (images / "broken.jpg").write_bytes(b"not an image")
+    (images / "notes.txt").write_text("no image either")
+    model, out, report = models_directory() / "embedder.onnx", tmp_path / "int8.onnx", tmp_path / "report.json"
+    options = ["--fit", "stretch", "--mean", ".5", ".5", ".5", "--std", ".2", ".2", ".2", "--json", report]
+    status, printed, errors = run(capsys, "quantize", model, images.parent, "--out", out, *options)
+    assert (status, errors) == (0, "")
+    assert out.stat().st_size < model.stat().st_size / 2
+    assert "cosine" in printed
+    assert json.loads(report.read_text())["size_bytes"] == [model.stat().st_size, out.stat().st_size]
+    x = rng.standard_normal((2, 3, 96, 96)).astype(np.float32)
+    exact, int8 = (nbvision.Engine(path, device="cpu")(x).ravel() for path in (model, out))
+    assert exact @ int8 / np.linalg.norm(exact) / np.linalg.norm(int8) > 0.9
+    (tmp_path / "empty").mkdir()
+    assert_fails(run(capsys, "quantize", model, tmp_path / "empty", "--out", out), "has 0 images")
+    assert_fails(run(capsys, "quantize", tmp_path / "no.onnx", images, "--out", out), "no.onnx")
+
+
 def test_build_engine(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     model = models_directory() / "embedder.onnx"
     status, printed, errors = run(capsys, "build-engine", model, "--batch", "1", "2", "4", "--device", "cpu")

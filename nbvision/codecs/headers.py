@@ -13,8 +13,9 @@ from typing import Any, Literal, NamedTuple
 
 from nbvision.errors import DecodeError, InputError
 
-__all__ = ["Header", "ImageFormat", "as_bytes", "read_header"]
+__all__ = ["IMAGE_SUFFIXES", "Header", "ImageFormat", "as_bytes", "read_header"]
 
+IMAGE_SUFFIXES = (".avif", ".bmp", ".gif", ".j2k", ".jp2", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
 ImageFormat = Literal["avif", "bmp", "gif", "jpeg", "jpeg2000", "png", "tiff", "webp"]
 
 

@@ -8,13 +8,12 @@ import tarfile
 from collections.abc import Iterable, Iterator, Sequence
 from typing import IO, Any, TypeAlias
 
+from nbvision.codecs.headers import IMAGE_SUFFIXES
 from nbvision.errors import DecodeError, InputError, MissingExtraError
 
 __all__ = ["NamedBytes", "read_parquet", "read_tar"]
 
 Path: TypeAlias = str | os.PathLike[str]
-
-SUFFIXES = (".avif", ".bmp", ".gif", ".j2k", ".jp2", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
 
 
 class NamedBytes(bytes):
@@ -37,7 +36,7 @@ def read_tar(
     sources: Path | IO[bytes] | Iterable[Path | IO[bytes]],
     *,
     batch_size: int,
-    suffixes: Sequence[str] = SUFFIXES,
+    suffixes: Sequence[str] = IMAGE_SUFFIXES,
 ) -> Iterator[list[NamedBytes]]:
     """Read the images of tar files, such as WebDataset's shards, from front to back, a batch at a time.
 
