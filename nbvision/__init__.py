@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from nbvision import errors
 from nbvision.errors import (
     CompileError,
+    DeadlineError,
     DecodeError,
     DeviceError,
     EngineError,
@@ -19,10 +20,12 @@ from nbvision.errors import (
     MemoryLimitError,
     MissingExtraError,
     NbvisionError,
+    OverloadError,
     SearchError,
 )
 
 if TYPE_CHECKING:
+    from nbvision.batching import Batcher, LatencyCurve
     from nbvision.codecs import Decoder, decode, decode_frames, encode, read_parquet, read_tar
     from nbvision.engines import Engine, EngineProfile, QuantizationReport, profile_engine, quantize
     from nbvision.image import ImageBatch, as_batch
@@ -48,7 +51,9 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 __all__ = [
+    "Batcher",
     "CompileError",
+    "DeadlineError",
     "DecodeError",
     "Decoder",
     "Detections",
@@ -61,10 +66,12 @@ __all__ = [
     "ImageBatch",
     "Index",
     "InputError",
+    "LatencyCurve",
     "Masks",
     "MemoryLimitError",
     "MissingExtraError",
     "NbvisionError",
+    "OverloadError",
     "Pipeline",
     "PipelineReport",
     "PixelFunction",
@@ -117,6 +124,7 @@ __all__ = [
 ]
 
 _ROOM_OF = {
+    "Batcher": "nbvision.batching",
     "Decoder": "nbvision.codecs",
     "Detections": "nbvision.ops.boxes",
     "Engine": "nbvision.engines",
@@ -124,6 +132,7 @@ _ROOM_OF = {
     "Geometry": "nbvision.ops.geometry",
     "ImageBatch": "nbvision.image",
     "Index": "nbvision.search",
+    "LatencyCurve": "nbvision.batching",
     "Masks": "nbvision.ops.instances",
     "Pipeline": "nbvision.pipeline",
     "PipelineReport": "nbvision.pipeline",

@@ -1,4 +1,4 @@
-"""The command line: ``nbvision info | demo | index | search | build-engine | profile-engine | quantize``."""
+"""The command line: `nbvision`, and its commands, which `_parser` lists."""
 
 from __future__ import annotations
 
@@ -100,6 +100,22 @@ def _parser() -> argparse.ArgumentParser:
     quantized.add_argument("--exclude", nargs="*", default=[], metavar="NODE", help="nodes that stay in float32")
     quantized.add_argument("--json", type=Path, metavar="FILE", help="write the report here too")
     quantized.set_defaults(command=_quantize)
+
+    capacity = commands.add_parser("plan-capacity", help="how many cards a load wants, by simulation of the batcher")
+    capacity.add_argument(
+        "times", type=Path, help="what `nbvision profile-engine --json` wrote, or {size: milliseconds}"
+    )
+    capacity.add_argument("--rate", type=float, required=True, help="requests a second")
+    capacity.add_argument("--deadline-ms", type=float, default=40.0, help="of a request (%(default)s)")
+    capacity.add_argument("--burst", type=_positive, default=1, help="requests that come at once (%(default)s)")
+    capacity.add_argument("--max-batch", type=_positive, default=64, help="(%(default)s)")
+    capacity.add_argument("--precision", choices=["fp32", "fp16"], help="of the times (the first)")
+    capacity.add_argument(
+        "--share", type=float, default=0.99, help="of the requests that shall be in time (%(default)s)"
+    )
+    capacity.add_argument("--jitter", type=float, default=0.05, help="of a batch's time (%(default)s)")
+    capacity.add_argument("--most-cards", type=_positive, default=64, help="to try (%(default)s)")
+    capacity.set_defaults(command=_plan_capacity)
     return parser
 
 
@@ -176,8 +192,8 @@ def _demo(options: argparse.Namespace) -> int:
 
 
 def _index(options: argparse.Namespace) -> int:
-    from nbvision.console import Console
     from nbvision.codecs.headers import IMAGE_SUFFIXES
+    from nbvision.console import Console
     from nbvision.indexing import image_files, index_files
     from nbvision.search import Index
 
@@ -328,4 +344,36 @@ def _quantize(options: argparse.Namespace) -> int:
     console.print(str(report))
     if options.json:
         report.save(options.json)
+    return 0
+
+
+def _plan_capacity(options: argparse.Namespace) -> int:
+    from nbvision.batching.latency import LatencyCurve
+    from nbvision.batching.simulator import POLICIES, arrivals, goodput, simulate
+    from nbvision.console import Console
+
+    if not options.rate > 0 or not 0 < options.share <= 1:
+        raise InputError(f"rate is {options.rate}, share {options.share}; expected a positive rate, a share of 0 to 1")
+    curve = LatencyCurve.load(options.times, precision=options.precision)
+    load = {"deadline_ms": options.deadline_ms, "max_batch": options.max_batch, "jitter": options.jitter}
+    console = Console()
+    with console.status("simulating"):
+        rates = [
+            (policy, f"{goodput(curve, policy=policy, share=options.share, burst=options.burst, **load):,.0f}")
+            for policy in POLICIES
+        ]
+        coming = arrivals(options.rate, 20_000, burst=options.burst)
+        for cards in range(1, options.most_cards + 1):
+            found = simulate(coming, curve, cards=cards, **load)
+            if found.share_in_time >= options.share:
+                break
+    console.table(
+        f"requests/s of one card, {options.share:.0%} of them within {options.deadline_ms:g} ms",
+        ["policy", "requests/s"],
+        rates,
+    )
+    if found.share_in_time < options.share:
+        console.print(f"{options.rate:g} requests/s: {cards} cards are too few. {found}")
+        return 1
+    console.print(f"{options.rate:g} requests/s want {cards} card{'s' if cards > 1 else ''}: {found}")
     return 0

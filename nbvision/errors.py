@@ -11,6 +11,8 @@
     ├── CompileError (RuntimeError)        a kernel that does not compile
     ├── DecodeError (ValueError)           one image that cannot be decoded; ``kind`` says why
     ├── EngineError (RuntimeError)         a model that cannot be loaded, built or run
+    ├── OverloadError (RuntimeError)       a request turned away at the door of a full queue
+    ├── DeadlineError (TimeoutError)       a request given up, since it cannot be answered in time
     └── SearchError (RuntimeError)         an index that cannot be read, or that another model made
 
 Messages say what was got, what was expected and what to do about it.
@@ -22,6 +24,7 @@ from typing import Any, Literal, get_args
 
 __all__ = [
     "CompileError",
+    "DeadlineError",
     "DecodeError",
     "DecodeErrorKind",
     "DeviceError",
@@ -31,6 +34,7 @@ __all__ = [
     "MemoryLimitError",
     "MissingExtraError",
     "NbvisionError",
+    "OverloadError",
     "SearchError",
 ]
 
@@ -116,6 +120,25 @@ class DecodeError(NbvisionError, ValueError):
 
 class EngineError(NbvisionError, RuntimeError):
     """A model cannot be loaded, built or run."""
+
+
+class OverloadError(NbvisionError, RuntimeError):
+    """A queue is full, and takes no more requests now.
+
+    Parameters
+    ----------
+    message : str
+    retry_after_s : float
+        When there may be room.
+    """
+
+    def __init__(self, message: str, *, retry_after_s: float) -> None:
+        super().__init__(message)
+        self.retry_after_s = retry_after_s
+
+
+class DeadlineError(NbvisionError, TimeoutError):
+    """A request that waited cannot be answered in time any more, or only at the cost of many others."""
 
 
 class SearchError(NbvisionError, RuntimeError):

@@ -325,6 +325,27 @@ def test_profile_engine(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> N
         assert len(picture.convert("RGB").getcolors(1 << 20)) > 100
 
 
+def test_plan_capacity(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    times, other = tmp_path / "times.json", tmp_path / "other.json"
+    times.write_text(json.dumps({size: 2 + 0.25 * size for size in (1, 8, 64)}))
+    status, printed, errors = run(capsys, "plan-capacity", times, "--rate", "9000", "--burst", "8")
+    assert (status, errors) == (0, "")
+    assert "9000 requests/s want 3 cards: 20000 requests" in " ".join(printed.split())
+    assert "eager and reject" in printed
+    status, printed, _ = run(capsys, "plan-capacity", times, "--rate", "9000", "--most-cards", "2")
+    assert status == 1
+    assert "2 cards are too few" in printed
+    profiled = [{"precision": name, "batch": 4, "p99_ms": ms} for name, ms in (("fp32", 9.0), ("fp16", 1.0))]
+    other.write_text(json.dumps({"name": "detector", "times": profiled}))
+    for precision, cards in (("fp32", 5), ("fp16", 1)):
+        printed = run(capsys, "plan-capacity", other, "--rate", "2000", "--max-batch", "4", "--precision", precision)[1]
+        assert f"want {cards} card" in printed
+    for text in ("no JSON", "[]", "{}", '{"a": 1}', '{"times": [{"batch": 1}]}'):
+        other.write_text(text)
+        assert_fails(run(capsys, "plan-capacity", other, "--rate", "5"), "says no times of batches")
+    assert_fails(run(capsys, "plan-capacity", times, "--rate", "0"), "positive rate")
+
+
 def test_quantize(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     images = tmp_path / "images" / "below"
     images.mkdir(parents=True)

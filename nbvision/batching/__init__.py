@@ -1,0 +1,7 @@
+"""Requests of single items in, batches that meet their deadlines out; and the same policy simulated."""
+
+from nbvision.batching.batcher import Batcher, BatcherStats
+from nbvision.batching.latency import LatencyCurve
+from nbvision.batching.simulator import Simulation, goodput, simulate
+
+__all__ = ["Batcher", "BatcherStats", "LatencyCurve", "Simulation", "goodput", "simulate"]

@@ -1,0 +1,344 @@
+"""Single items from many callers, run in batches that meet their deadlines."""
+
+from __future__ import annotations
+
+import asyncio
+import collections
+import math
+import os
+import threading
+import time
+from collections.abc import Callable, Hashable, Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from nbvision.batching.latency import LatencyCurve
+from nbvision.batching.policy import Reason, Request, RequestQueue, next_batch
+from nbvision.errors import DeadlineError, InputError, NbvisionError, OverloadError
+
+__all__ = ["Batcher", "BatcherStats"]
+
+_REMEMBERED = 1000  # requests whose times in the queue are kept
+_ATTEMPTS = 4  # calls to find one bad item, for each halving that it may take
+
+
+@dataclass(frozen=True)
+class BatcherStats:
+    """Counts since the batcher was made; as text, a table.
+
+    Attributes
+    ----------
+    submitted : int
+        Requests that were let in; each is one of ``answered``, ``failed``, ``late``, ``cancelled`` and ``waiting``, or
+        runs now (``running``).
+    rejected : int
+        Turned away at the door.
+    answered, failed : int
+        By a result, or by the function's exception.
+    late : int
+        Given up before they ran, since they could not have been in time.
+    missed : int
+        Answered, but after the deadline.
+    batches : int
+    sizes : dict of int to int
+        Batches by size.
+    reasons : dict of str to int
+        Batches by why they were not larger: ``"drained"`` (no more requests), ``"full"``, ``"deadline"``.
+    queue_p50_ms, queue_p99_ms : float
+        From arrival to the start of the batch, of the last 1,000 requests; nan without any.
+    """
+
+    submitted: int
+    rejected: int
+    answered: int
+    failed: int
+    late: int
+    missed: int
+    cancelled: int
+    waiting: int
+    running: int
+    batches: int
+    sizes: dict[int, int]
+    reasons: dict[Reason, int]
+    queue_p50_ms: float
+    queue_p99_ms: float
+
+    def __str__(self) -> str:
+        names = ("submitted", "rejected", "answered", "failed", "late", "missed", "cancelled", "waiting", "running")
+        lines = [f"{name:10} {getattr(self, name):10,}" for name in names]
+        mean = sum(size * count for size, count in self.sizes.items()) / max(self.batches, 1)
+        reasons = ", ".join(f"{count} {reason}" for reason, count in sorted(self.reasons.items()))
+        lines.append(f"{'batches':10} {self.batches:10,}  {mean:.1f} items each; {reasons or 'none'}")
+        lines.append(f"in queue   p50 {self.queue_p50_ms:.2f} ms, p99 {self.queue_p99_ms:.2f} ms")
+        return "\n".join(lines)
+
+
+class Batcher:
+    """Collects single requests into batches and runs a function on them.
+
+    There is no fixed delay. As soon as a thread is free, the largest batch goes that still meets the tightest deadline
+    in it, by how long batches of each size took lately; a request that cannot be in time any more is given up, and so
+    is one that would cost the others most of their batch. Requests that come while all threads are busy make the next
+    batch.
+
+    Parameters
+    ----------
+    function : callable
+        Takes a list of items and returns as many results, in their order; a result that is an exception is raised for
+        its item alone. If it raises, the batch is halved again and again until only the items that cause it fail.
+    max_batch : int
+        Items of a batch.
+    deadline_ms : float, optional
+        Of a request that does not say its own; default: none.
+    bucket : callable, optional
+        Gives what an item has to share with others in its batch, such as its shape after preprocessing.
+    size_of : callable, optional
+        Gives an item's bytes, for ``max_queue_bytes``.
+    max_queue_items, max_queue_bytes : int
+        Of requests that wait; more are turned away.
+    latency : LatencyCurve, optional
+        What is known before the first call, such as ``LatencyCurve.of_profile(profile)``; every call refines it.
+    in_flight : int
+        Batches that run at the same time, each in a thread: with two, the host prepares one while the GPU works on the
+        other.
+    aging_s : float
+        A request that has waited so long goes before all others, whatever its priority.
+
+    Raises
+    ------
+    InputError
+        For a function that cannot be called, or numbers that are not positive.
+
+    Examples
+    --------
+    >>> with nbv.Batcher(recognize_all, max_batch=32, deadline_ms=40) as batcher:   # doctest: +SKIP
+    ...     answer = batcher(image_bytes)
+    """
+
+    def __init__(
+        self,
+        function: Callable[[list[Any]], Sequence[Any]],
+        *,
+        max_batch: int = 64,
+        deadline_ms: float | None = None,
+        bucket: Callable[[Any], Hashable] | None = None,
+        size_of: Callable[[Any], int] | None = None,
+        max_queue_items: int = 1024,
+        max_queue_bytes: int | None = None,
+        latency: LatencyCurve | None = None,
+        in_flight: int = 2,
+        aging_s: float = 1.0,
+    ) -> None:
+        if not callable(function):
+            raise InputError(f"function is a {type(function).__name__}; expected a callable that takes a list")
+        counts = {"max_batch": max_batch, "max_queue_items": max_queue_items, "in_flight": in_flight}
+        for name, value in counts.items():
+            if not isinstance(value, int) or value < 1:
+                raise InputError(f"{name} is {value!r}; expected a positive integer")
+        for name, limit in {"deadline_ms": deadline_ms, "max_queue_bytes": max_queue_bytes, "aging_s": aging_s}.items():
+            if limit is not None and not limit > 0:
+                raise InputError(f"{name} is {limit!r}; expected a positive number")
+        self._function = function
+        self.max_batch = max_batch
+        self.deadline_ms = deadline_ms
+        self.latency = latency or LatencyCurve()
+        self._bucket, self._size_of = bucket, size_of
+        self._max_items, self._max_bytes = max_queue_items, max_queue_bytes or math.inf
+        self._queue = RequestQueue(aging_s=aging_s)
+        self._queued_bytes = 0
+        self._changed = threading.Condition()
+        self._closing = False
+        self._counts: collections.Counter[str] = collections.Counter()
+        self._sizes: collections.Counter[int] = collections.Counter()
+        self._reasons: collections.Counter[Reason] = collections.Counter()
+        self._queue_times_s: collections.deque[float] = collections.deque(maxlen=_REMEMBERED)
+        self._threads = [
+            threading.Thread(target=self._work, name=f"nbvision-batcher-{number}", daemon=True)
+            for number in range(in_flight)
+        ]
+        self._owner = os.getpid()
+        for thread in self._threads:
+            thread.start()
+
+    def submit(self, item: Any, *, deadline_ms: float | None = None, priority: int = 0) -> Future[Any]:
+        """Hand an item in.
+
+        Parameters
+        ----------
+        item : object
+        deadline_ms : float, optional
+            From now on; default: the batcher's. Not positive is one that has passed.
+        priority : int
+            Smaller ones go first.
+
+        Returns
+        -------
+        concurrent.futures.Future
+            Of the item's result. Its exception is the function's, or :class:`DeadlineError` if it was given up. It may
+            be cancelled as long as it waits. In a coroutine: ``await batcher.answer(item)``.
+
+        Raises
+        ------
+        OverloadError
+            If too many requests wait; ``retry_after_s`` says when to come again.
+        DeadlineError
+            If the deadline has passed already.
+        InputError
+            If the batcher is closed.
+        """
+        now_s = time.monotonic()
+        allowed_ms = self.deadline_ms if deadline_ms is None else deadline_ms
+        if allowed_ms is not None and not allowed_ms > 0:
+            raise DeadlineError(f"the deadline of {allowed_ms} ms has passed; expected time to answer in")
+        request = Request(
+            item,
+            now_s,
+            math.inf if allowed_ms is None else now_s + allowed_ms / 1e3,
+            priority,
+            self._bucket(item) if self._bucket else None,
+            self._size_of(item) if self._size_of else 0,
+            Future(),
+        )
+        with self._changed:
+            if self._closing or os.getpid() != self._owner:
+                raise InputError("this Batcher is closed, or of another process; make one here")
+            if len(self._queue) >= self._max_items or self._queued_bytes + request.size_bytes > self._max_bytes:
+                self._counts["rejected"] += 1
+                raise OverloadError(
+                    f"{len(self._queue)} requests of {self._queued_bytes} bytes wait; the limit is {self._max_items} "
+                    f"and {self._max_bytes} bytes. Come again later, or raise max_queue_items or max_queue_bytes",
+                    retry_after_s=self.latency(self.max_batch) * max(len(self._queue) / self.max_batch, 1.0),
+                )
+            self._counts["submitted"] += 1
+            self._queue.add(request)
+            self._queued_bytes += request.size_bytes
+            self._changed.notify()
+        future: Future[Any] = request.future
+        return future
+
+    def __call__(self, item: Any, *, deadline_ms: float | None = None, priority: int = 0) -> Any:
+        """Hand an item in and wait for its result; raises what :meth:`submit` and its future raise."""
+        return self.submit(item, deadline_ms=deadline_ms, priority=priority).result()
+
+    async def answer(self, item: Any, *, deadline_ms: float | None = None, priority: int = 0) -> Any:
+        """Hand an item in and await its result; a task that is cancelled takes its request back if it still waits."""
+        return await asyncio.wrap_future(self.submit(item, deadline_ms=deadline_ms, priority=priority))
+
+    def stats(self) -> BatcherStats:
+        """What has happened so far."""
+        with self._changed:
+            counts = self._counts
+            ended = sum(counts[name] for name in ("answered", "failed", "late", "cancelled"))
+            times_ms = np.array(self._queue_times_s) * 1e3
+            p50, p99 = np.quantile(times_ms, [0.5, 0.99]).tolist() if len(times_ms) else (math.nan, math.nan)
+            names = ("submitted", "rejected", "answered", "failed", "late", "missed", "cancelled")
+            return BatcherStats(
+                **{name: counts[name] for name in names},
+                waiting=len(self._queue),
+                running=counts["submitted"] - ended - len(self._queue),
+                batches=sum(self._sizes.values()),
+                sizes=dict(self._sizes),
+                reasons=dict(self._reasons),
+                queue_p50_ms=p50,
+                queue_p99_ms=p99,
+            )
+
+    def close(self, *, drain: bool = True) -> None:
+        """Take no more requests, and end the threads.
+
+        Parameters
+        ----------
+        drain : bool
+            Whether requests that wait are still run, or cancelled.
+        """
+        with self._changed:
+            self._closing = True
+            if not drain:
+                waiting = self._queue.all()
+                for request in waiting:
+                    self._take_out([request])
+                    self._counts["cancelled"] += 1
+                    request.future.cancel()
+                    request.future.set_running_or_notify_cancel()
+            self._changed.notify_all()
+        if os.getpid() == self._owner:
+            for thread in self._threads:
+                thread.join()
+
+    def __enter__(self) -> Batcher:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
+
+    def _work(self) -> None:
+        """The life of a thread: wait for requests, choose some, run them."""
+        while True:
+            with self._changed:
+                self._changed.wait_for(lambda: len(self._queue) or self._closing)
+                if not len(self._queue):
+                    return
+                batch, late, has_more = self._choose()
+                if has_more:
+                    self._changed.notify()
+            for request in late:
+                request.future.set_exception(
+                    DeadlineError("the request was given up: it could not be answered before its deadline")
+                )
+            if batch:
+                self._run(batch)
+
+    def _choose(self) -> tuple[list[Request], list[Request], bool]:
+        """The next batch and those that are given up, taken out of the queue; and whether requests are left."""
+        now_s = time.monotonic()
+        release = next_batch(self._queue.first(now_s), now_s, self.latency, max_batch=self.max_batch)
+        self._take_out(release.batch + release.late)
+        batch = [request for request in release.batch if request.future.set_running_or_notify_cancel()]
+        late = [request for request in release.late if request.future.set_running_or_notify_cancel()]
+        self._counts["cancelled"] += len(release.batch) + len(release.late) - len(batch) - len(late)
+        self._counts["late"] += len(late)
+        if batch:
+            self._sizes[len(batch)] += 1
+            self._reasons[release.reason] += 1
+            self._queue_times_s.extend(now_s - request.arrived_s for request in batch)
+        return batch, late, len(self._queue) > 0
+
+    def _take_out(self, requests: list[Request]) -> None:
+        self._queue.remove(requests)
+        self._queued_bytes -= sum(request.size_bytes for request in requests)
+
+    def _run(self, batch: list[Request]) -> None:
+        started_s = time.monotonic()
+        attempts = [_ATTEMPTS * (len(batch).bit_length() + 1)]
+        most = attempts[0]
+        outcomes = self._outcomes([request.item for request in batch], attempts)
+        ended_s = time.monotonic()
+        if attempts[0] == most - 1 and not all(isinstance(outcome, BaseException) for outcome in outcomes):
+            self.latency.update(len(batch), max(ended_s - started_s, 1e-9))
+        with self._changed:
+            for request, outcome in zip(batch, outcomes, strict=True):
+                failed = isinstance(outcome, BaseException)
+                self._counts["failed" if failed else "answered"] += 1
+                self._counts["missed"] += not failed and ended_s > request.deadline_s
+        for request, outcome in zip(batch, outcomes, strict=True):
+            if isinstance(outcome, BaseException):
+                request.future.set_exception(outcome)
+            else:
+                request.future.set_result(outcome)
+
+    def _outcomes(self, items: list[Any], attempts: list[int]) -> list[Any]:
+        """A result or an exception for each item; the function is called no more than ``attempts[0]`` times."""
+        attempts[0] -= 1
+        try:
+            results = list(self._function(items))
+            if len(results) != len(items):
+                raise NbvisionError(f"the function returned {len(results)} results for {len(items)} items")
+            return results
+        except BaseException as error:  # whatever it is, somebody waits for it
+            if len(items) == 1 or attempts[0] <= 0:
+                return [error] * len(items)
+        middle = len(items) // 2
+        return self._outcomes(items[:middle], attempts) + self._outcomes(items[middle:], attempts)

@@ -1,0 +1,445 @@
+"""The deadline batcher: its policy by properties, its simulation beside others, and threads, futures and failures."""
+
+from __future__ import annotations
+
+import asyncio
+import concurrent.futures
+import math
+import threading
+import time
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from nbvision.batching import Batcher, LatencyCurve, goodput, simulate
+from nbvision.batching.policy import KEEP, Request, RequestQueue, next_batch
+from nbvision.batching.simulator import arrivals
+from nbvision.errors import DeadlineError, InputError, OverloadError
+
+# --- the curve --------------------------------------------------------------------------------------------------------
+
+
+def test_between_and_beyond_what_is_known() -> None:
+    curve = LatencyCurve({4: 0.010, 16: 0.022})
+    assert [curve(size) for size in (1, 4, 16, 32)] == [0.010, 0.010, 0.022, 0.044]
+    assert curve(10) == pytest.approx(0.016)
+    assert LatencyCurve()(5) == 0.0
+
+
+def test_what_is_measured_replaces_what_was_said() -> None:
+    curve = LatencyCurve({1: 1.0, 8: 2.0})
+    for _ in range(99):
+        curve.update(1, 0.010)
+    curve.update(1, 0.5)  # one of a hundred: the 99th percentile is the one below
+    assert curve(1) == 0.010
+    curve.update(1, 0.5)
+    assert curve(1) == 0.5
+    for _ in range(200):
+        curve.update(1, 0.020)
+    assert curve(1) == 0.020
+
+
+@given(
+    st.dictionaries(st.integers(1, 100), st.floats(1e-4, 1.0), min_size=1), st.lists(st.integers(1, 200), min_size=2)
+)
+def test_larger_batches_never_count_as_faster(seconds: dict[int, float], sizes: list[int]) -> None:
+    curve = LatencyCurve(seconds)
+    times = [curve(size) for size in sorted(sizes)]
+    assert times == sorted(times)
+
+
+@pytest.mark.parametrize("seconds", [{0: 1.0}, {1: 0.0}, {1: -1.0}, {1: math.nan}, {1.5: 1.0}])
+def test_times_that_are_none(seconds: Any) -> None:
+    with pytest.raises(InputError, match="expected a positive size and time"):
+        LatencyCurve(seconds)
+
+
+# --- the policy -------------------------------------------------------------------------------------------------------
+
+requests = st.lists(
+    st.builds(
+        Request,
+        item=st.none(),
+        arrived_s=st.floats(-1, 0),
+        deadline_s=st.one_of(st.floats(-0.01, 0.2), st.just(math.inf)),
+        priority=st.integers(0, 2),
+    ),
+    max_size=30,
+)
+curves = st.builds(lambda first, each: lambda size: first + each * size, st.floats(0.001, 0.02), st.floats(0, 0.005))
+
+
+@given(requests, curves, st.integers(1, 16))
+def test_what_is_released_is_in_time_and_nothing_is_lost(
+    waiting: list[Request], latency: Callable[[int], float], max_batch: int
+) -> None:
+    queue = RequestQueue()
+    for request in waiting:
+        queue.add(request)
+    ordered = queue.first(0.0)
+    assert sorted(map(id, ordered)) == sorted(map(id, waiting))
+    release = next_batch(ordered, 0.0, latency, max_batch=max_batch)
+    assert len(release.batch) <= max_batch
+    assert all(latency(len(release.batch)) <= request.deadline_s for request in release.batch)
+    chosen = set(release.batch) | set(release.late)
+    assert len(chosen) == len(release.batch) + len(release.late)
+    assert bool(release.batch) == any(latency(1) <= request.deadline_s for request in waiting)
+    # Those that could have made it are given up only for a batch that is larger than the one with them.
+    kept = [request for request in ordered if request not in set(release.late)]
+    assert release.batch == kept[: len(release.batch)]
+    if len(release.batch) < min(len(kept), max_batch):
+        assert len(release.batch) >= KEEP * min(len(kept), max_batch)
+        assert release.reason == "deadline"
+    queue.remove(release.batch + release.late)
+    assert len(queue) == len(waiting) - len(chosen)
+
+
+def test_nobody_waits_forever() -> None:
+    """A request without a deadline, of the lowest priority, among ever new ones of the highest."""
+    queue, old = RequestQueue(aging_s=0.5), Request("old", 0.0, priority=9)
+    queue.add(old)
+    now_s, rounds = 0.0, 0
+    while len(queue) and old in queue.all():
+        for _ in range(4):
+            queue.add(Request("new", now_s, now_s + 1.0, priority=0))
+        release = next_batch(queue.first(now_s), now_s, lambda size: 0.01, max_batch=2)
+        queue.remove(release.batch + release.late)
+        now_s, rounds = now_s + 0.01, rounds + 1
+        assert rounds < 100
+    assert rounds > 10
+
+
+def test_priorities_deadlines_and_buckets() -> None:
+    queue = RequestQueue()
+    given = [("a", 1, 0.3), ("a", 0, 0.9), ("b", 0, 0.8), ("a", 0, 0.5), ("b", 2, 0.1)]
+    for number, (bucket, priority, deadline_s) in enumerate(given):
+        queue.add(Request(number, 0.0, deadline_s, priority, bucket))
+    assert [request.item for request in queue.first(0.0)] == [3, 1, 0]
+    queue.remove(queue.first(0.0))
+    assert [request.item for request in queue.first(0.0)] == [2, 4]
+    assert len(queue) == 2
+
+
+# --- the simulation ---------------------------------------------------------------------------------------------------
+
+
+def card(size: int) -> float:
+    """2 ms and a quarter for each item: 3,556 items a second at 64."""
+    return 0.002 + 0.00025 * size
+
+
+CAPACITY = 64 / card(64)
+
+
+@pytest.mark.parametrize("burst", [1, 8, 16])
+def test_goodput_is_the_best_of_all_policies(burst: int) -> None:
+    def of(policy: Any) -> float:
+        return goodput(card, deadline_ms=40, policy=policy, burst=burst, count=8000)
+
+    deadline = of("deadline")
+    assert all(deadline >= 0.98 * of(policy) for policy in ("eager", "delay", "eager and reject", "delay and reject"))
+    if burst > 1:
+        assert deadline > 1.05 * of("eager")
+    assert deadline >= (0.95 if burst == 1 else 0.75) * CAPACITY
+
+
+@pytest.mark.parametrize("burst", [1, 8])
+def test_overload_is_shed(burst: int) -> None:
+    coming = arrivals(1.5 * CAPACITY, 8000, burst=burst, seed=1)
+    found = simulate(coming, card, deadline_ms=40)
+    assert found.in_time / 8000 >= 0.9 / 1.5
+    assert simulate(coming, card, deadline_ms=40, policy="eager").in_time / 8000 < 0.1
+
+
+def test_two_cards_are_nearly_two() -> None:
+    one, two = (goodput(card, deadline_ms=40, cards=cards, count=8000) for cards in (1, 2))
+    assert two > 1.9 * one
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    st.sampled_from(["deadline", "eager", "delay", "delay and reject", "eager and reject"]),
+    st.floats(10, 10_000),
+    st.integers(1, 20),
+    st.integers(1, 3),
+    st.floats(0, 0.3),
+)
+def test_no_request_is_lost_or_doubled(policy: Any, rate: float, burst: int, cards: int, jitter: float) -> None:
+    coming = arrivals(rate, 300, burst=burst, seed=2)
+    found = simulate(coming, card, deadline_ms=40, policy=policy, cards=cards, jitter=jitter)
+    assert found.in_time + found.late + found.dropped == 300
+    assert len(found.waited_s) == found.in_time + found.late
+    assert len(found.waited_s) == 0 or found.waited_s.min() > 0
+    if policy == "deadline" and jitter == 0:
+        assert found.late == 0
+    assert "requests in" in str(found)
+
+
+def test_numbers_that_are_none() -> None:
+    for options in ({"deadline_ms": 0}, {"deadline_ms": 40, "cards": 0}, {"deadline_ms": 40, "policy": "lucky"}):
+        with pytest.raises(InputError):
+            simulate(np.zeros(1), card, **options)  # type: ignore[arg-type]
+
+
+# --- threads and futures ----------------------------------------------------------------------------------------------
+
+
+class Gate:
+    """A function that waits until it is let go, and notes the batches that it was given."""
+
+    def __init__(self) -> None:
+        self.batches: list[list[Any]] = []
+        self.entered, self.open = threading.Semaphore(0), threading.Semaphore(0)
+
+    def __call__(self, items: list[Any]) -> list[Any]:
+        self.batches.append(items)
+        self.entered.release()
+        assert self.open.acquire(timeout=60)
+        return [item * 10 for item in items]
+
+
+def test_what_comes_while_a_batch_runs_is_the_next() -> None:
+    gate = Gate()
+    with Batcher(gate, max_batch=4, in_flight=1) as batcher:
+        first = batcher.submit(0)
+        assert gate.entered.acquire(timeout=60)
+        others = [batcher.submit(n) for n in range(1, 7)]
+        assert batcher.stats().waiting == 6
+        assert batcher.stats().running == 1
+        for _ in range(3):
+            gate.open.release()
+        assert [future.result(60) for future in [first, *others]] == [10 * n for n in range(7)]
+    assert gate.batches == [[0], [1, 2, 3, 4], [5, 6]]
+    stats = batcher.stats()
+    assert (stats.submitted, stats.answered, stats.batches) == (7, 7, 3)
+    assert stats.sizes == {1: 1, 4: 1, 2: 1}
+    assert stats.reasons == {"drained": 2, "full": 1}
+    assert stats.queue_p99_ms >= stats.queue_p50_ms >= 0
+    assert "7" in str(stats).splitlines()[0]
+
+
+def test_two_batches_at_once() -> None:
+    meeting = threading.Barrier(2)
+
+    def meet(items: list[int]) -> list[int]:
+        meeting.wait(timeout=60)
+        return items
+
+    with Batcher(meet, max_batch=1, in_flight=2) as batcher:
+        assert [future.result(60) for future in [batcher.submit(n) for n in range(6)]] == list(range(6))
+
+
+def test_one_bad_item_fails_alone() -> None:
+    calls = []
+
+    def fragile(items: list[int]) -> list[Any]:
+        calls.append(len(items))
+        if 13 in items:
+            raise ZeroDivisionError("13")
+        return [KeyError(item) if item == 5 else item for item in items]
+
+    gate = threading.Event()
+    with Batcher(lambda items: (gate.wait(60), fragile(items))[1], max_batch=64, in_flight=1) as batcher:
+        batcher.submit(-1)
+        futures = [batcher.submit(n) for n in range(32)]
+        gate.set()
+        errors = [future.exception(60) for future in futures]
+    assert [type(error) for error in errors if error] == [KeyError, ZeroDivisionError]
+    assert isinstance(errors[13], ZeroDivisionError)
+    assert isinstance(errors[5], KeyError)
+    assert len(calls) <= 1 + 2 * 6 + 1
+    assert batcher.stats().failed == 2
+    assert batcher.stats().answered == 31
+
+
+def test_an_engine_that_fails_is_not_asked_forever() -> None:
+    calls = []
+
+    def broken(items: list[int]) -> list[int]:
+        calls.append(len(items))
+        raise RuntimeError("no GPU")
+
+    gate = threading.Event()
+    with Batcher(lambda items: (gate.wait(60), broken(items))[1], max_batch=64, in_flight=1) as batcher:
+        futures = [batcher.submit(n) for n in range(65)]
+        gate.set()
+        assert all(isinstance(future.exception(60), RuntimeError) for future in futures)
+    assert len(calls) < 70
+    wrong = Batcher(lambda items: items[:-1])
+    with wrong, pytest.raises(Exception, match="returned 0 results for 1 items"):
+        wrong(1)
+
+
+def test_the_batcher_recovers() -> None:
+    failing = threading.Event()
+    failing.set()
+
+    def sometimes(items: list[int]) -> list[int]:
+        if failing.is_set():
+            raise RuntimeError("out of order")
+        return items
+
+    with Batcher(sometimes) as batcher:
+        with pytest.raises(RuntimeError, match="out of order"):
+            batcher(1)
+        failing.clear()
+        assert batcher(2) == 2
+
+
+def test_cancelled_requests_do_not_run() -> None:
+    gate = Gate()
+    with Batcher(gate, max_batch=8, in_flight=1) as batcher:
+        first = batcher.submit(0)
+        assert gate.entered.acquire(timeout=60)
+        futures = [batcher.submit(n) for n in range(1, 4)]
+        assert futures[1].cancel()
+        gate.open.release()
+        gate.open.release()
+        assert [futures[0].result(60), futures[2].result(60), first.result(60)] == [10, 30, 0]
+    assert gate.batches == [[0], [1, 3]]
+    assert batcher.stats().cancelled == 1
+
+
+def test_who_cannot_be_in_time_is_told_so() -> None:
+    gate = Gate()
+    with Batcher(gate, in_flight=1, latency=LatencyCurve({1: 0.005})) as batcher:
+        batcher.submit(0)
+        assert gate.entered.acquire(timeout=60)
+        hopeless, patient = batcher.submit(1, deadline_ms=6), batcher.submit(2)
+        time.sleep(0.02)
+        gate.open.release()
+        gate.open.release()
+        with pytest.raises(DeadlineError, match="given up"):
+            hopeless.result(60)
+        assert patient.result(60) == 20
+        for deadline_ms in (0, -1):
+            with pytest.raises(DeadlineError, match="has passed"):
+                batcher.submit(3, deadline_ms=deadline_ms)
+    assert gate.batches == [[0], [2]]
+    assert batcher.stats().late == 1
+
+
+def test_full_queues_turn_requests_away() -> None:
+    gate = Gate()
+    batcher = Batcher(gate, in_flight=1, max_queue_items=3, max_queue_bytes=100, size_of=len)
+    batcher.submit([0] * 90)
+    assert gate.entered.acquire(timeout=60)
+    futures = [batcher.submit([1] * 30) for _ in range(3)]
+    for size in (20, 1):  # too many bytes; too many items
+        with pytest.raises(OverloadError, match="Come again later") as caught:
+            batcher.submit([2] * size)
+        assert caught.value.retry_after_s >= 0
+    gate.open.release()
+    gate.open.release()
+    assert [len(future.result(60)) for future in futures] == [300] * 3
+    assert batcher.stats().rejected == 2
+    gate.open.release()
+    assert batcher([3]) == [3] * 10
+    with pytest.raises(TypeError):
+        batcher.submit(5)  # has no length: the caller's mistake, and nobody else's
+    gate.open.release()
+    assert batcher([4]) == [4] * 10
+    batcher.close()
+
+
+def test_buckets_do_not_mix() -> None:
+    gate = Gate()
+    with Batcher(gate, in_flight=1, bucket=lambda item: item % 3) as batcher:
+        batcher.submit(0)
+        assert gate.entered.acquire(timeout=60)
+        futures = [batcher.submit(n) for n in range(1, 10)]
+        for _ in range(4):
+            gate.open.release()
+        assert [future.result(60) for future in futures] == [10 * n for n in range(1, 10)]
+    assert sorted(map(sorted, gate.batches[1:])) == [[1, 4, 7], [2, 5, 8], [3, 6, 9]]
+
+
+def test_coroutines() -> None:
+    async def main(batcher: Batcher) -> list[int]:
+        answers = await asyncio.gather(*(batcher.answer(n) for n in range(50)))
+        task = asyncio.ensure_future(batcher.answer(50))
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+        return answers
+
+    with Batcher(lambda items: [item + 1 for item in items], max_batch=8) as batcher:
+        assert asyncio.run(main(batcher)) == list(range(1, 51))
+
+
+@pytest.mark.parametrize("drain", [True, False])
+def test_closing(drain: bool) -> None:
+    gate = Gate()
+    batcher = Batcher(gate, in_flight=1)
+    running = batcher.submit(0)
+    assert gate.entered.acquire(timeout=60)
+    waiting = batcher.submit(1)
+    for _ in range(2):
+        gate.open.release()
+    batcher.close(drain=drain)
+    assert running.result(60) == 0
+    if drain:
+        assert waiting.result(60) == 10
+    else:
+        with pytest.raises(concurrent.futures.CancelledError):
+            waiting.result(60)
+    with pytest.raises(InputError, match="closed"):
+        batcher.submit(2)
+    stats = batcher.stats()
+    assert stats.submitted == stats.answered + stats.cancelled
+    assert stats.waiting == stats.running == 0
+
+
+def test_many_callers_lose_and_double_nothing() -> None:
+    """Twenty threads, poison, cancellation, deadlines: every future ends, and the counts add up."""
+
+    def function(items: list[int]) -> list[int]:
+        time.sleep(0.0005 * len(items))
+        if any(item % 97 == 0 for item in items):
+            raise ValueError("poison")
+        return items
+
+    outcomes: dict[str, int] = {}
+    lock = threading.Lock()
+    batcher = Batcher(function, max_batch=16, deadline_ms=200, max_queue_items=300)
+
+    def caller(first: int) -> None:
+        for n in range(first, first + 100):
+            try:
+                future = batcher.submit(n, priority=n % 3)
+                if n % 10 == 0 and future.cancel():
+                    outcome = "cancelled"
+                else:
+                    outcome = "right" if future.result(60) == n else "wrong"
+            except (ValueError, DeadlineError, OverloadError) as error:
+                outcome = type(error).__name__
+                assert n % 97 == 0 or outcome != "ValueError"
+            with lock:
+                outcomes[outcome] = outcomes.get(outcome, 0) + 1
+
+    threads = [threading.Thread(target=caller, args=(1000 * number,)) for number in range(20)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    batcher.close()
+    stats = batcher.stats()
+    assert sum(outcomes.values()) == 2000
+    assert "wrong" not in outcomes
+    assert stats.answered == outcomes["right"]
+    assert stats.failed == outcomes["ValueError"] > 0
+    assert stats.submitted == stats.answered + stats.failed + stats.late + stats.cancelled
+
+
+@pytest.mark.parametrize(
+    "options", [{"max_batch": 0}, {"in_flight": 0}, {"max_queue_items": 1.5}, {"deadline_ms": -1}, {"aging_s": 0}]
+)
+def test_options_that_are_none(options: Any) -> None:
+    with pytest.raises(InputError, match="expected a positive"):
+        Batcher(list, **options)
+    with pytest.raises(InputError, match="expected a callable"):
+        Batcher("no function")  # type: ignore[arg-type]
