@@ -359,7 +359,10 @@ def _plan_capacity(options: argparse.Namespace) -> int:
     console = Console()
     with console.status("simulating"):
         rates = [
-            (policy, f"{goodput(curve, policy=policy, share=options.share, burst=options.burst, **load):,.0f}")
+            (
+                policy,
+                f"{goodput(curve, policy=policy, share=options.share, burst=options.burst, count=5000, **load):,.0f}",
+            )
             for policy in POLICIES
         ]
         coming = arrivals(options.rate, 20_000, burst=options.burst)

@@ -122,9 +122,7 @@ class TensorRTExecutor:
 
     def _load_or_build(self, model: OnnxFile, options: BuildOptions, cache_dir: Path | None) -> Any:
         path = plan_path(cache_dir, self._trt, model, options)
-        with contextlib.ExitStack() as stack:
-            if read_plan(path) is None:
-                stack.enter_context(sole_builder(path))
+        with contextlib.nullcontext() if path.exists() else sole_builder(path):
             return self._load_or_build_alone(model, options, path)
 
     def _load_or_build_alone(self, model: OnnxFile, options: BuildOptions, path: Path) -> Any:

@@ -158,8 +158,8 @@ class Buffer:
         self._streams = streams
         self._lease = manager, slot, asked_bytes
 
-    def __del__(self) -> None:
-        if not sys.is_finalizing():  # when CUDA may be gone
+    def __del__(self, is_finalizing: Callable[[], bool] = sys.is_finalizing) -> None:
+        if not is_finalizing():  # when CUDA may be gone
             manager, slot, asked_bytes = self._lease
             manager.release(slot, asked_bytes, self._streams)
 
