@@ -234,44 +234,6 @@ def write_box_region(
     )
 
 
-@pixel_function
-def write_image_region(
-    regions,
-    steps,
-    scales,
-    index,
-    sources,
-    out_height,
-    out_width,
-    fit,
-    cover_height,
-    cover_width,
-    scaleup,
-    center,
-    linear,
-):
-    """Row ``index`` for the whole of image ``index``."""
-    write_region(
-        regions,
-        steps,
-        scales,
-        index,
-        index,
-        0,
-        0,
-        sources[index * 4 + 3],
-        sources[index * 4 + 2],
-        out_height,
-        out_width,
-        fit,
-        cover_height,
-        cover_width,
-        scaleup,
-        center,
-        linear,
-    )
-
-
 def fill_regions_cpu(
     sources,
     regions,
@@ -288,12 +250,16 @@ def fill_regions_cpu(
 ):
     """One whole-image region per source; host, sequential (tens of nanoseconds a row)."""
     for index in range(sources.size // 4):
-        write_image_region(
+        write_region(
             regions,
             steps,
             scales,
             index,
-            sources,
+            index,
+            0,
+            0,
+            sources[index * 4 + 3],
+            sources[index * 4 + 2],
             out_height,
             out_width,
             fit,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 from numba import cuda
 
-from nbvision_kernels.regions import write_box_region, write_image_region
+from nbvision_kernels.regions import write_box_region, write_region
 
 __all__ = ["fill_box_regions", "fill_image_regions"]
 
@@ -28,12 +28,17 @@ def fill_image_regions(
     """One whole-image region per source."""
     index = cuda.grid(1)
     if index < count:
-        write_image_region(
+        image = np.int64(index)
+        write_region(
             regions,
             steps,
             scales,
-            np.int64(index),
-            sources,
+            image,
+            image,
+            0,
+            0,
+            sources[image * 4 + 3],
+            sources[image * 4 + 2],
             out_height,
             out_width,
             fit,
