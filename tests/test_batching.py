@@ -43,6 +43,21 @@ def test_what_is_measured_replaces_what_was_said() -> None:
     assert curve(1) == 0.020
 
 
+def test_a_size_that_is_not_run_is_forgotten(monkeypatch: pytest.MonkeyPatch) -> None:
+    now_s = 100.0
+    monkeypatch.setattr("nbvision.batching.latency.time.monotonic", lambda: now_s)
+    curve = LatencyCurve({16: 0.020})
+    curve.update(8, 9.0)
+    curve.update(1, 0.010)
+    assert curve(8) == curve(16) == 9.0
+    now_s += 61
+    curve.update(1, 0.010)
+    assert curve(16) == 0.020
+    assert 0.010 < curve(8) < 0.020
+    curve.forget(1)
+    assert curve(1) == 0.020
+
+
 @given(
     st.dictionaries(st.integers(1, 100), st.floats(1e-4, 1.0), min_size=1), st.lists(st.integers(1, 200), min_size=2)
 )
@@ -288,6 +303,30 @@ def test_the_batcher_recovers() -> None:
             batcher(1)
         failing.clear()
         assert batcher(2) == 2
+
+
+def test_one_slow_call_does_not_stop_it_for_good(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The first call takes longer than any deadline allows, as one that compiles does; the next ones do not."""
+    monkeypatch.setattr("nbvision.batching.batcher._PROBE_S", 0.05)
+    slow = [True]
+
+    def function(items: list[int]) -> list[int]:
+        if slow:
+            slow.clear()
+            time.sleep(0.5)
+        return items
+
+    answers = 0
+    with Batcher(function, deadline_ms=250, in_flight=1) as batcher:
+        assert batcher(0, deadline_ms=10_000) == 0
+        for n in range(100):
+            try:
+                answers += batcher(n) == n
+            except DeadlineError:
+                time.sleep(0.01)
+        assert batcher.latency(1) < 0.25
+    assert 0 < batcher.stats().late < 50
+    assert answers == 100 - batcher.stats().late
 
 
 def test_cancelled_requests_do_not_run() -> None:

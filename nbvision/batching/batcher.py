@@ -16,12 +16,13 @@ from typing import Any
 import numpy as np
 
 from nbvision.batching.latency import LatencyCurve
-from nbvision.batching.policy import Reason, Request, RequestQueue, next_batch
+from nbvision.batching.policy import Reason, Release, Request, RequestQueue, next_batch
 from nbvision.errors import DeadlineError, InputError, NbvisionError, OverloadError
 
 __all__ = ["Batcher", "BatcherStats"]
 
 _REMEMBERED = 1000  # requests whose times in the queue are kept
+_PROBE_S = 1.0  # without a batch, though requests come: then one is run whatever the curve says, which may be wrong
 _ATTEMPTS = 4  # calls to find one bad item, for each halving that it may take
 
 
@@ -83,6 +84,8 @@ class Batcher:
     in it, by how long batches of each size took lately; a request that cannot be in time any more is given up, and so
     is one that would cost the others most of their batch. Requests that come while all threads are busy make the next
     batch.
+
+    If no batch could be in time for a second, one request is run all the same, to see whether that is still so.
 
     Parameters
     ----------
@@ -159,6 +162,7 @@ class Batcher:
             threading.Thread(target=self._work, name=f"nbvision-batcher-{number}", daemon=True)
             for number in range(in_flight)
         ]
+        self._ran_s = time.monotonic()  # when a batch ended last
         self._owner = os.getpid()
         for thread in self._threads:
             thread.start()
@@ -295,6 +299,10 @@ class Batcher:
         """The next batch and those that are given up, taken out of the queue; and whether requests are left."""
         now_s = time.monotonic()
         release = next_batch(self._queue.first(now_s), now_s, self.latency, max_batch=self.max_batch)
+        if not release.batch and release.late and now_s - self._ran_s > _PROBE_S:
+            # Such as after a first call that compiled: who never runs never learns that it has become faster.
+            self.latency.forget(1)
+            release = Release(release.late[-1:], release.late[:-1], "deadline")
         self._take_out(release.batch + release.late)
         batch = [request for request in release.batch if request.future.set_running_or_notify_cancel()]
         late = [request for request in release.late if request.future.set_running_or_notify_cancel()]
@@ -319,6 +327,7 @@ class Batcher:
         if attempts[0] == most - 1 and not all(isinstance(outcome, BaseException) for outcome in outcomes):
             self.latency.update(len(batch), max(ended_s - started_s, 1e-9))
         with self._changed:
+            self._ran_s = ended_s
             for request, outcome in zip(batch, outcomes, strict=True):
                 failed = isinstance(outcome, BaseException)
                 self._counts["failed" if failed else "answered"] += 1

@@ -9,6 +9,7 @@ import json
 import math
 import os
 import threading
+import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -21,6 +22,9 @@ if TYPE_CHECKING:
 __all__ = ["LatencyCurve"]
 
 _WINDOW = 200  # calls of a size that are remembered: a clock that is throttled shows within as many
+_FORGET_S = (
+    60.0  # a size that was not run for so long is as if it had never been: its last call may have been a bad one
+)
 _QUANTILE = 0.99
 
 
@@ -28,7 +32,7 @@ class LatencyCurve:
     """The 99th percentile of a batch's time against its size, from what is measured while it runs.
 
     Between sizes that were seen it is linear, beyond them in proportion, and it never falls as batches grow. A size
-    that has been seen counts by its last 200 calls.
+    that has been seen counts by its last 200 calls, until it has not been seen for a minute.
 
     Parameters
     ----------
@@ -52,6 +56,7 @@ class LatencyCurve:
             _check(size, time_s)
         self._seeds = dict(seconds or {})
         self._calls: dict[int, collections.deque[float]] = {}
+        self._measured: dict[int, tuple[float, float]] = {}  # by size: when it ran last, and its quantile
         self._lock = threading.Lock()
         self._points = self._fitted()
 
@@ -100,12 +105,27 @@ class LatencyCurve:
     def update(self, size: int, seconds: float) -> None:
         """Count one call."""
         _check(size, seconds)
+        now_s = time.monotonic()
         with self._lock:
-            self._calls.setdefault(size, collections.deque(maxlen=_WINDOW)).append(seconds)
+            calls = self._calls.setdefault(size, collections.deque(maxlen=_WINDOW))
+            calls.append(seconds)
+            self._measured[size] = now_s, _quantile(calls)
+            for other in [other for other, (last_s, _) in self._measured.items() if now_s - last_s > _FORGET_S]:
+                self._drop(other)
             self._points = self._fitted()
 
+    def forget(self, size: int) -> None:
+        """Count the calls of a size no more."""
+        with self._lock:
+            self._drop(size)
+            self._points = self._fitted()
+
+    def _drop(self, size: int) -> None:
+        self._calls.pop(size, None)
+        self._measured.pop(size, None)
+
     def _fitted(self) -> tuple[list[int], list[float]]:
-        known = self._seeds | {size: _quantile(calls) for size, calls in self._calls.items()}
+        known = self._seeds | {size: quantile_s for size, (_, quantile_s) in self._measured.items()}
         sizes = sorted(known)
         return sizes, list(itertools.accumulate((known[size] for size in sizes), max))
 
