@@ -35,7 +35,7 @@ ROOT = HERE.parent
 LEFT_OUT = {"test_benchmarks.py", "test_house_rules.py", "test_tensorrt.py"}
 # Files that take longest, in how many parts, the longest first.
 PARTS = {
-    "test_recognizer.py": 1,
+    "test_recognizer.py": 3,
     "test_sources.py": 4,
     "test_warp_plan.py": 3,
     "test_docs.py": 2,
