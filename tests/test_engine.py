@@ -11,7 +11,7 @@ import sys
 import threading
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import numpy as np
 import onnx
@@ -538,11 +538,45 @@ def test_follows_the_order_of_the_stream(plans: Path, tmp_path: Path) -> None:
             np.testing.assert_array_equal(total.get(), np.full((8, 4), 2.0 * value, np.float32))
 
 
+@pytest.mark.parametrize("cuda_graphs", [False, True])
+def test_shapes_that_depend_on_the_data(make: Make, device: Any, rng: np.random.Generator, cuda_graphs: bool) -> None:
+    """The indices of what is not zero, and the batch doubled: of none, of all, kept and compared later."""
+    nodes = [
+        helper.make_node("NonZero", ["x"], ["where"], name="nonzero"),
+        helper.make_node("Add", ["x", "x"], ["twice"], name="add"),
+    ]
+    outputs = [("where", INT64, [2, None]), ("twice", FLOAT, ["N", 4])]
+    engine = make(make_model(nodes, [("x", FLOAT, ["N", 4])], outputs), cuda_graphs=cuda_graphs)
+    batches = [(rng.random((size, 4)) < share).astype(np.float32) for size in (5, 64, 1, 5) for share in (0.5, 0, 1)]
+    found = [engine(to_device(x, device)) for x in batches]
+    for x, outputs_of in zip(batches, found, strict=True):
+        where = to_device(outputs_of["where"], "cpu")
+        assert where.shape == (2, np.count_nonzero(x))
+        np.testing.assert_array_equal(where, np.stack(np.nonzero(x)))
+        np.testing.assert_array_equal(to_device(outputs_of["twice"], "cpu"), 2 * x)
+
+
 @pytest.mark.needs_cuda
-def test_shape_that_depends_on_the_data(plans: Path, tmp_path: Path) -> None:
+def test_an_output_of_unknown_shape_without_memory_for_it(
+    plans: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cupy = array_module("cuda")
     onnx.save(one_node("NonZero", ("x", FLOAT, ["N", 4]), ("y", INT64, [2, None])), tmp_path / "tiny.onnx")
-    with pytest.raises(EngineError, match="depends on the data"):
-        Engine(tmp_path / "tiny.onnx", device="cuda", cache_dir=plans)(array_module("cuda").ones((2, 4), np.float32))
+    engine = Engine(tmp_path / "tiny.onnx", device="cuda", cache_dir=plans)
+    x = cupy.ones((3, 4), np.float32)
+    name = engine.outputs[0].name
+    with pytest.raises(InputError, match="depends on the data"):
+        engine.run({"x": x}, out={name: cupy.empty((2, 12), engine.outputs[0].dtype)})
+    assert engine(x).shape == (2, 12)
+    with monkeypatch.context() as patched:
+        patched.setattr(memory, "acquire", _no_memory)
+        with pytest.raises(MemoryLimitError, match="injected"):
+            engine(x)
+    np.testing.assert_array_equal(engine(x).get(), np.stack(np.nonzero(np.ones((3, 4)))))
+
+
+def _no_memory(*arguments: Any, **options: Any) -> NoReturn:
+    raise MemoryLimitError("injected")
 
 
 @pytest.mark.needs_cuda

@@ -9,6 +9,7 @@ import itertools
 import threading
 import time
 import uuid
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -20,7 +21,7 @@ from reference import on, to_host
 import nbvision as nbv
 from nbvision.errors import FrozenMemoryError, InputError, MemoryLimitError
 from nbvision.runtime import memory
-from nbvision.runtime._rings import Manager
+from nbvision.runtime._rings import Manager, Source
 
 
 def encoded(height, width, seed, format):
@@ -521,6 +522,44 @@ def test_pinned_memory_is_not_reused_before_it_is_copied(ring):
         assert memory.stats(device="pinned").sources[ring].held_bytes >= size
         memory.clear(device="pinned")
         assert ring not in memory.stats(device="pinned").sources
+
+
+def test_a_stream_outlives_its_buffers_in_a_cycle_that_is_collected(monkeypatch):
+    """Python finalizes the objects of a cycle in any order; an event of a stream that is gone crashes the process."""
+    noted = []
+
+    class Stream:
+        def __init__(self, ptr):
+            self.ptr = ptr
+            self.cycle = self
+
+        def __del__(self):
+            noted.append(f"{self.ptr} destroyed")
+
+        def record(self, event):
+            noted.append(f"{self.ptr} recorded")
+            return event
+
+    current = [Stream(7)]
+    cuda = SimpleNamespace(
+        get_current_stream=lambda: current[0],
+        Event=lambda **options: SimpleNamespace(done=True),
+        alloc_pinned_memory=lambda size_bytes: SimpleNamespace(ptr=4096),
+    )
+    monkeypatch.setattr("nbvision.runtime._rings.require_cupy", lambda what: SimpleNamespace(cuda=cuda))
+    manager = Manager("pinned")
+    buffer = manager.acquire(1000, Source())
+    newer = Stream(8)
+    buffer.record_stream(newer)
+    cycle = [*current, newer, buffer]
+    cycle.append(cycle)
+    current.clear()
+    del buffer, cycle, newer
+    gc.collect()
+    assert noted == ["7 recorded", "8 recorded"]
+    assert manager.stats().used_bytes == 0
+    gc.collect()
+    assert sorted(noted[2:]) == ["7 destroyed", "8 destroyed"]
 
 
 def test_unknown_place_and_limits_that_are_no_numbers_are_refused():

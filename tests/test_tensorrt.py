@@ -102,6 +102,42 @@ def test_the_allocator_calls_back(trt: TensorRT) -> None:
     assert asked == [100, -4096]
 
 
+def test_the_output_allocator_calls_back(trt: TensorRT) -> None:
+    noted: list[Any] = []
+
+    def allocate(size: int) -> int:
+        noted.append(size)
+        return 4096
+
+    allocator = trt.create_output_allocator(allocate, noted.append)
+    assert isinstance(allocator, tensorrt_rtx.IOutputAllocator)
+    assert allocator.reallocate_output("y", 0, 100, 256) == 4096
+    assert allocator.reallocate_output_async("y", 0, 200, 256, 0) == 4096
+    allocator.notify_shape("y", tensorrt_rtx.Dims([2, 5]))
+    assert noted == [100, 200, (2, 5)]
+
+
+def test_an_interrupted_build_ends_with_the_interruption(trt: TensorRT, tmp_path: Path) -> None:
+    """TensorRT swallows what its callbacks raise: Ctrl-C in the middle of a long build would be lost."""
+
+    class Interrupting(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            if record.getMessage().startswith("TensorRT:"):
+                raise KeyboardInterrupt
+
+    handler, log = Interrupting(), logging.getLogger("nbvision")
+    level = log.level
+    log.addHandler(handler)
+    log.setLevel(logging.DEBUG)
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            build(trt, tmp_path, convolution())
+    finally:
+        log.removeHandler(handler)
+        log.setLevel(level)
+    assert build(trt, tmp_path, convolution())
+
+
 def test_float16_comes_from_the_file(trt: TensorRT, tmp_path: Path) -> None:
     half = one_node("Relu", ("x", HALF, ["N", 6]), ("y", HALF, ["N", 6]))
     assert build(trt, tmp_path, half, precision="fp16")

@@ -5,6 +5,7 @@ Both run the same engine objects on the same batches, so what differs is everyth
 
 from __future__ import annotations
 
+import collections
 import functools
 import statistics
 import time
@@ -97,8 +98,9 @@ def _seconds(call: Callable[[], Any]) -> float:
 # --- stages side by side ----------------------------------------------------------------------------------------------
 
 SIZE, BATCHES = (720, 1280), 16
-MODELS = ["TensorRT, the demo's detector, fp16", "torch, resnet18 compiled, fp16"]
-WAYS = ["Pipeline", "one after the other", "decode alone", "model alone", "torchvision, the same model"]
+MODELS = ["TensorRT, the demo's detector, fp32", "torch, resnet18 compiled, fp16"]
+WAYS = ["Pipeline after Decoder.stream", "Pipeline", "one after the other"]
+WAYS += ["Decoder.stream alone", "decode alone", "model alone", "torchvision, the same model"]
 
 
 class StagesOnGPU:
@@ -109,7 +111,9 @@ class StagesOnGPU:
 
     def setup(self, model: str, how: str) -> None:
         need_cuda()
-        batches = [photographs()] * BATCHES
+        from nbvision import Decoder, Pipeline
+
+        batches, decoder = [photographs()] * BATCHES, Decoder()
         stages = tensorrt_stages() if model.startswith("TensorRT") else torch_stages()
         if how == "torchvision, the same model":
             if not model.startswith("torch"):
@@ -118,12 +122,15 @@ class StagesOnGPU:
             self.call = lambda: [chain(files) for files in batches]
         elif how == "decode alone":
             self.call = lambda: [stages["decode"](files) for files in batches]
+        elif how == "Decoder.stream alone":
+            self.call = lambda: collections.deque(decoder.stream(batches), maxlen=0)  # keeps none
         elif how == "model alone":
             given = stages["preprocess"](stages["decode"](batches[0]))
             self.call = lambda: [stages["model"](given) for _ in batches]
+        elif how == "Pipeline after Decoder.stream":
+            made = Pipeline({name: stage for name, stage in stages.items() if name != "decode"})
+            self.call = lambda: list(made.stream(images for _, images in decoder.stream(batches)))
         else:
-            from nbvision import Pipeline
-
             made = Pipeline(stages)
             self.call = (lambda: list(made.stream(batches))) if how == "Pipeline" else lambda: list(map(made, batches))
         self.images = BATCH * BATCHES
@@ -141,13 +148,14 @@ def photographs() -> list[bytes]:
 
 @functools.lru_cache(maxsize=1)
 def tensorrt_stages() -> dict[str, Callable[[Any], Any]]:
-    from nbvision import Engine, Preprocess, decode, nms
+    from nbvision import Preprocess, decode, nms
     from nbvision.demo.run import models_directory
     from nbvision.errors import MissingExtraError
     from nbvision.image import to_device
+    from nbvision.recognizer import load_engine
 
     try:
-        detector = Engine(models_directory() / "detector.onnx", precision="fp16", batch=(1, 32, 64), device="cuda")
+        detector = load_engine(models_directory(), "detector", device="cuda")
     except MissingExtraError as error:
         raise NotImplementedError(str(error)) from error
     plan = Preprocess(detector.inputs[0].shape[2:], scale=1 / 255)

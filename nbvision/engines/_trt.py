@@ -73,6 +73,7 @@ class TensorRT:
         self.api = api
         self.version = tuple(int(part) for part in re.findall(r"\d+", api.__version__))
         self._complaints: collections.deque[tuple[int, str]] = collections.deque(maxlen=8)
+        self._interruption: BaseException | None = None
         self.logger = self._make_logger()
 
     def __str__(self) -> str:
@@ -203,19 +204,51 @@ class TensorRT:
         reasons = errors or [message for _, message in complaints]
         return "; ".join(reasons) or "it gave no reason here (another logger of this process may have it)"
 
+    def raise_interruption(self) -> None:
+        """Raise what happened inside the logger since the last call, such as Ctrl-C; TensorRT would swallow it."""
+        interruption, self._interruption = self._interruption, None
+        if interruption is not None:
+            raise interruption
+
+    def create_output_allocator(self, allocate: Callable[[int], int], notify: Callable[[tuple[int, ...]], None]) -> Any:
+        """An allocator for one output whose shape depends on the data.
+
+        ``allocate`` as of :meth:`create_allocator`; ``notify`` is told the shape before the call that queues the work
+        returns.
+        """
+        base = self.api.IOutputAllocator
+
+        class OutputAllocator(base):  # type: ignore[misc, valid-type]
+            def __init__(self) -> None:
+                base.__init__(self)  # as of the logger
+
+            def reallocate_output(self, name: str, memory: Any, size: int, alignment: int) -> int:
+                return allocate(size)
+
+            def reallocate_output_async(self, name: str, memory: Any, size: int, alignment: int, stream: int) -> int:
+                return allocate(size)
+
+            def notify_shape(self, name: str, shape: Any) -> None:
+                notify(tuple(shape))
+
+        return OutputAllocator()
+
     def _make_logger(self) -> Any:
-        base, complaints = self.api.ILogger, self._complaints
+        base, complaints, trt = self.api.ILogger, self._complaints, self
 
         class PythonLogger(base):  # type: ignore[misc, valid-type]
             def __init__(self) -> None:
                 base.__init__(self)  # pybind11 wants the base's own initialiser called by name
 
             def log(self, severity: Any, message: str) -> None:
-                level = _LOG_LEVELS.get(severity.name, logging.NOTSET)
-                if level >= logging.WARNING:
-                    complaints.append((level, message.strip()))
-                if level and logger.isEnabledFor(level):
-                    logger.log(level, "TensorRT: %s", message)
+                try:
+                    level = _LOG_LEVELS.get(severity.name, logging.NOTSET)
+                    if level >= logging.WARNING:
+                        complaints.append((level, message.strip()))
+                    if level and logger.isEnabledFor(level):
+                        logger.log(level, "TensorRT: %s", message)
+                except BaseException as error:
+                    trt._interruption = error
 
         return PythonLogger()
 

@@ -8,10 +8,12 @@ import sys
 import threading
 from typing import Any
 
+import numpy as np
+
 from nbvision.runtime import memory
 from nbvision.runtime.device import require_cupy
 
-__all__ = ["SOURCE", "Allocations", "Slabs", "slabs"]
+__all__ = ["SOURCE", "Allocations", "DeferredOutput", "Slabs", "slabs"]
 
 SOURCE = "TensorRT"  # its name among the sources of the memory manager
 
@@ -48,6 +50,34 @@ class Allocations:
         failure, self._failure = self._failure, None
         if failure is not None:
             raise failure
+
+
+class DeferredOutput:
+    """An output whose shape, and so its memory, is known while the call is queued. Called from inside TensorRT."""
+
+    def __init__(self) -> None:
+        self._lease: memory.Buffer | None = None
+        self._shape: tuple[int, ...] = ()
+        self._failure: Exception | None = None
+
+    def allocate(self, size_bytes: int) -> int:
+        """An address that CuPy's current stream may write to; 0 if there is none."""
+        try:
+            self._lease = memory.acquire(size_bytes, device="cuda")
+        except Exception as error:  # TensorRT would print it and go on
+            self._failure = error
+            return 0
+        return self._lease.address
+
+    def notify(self, shape: tuple[int, ...]) -> None:
+        self._shape = shape
+
+    def take(self, dtype: np.dtype[Any]) -> Any:
+        """The output of the last call; raises what kept it from getting its memory."""
+        (lease, self._lease), (failure, self._failure) = (self._lease, None), (self._failure, None)
+        if failure is not None:
+            raise failure
+        return None if lease is None else lease.view(self._shape, dtype=dtype)
 
 
 class Slabs:

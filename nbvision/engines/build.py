@@ -66,6 +66,7 @@ def build_plan(
     if targets:
         trt.set_targets(config, targets)
     plan = builder.build_serialized_network(network, config)
+    trt.raise_interruption()
     if plan is None:
         raise EngineError(f"{model.path.name}: {trt} cannot build it: {trt.take_reason()}")
     logger.info("%s: %s built its plan in %.1f s", model.path.name, trt, time.perf_counter() - started)

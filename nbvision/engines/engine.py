@@ -188,7 +188,9 @@ class Engine:
             An array on the engine's device for each input, of its dtype and shape; copied only if it is not
             contiguous (on CUDA also if it does not start at a multiple of 256 bytes, as some slices do).
         out : dict of str to array, optional
-            Contiguous arrays of the right shape and dtype for some or all outputs; the others are made.
+            Contiguous arrays of the right shape and dtype for some or all outputs; the others are made. On CUDA, an
+            output whose shape depends on the data (``NonZero``, ``NonMaxSuppression``) is always made, and costs a wait
+            on the host.
         stream : CuPy or torch stream, optional
             The CUDA stream whose order the call follows; default CuPy's current one. Nothing waits on the
             host. Of no meaning on the CPU.

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, TypeAlias
 
 from nbvision.engines._trt import TensorRT
-from nbvision.engines._trt_memory import Allocations, slabs
+from nbvision.engines._trt_memory import Allocations, DeferredOutput, slabs
 from nbvision.engines.build import BuildOptions, build_plan
 from nbvision.engines.onnx_file import OnnxFile
 from nbvision.engines.plan_cache import plan_path, read_plan, sole_builder, write_plan
@@ -29,6 +29,7 @@ _GRAPH_AFTER = 2  # calls with the same arrays, which is a sign that more will c
 _LANES = 4  # graphs of a profile, where contexts may share one
 
 Shapes: TypeAlias = tuple[tuple[int, ...], ...]
+OutputShapes: TypeAlias = tuple[tuple[int, ...] | None, ...]  # None: it depends on the data
 
 logger = logging.getLogger("nbvision")
 
@@ -77,7 +78,7 @@ class TensorRTExecutor:
         specs = [self._spec(name) for name in names]
         self.inputs = tuple(spec for spec in specs if self._is_input(spec))
         self.outputs = tuple(spec for spec in specs if not self._is_input(spec))
-        self._known: dict[Shapes, tuple[list[_Lane], Shapes]] = {}
+        self._known: dict[Shapes, tuple[list[_Lane], OutputShapes]] = {}
         lanes = _LANES if cuda_graphs and trt.shares_profiles else 1
         self._lanes = [
             [self._make_lane(profile, cuda_graphs) for _ in range(lanes)]
@@ -97,7 +98,7 @@ class TensorRTExecutor:
                 self._output(spec, shape, out.get(spec.name))
                 for spec, shape in zip(self.outputs, output_shapes, strict=True)
             ]
-            addresses = tuple([array.data.ptr for array in (*arrays, *results)])
+            addresses = tuple([array.data.ptr for array in (*arrays, *results) if array is not None])
             lane = lanes[0] if len(lanes) == 1 else _lane_for(lanes, (shapes, addresses, slab.address))
             if stream is not caller:  # after the outputs were taken, whose last readers the caller's stream waits for
                 caller.record(self._inputs_ready)
@@ -106,9 +107,12 @@ class TensorRTExecutor:
             if stream is not caller:
                 stream.record(self._outputs_ready)
                 caller.wait_event(self._outputs_ready)
-        for array in (*arrays, *results):
+            if lane.deferred:
+                results = lane.take_deferred(self.outputs, results)
+        given = [array for array in (*arrays, *results) if array is not None]
+        for array in given:
             memory.record_use(array, caller)
-        if not queued:
+        if not queued or len(given) < len(arrays) + len(results):
             self._allocations.raise_failure()
             raise EngineError(f"{self._file_name}: {self._trt} refuses to run: {self._trt.take_reason()}")
         return {spec.name: array for spec, array in zip(self.outputs, results, strict=True)}
@@ -159,20 +163,22 @@ class TensorRTExecutor:
     def _is_input(self, spec: TensorSpec) -> bool:
         return bool(self._engine.get_tensor_mode(spec.name) == self._trt.api.TensorIOMode.INPUT)
 
-    def _infer(self, shapes: Shapes) -> tuple[list[_Lane], Shapes]:
+    def _infer(self, shapes: Shapes) -> tuple[list[_Lane], OutputShapes]:
         """The lanes for these shapes of the inputs, and the shapes of the outputs, asked once."""
         lanes = self._lanes[self._profile_of(shapes)]
         found = lanes[0].infer(shapes)
-        for spec, shape in zip(self.outputs, found, strict=True):
-            if -1 in shape:
-                raise EngineError(
-                    f"{self._file_name}: the shape {shape} of output {spec.name!r} depends on the data, which "
-                    "nbvision does not support; export the model without that last step"
-                )
+        if None in found:
+            for lane in lanes[1:]:
+                lane.infer(shapes)
         self._known[shapes] = lanes, found
         return lanes, found
 
-    def _output(self, spec: TensorSpec, shape: tuple[int, ...], out: Any) -> Any:
+    def _output(self, spec: TensorSpec, shape: tuple[int, ...] | None, out: Any) -> Any:
+        """Where TensorRT shall write an output; None if it will ask."""
+        if shape is None:
+            if out is not None:
+                raise InputError(f"out[{spec.name!r}] cannot be given: the shape of that output depends on the data")
+            return None
         if out is None:
             size_bytes = math.prod(shape) * spec.dtype.itemsize
             return memory.acquire(size_bytes, device="cuda").view(shape, dtype=spec.dtype)
@@ -202,10 +208,13 @@ class _Lane:
     ) -> None:
         self._trt, self._file_name, self._context = trt, file_name, context
         self._inputs, self._outputs = [spec.name for spec in inputs], [spec.name for spec in outputs]
+        self.deferred: dict[str, DeferredOutput] = {}  # outputs whose shape depends on the data
+        self._allocators: list[Any] = []  # TensorRT keeps none of its own
         self._cuda = require_cupy("a TensorRT engine").cuda
         self._event = self._cuda.Event(disable_timing=True)
         self._shapes: Shapes = ((),) * len(inputs)
-        self._addresses: tuple[int, ...] = (0,) * (len(inputs) + len(outputs))
+        self._bound = [*self._inputs, *self._outputs]  # whose addresses it is told
+        self._addresses: tuple[int, ...] = (0,) * len(self._bound)
         self._slab: memory.Buffer | None = None  # kept, for a graph has its address
         self._stream: Any = None
         self._calls = 0  # in this state
@@ -217,10 +226,33 @@ class _Lane:
         """What the next call would run on."""
         return self._shapes, self._addresses, self._slab.address if self._slab else 0
 
-    def infer(self, shapes: Shapes) -> Shapes:
+    def infer(self, shapes: Shapes) -> OutputShapes:
         """The shapes of the outputs for those of the inputs."""
         self._tell_shapes(shapes)
-        return tuple(tuple(self._context.get_tensor_shape(name)) for name in self._outputs)
+        found = [tuple(self._context.get_tensor_shape(name)) for name in self._outputs]
+        for name, shape in zip(self._outputs, found, strict=True):
+            if -1 in shape and name not in self.deferred:
+                self._defer(name)
+        return tuple([None if -1 in shape else shape for shape in found])
+
+    def _defer(self, name: str) -> None:
+        output = self.deferred[name] = DeferredOutput()
+        allocator = self._trt.create_output_allocator(output.allocate, output.notify)
+        self._allocators.append(allocator)
+        if not self._context.set_output_allocator(name, allocator):
+            raise EngineError(
+                f"{self._file_name}: {self._trt} takes no allocator of {name!r}: {self._trt.take_reason()}"
+            )
+        self._bound.remove(name)
+        self._addresses = (0,) * len(self._bound)
+        self._capture_stream = None  # the shape comes back to the host in the middle of the call
+
+    def take_deferred(self, specs: tuple[TensorSpec, ...], results: list[Any]) -> list[Any]:
+        """``results`` with what the last call put into memory it asked for; None where it did not ask."""
+        return [
+            self.deferred[spec.name].take(spec.dtype) if array is None else array
+            for spec, array in zip(specs, results, strict=True)
+        ]
 
     def run(self, stream: Any, shapes: Shapes, addresses: tuple[int, ...], slab: memory.Buffer) -> bool:
         """Queue one call on ``stream``; False if TensorRT refuses."""
@@ -235,7 +267,8 @@ class _Lane:
         if self._graph is not None and not stream.is_capturing():
             self._graph.launch(stream)
             return True
-        queued = bool(self._context.execute_async_v3(stream.ptr))
+        with stream if self.deferred else contextlib.nullcontext():  # who asks for memory asks for that stream
+            queued = bool(self._context.execute_async_v3(stream.ptr))
         self._calls += 1
         if queued and self._calls == _GRAPH_AFTER and self._capture_stream is not None and not stream.is_capturing():
             self._graph = self._captured(self._capture_stream)
@@ -251,7 +284,7 @@ class _Lane:
         self._shapes = shapes
 
     def _tell_addresses(self, addresses: tuple[int, ...], slab: memory.Buffer) -> None:
-        for name, address, before in zip((*self._inputs, *self._outputs), addresses, self._addresses, strict=True):
+        for name, address, before in zip(self._bound, addresses, self._addresses, strict=True):
             if address != before:
                 self._context.set_tensor_address(name, address)
         self._addresses = addresses

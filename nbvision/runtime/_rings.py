@@ -92,6 +92,7 @@ class Slot:
     source: str
     events: dict[int, Any] = field(default_factory=dict)  # by the address of the stream that they are of
     spare: list[Any] = field(default_factory=list)  # events to be recorded again: to make one takes longer
+    streams: dict[int, Any] = field(default_factory=dict)  # that use it now, by address
     free_since_s: float = 0.0  # of time.monotonic()
 
     def is_idle_for(self, stream: int) -> bool:
@@ -101,10 +102,11 @@ class Slot:
     def is_idle(self) -> bool:
         return all(event.done for event in self.events.values())
 
-    def mark(self, streams: dict[int, Any]) -> None:
+    def mark(self) -> None:
         """Note where the streams are now, which used it."""
-        for address, stream in streams.items():
+        for address, stream in self.streams.items():
             self.events[address] = stream.record(self.spare.pop() if self.spare else _new_event())
+        self.streams = {}
 
     def let_wait(self, stream: Any) -> None:
         """Let a stream wait for all others."""
@@ -129,6 +131,8 @@ class Ring:
     """The buffers of one source in one place."""
 
     free: list[Slot] = field(default_factory=list)
+    # Those that are out, so that their streams live: of a cycle that is collected, a stream may go before its buffer.
+    used: set[Slot] = field(default_factory=set)
     held_bytes: int = 0
     used_bytes: int = 0
     peak_bytes: int = 0
@@ -150,24 +154,23 @@ class Buffer:
     device : {"cpu", "cuda", "pinned"}
     """
 
-    def __init__(self, slot: Slot, manager: Manager, asked_bytes: int, streams: dict[int, Any]) -> None:
+    def __init__(self, slot: Slot, manager: Manager, asked_bytes: int) -> None:
         self.address = slot.address
         self.size_bytes = slot.size_bytes
         self.device: Place = manager.device
         self._device_id = slot.storage.data.device_id if manager.device == "cuda" else -1
-        self._streams = streams
         self._lease = manager, slot, asked_bytes
 
     def __del__(self, is_finalizing: Callable[[], bool] = sys.is_finalizing) -> None:
         if not is_finalizing():  # when CUDA may be gone
             manager, slot, asked_bytes = self._lease
-            manager.release(slot, asked_bytes, self._streams)
+            manager.release(slot, asked_bytes)
 
     def record_stream(self, stream: Any = None) -> None:
         """Say that work queued on ``stream`` (default: CuPy's current one) uses this buffer."""
         if self.device != "cpu":
             stream = stream or require_cupy("a CUDA stream").cuda.get_current_stream()
-            self._streams.setdefault(stream.ptr, stream)
+            self._lease[1].streams.setdefault(stream.ptr, stream)
 
     def view(self, shape: tuple[int, ...], *, dtype: Any = np.uint8, offset_bytes: int = 0) -> Any:
         """An array over part of the buffer, of CuPy for ``"cuda"``, else of NumPy; it keeps the lease alive.
@@ -225,23 +228,25 @@ class Manager:
         with self._room:
             slot = self._take_or_grow(source, wanted, _NONE if stream is None or wait_on_host else stream.ptr)
             ring = self._rings[source.name]
+            ring.used.add(slot)
             ring.used_bytes += slot.size_bytes
             self._asked_bytes += size_bytes
             self._tell(source.name, ring)
-        if stream is None:
-            return Buffer(slot, self, size_bytes, {})
-        if wait_on_host:
-            self._waits += not slot.is_idle()
-            slot.wait()
-        else:
-            slot.let_wait(stream)
-        return Buffer(slot, self, size_bytes, {stream.ptr: stream})
+        if stream is not None:
+            if wait_on_host:
+                self._waits += not slot.is_idle()
+                slot.wait()
+            else:
+                slot.let_wait(stream)
+            slot.streams[stream.ptr] = stream
+        return Buffer(slot, self, size_bytes)
 
-    def release(self, slot: Slot, asked_bytes: int, streams: dict[int, Any]) -> None:
-        slot.mark(streams)
+    def release(self, slot: Slot, asked_bytes: int) -> None:
+        slot.mark()
         slot.free_since_s = time.monotonic()
         with self._room:
             ring = self._rings[slot.source]
+            ring.used.remove(slot)
             ring.used_bytes -= slot.size_bytes
             self._asked_bytes -= asked_bytes
             ring.free.append(slot)
@@ -354,14 +359,14 @@ class Manager:
                 f"{asked_at()}. Run batches of that size before, or take the work out of memory.frozen()"
             )
         self._give_back_idle(_IDLE_S)
-        storage, address, users = self._allocate(wanted)
+        storage, address, streams = self._allocate(wanted)
         ring.held_bytes += wanted
         ring.peak_bytes = max(ring.peak_bytes, ring.held_bytes)
         ring.allocations += 1
         self._peak_bytes = max(self._peak_bytes, self._held_bytes())
         self._allocations += 1
-        slot = Slot(storage, wanted, address, name)
-        slot.mark(users)
+        slot = Slot(storage, wanted, address, name, streams=streams)
+        slot.mark()
         return slot
 
     def _allocate(self, size_bytes: int) -> tuple[Any, int, dict[int, Any]]:
