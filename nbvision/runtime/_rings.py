@@ -90,39 +90,40 @@ class Slot:
     size_bytes: int
     address: int
     source: str
-    events: dict[int, Any] = field(default_factory=dict)  # by the address of the stream that they are of
+    # By the address of the stream that they are of, which lives as long: no other stream may get that address.
+    events: dict[int, tuple[Any, Any]] = field(default_factory=dict)
     spare: list[Any] = field(default_factory=list)  # events to be recorded again: to make one takes longer
     streams: dict[int, Any] = field(default_factory=dict)  # that use it now, by address
     free_since_s: float = 0.0  # of time.monotonic()
 
     def is_idle_for(self, stream: int) -> bool:
         """Whether work on a stream may use it at once."""
-        return all(of == stream or event.done for of, event in self.events.items())
+        return all(address == stream or event.done for address, (_, event) in self.events.items())
 
     def is_idle(self) -> bool:
-        return all(event.done for event in self.events.values())
+        return all(event.done for _, event in self.events.values())
 
     def mark(self) -> None:
         """Note where the streams are now, which used it."""
         for address, stream in self.streams.items():
-            self.events[address] = stream.record(self.spare.pop() if self.spare else _new_event())
+            self.events[address] = stream, stream.record(self.spare.pop() if self.spare else _new_event())
         self.streams = {}
 
     def let_wait(self, stream: Any) -> None:
         """Let a stream wait for all others."""
-        for of, event in self.events.items():
-            if of != stream.ptr:
+        for address, (_, event) in self.events.items():
+            if address != stream.ptr:
                 stream.wait_event(event)
         self._forget()
 
     def wait(self) -> None:
         """Wait on the host."""
-        for event in self.events.values():
+        for _, event in self.events.values():
             event.synchronize()
         self._forget()
 
     def _forget(self) -> None:
-        self.spare += self.events.values()
+        self.spare += [event for _, event in self.events.values()]
         self.events.clear()
 
 
