@@ -248,6 +248,30 @@ def test_two_batches_at_once() -> None:
         assert [future.result(60) for future in [batcher.submit(n) for n in range(6)]] == list(range(6))
 
 
+@pytest.mark.needs_cuda
+def test_results_on_a_gpu_are_there_when_they_are_given() -> None:
+    import cupy
+
+    streams = set()
+    meeting = threading.Barrier(2)
+
+    def long_work(items: list[int]) -> list[Any]:
+        streams.add(cupy.cuda.get_current_stream().ptr)
+        meeting.wait(timeout=60)
+        values = [cupy.full(1 << 22, item, np.float32) for item in items]
+        for value in values:
+            for _ in range(200):
+                value += 1
+        return values
+
+    with Batcher(long_work, max_batch=1, in_flight=2, device="cuda") as batcher:
+        for number, future in enumerate([batcher.submit(n) for n in range(6)]):
+            with cupy.cuda.Stream(non_blocking=True):
+                assert bool((future.result(60) == number + 200).all())
+    assert len(streams) == 2
+    assert 0 not in streams
+
+
 def test_one_bad_item_fails_alone() -> None:
     calls = []
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import collections
+import contextlib
 import math
 import os
 import threading
@@ -18,6 +19,7 @@ import numpy as np
 from nbvision.batching.latency import LatencyCurve
 from nbvision.batching.policy import Reason, Release, Request, RequestQueue, next_batch
 from nbvision.errors import DeadlineError, InputError, NbvisionError, OverloadError
+from nbvision.runtime.device import Device, array_module, own_stream, resolve_device, synchronize
 
 __all__ = ["Batcher", "BatcherStats"]
 
@@ -109,11 +111,16 @@ class Batcher:
         other.
     aging_s : float
         A request that has waited so long goes before all others, whatever its priority.
+    device : {"cpu", "cuda"}, optional
+        Where the function works; default as everywhere. On ``"cuda"`` each thread has a stream of its own, which is
+        CuPy's current one in the function and is waited for, on the host, before anybody gets a result.
 
     Raises
     ------
     InputError
         For a function that cannot be called, or numbers that are not positive.
+    DeviceError
+        If CUDA was asked for and cannot be used.
 
     Examples
     --------
@@ -134,6 +141,7 @@ class Batcher:
         latency: LatencyCurve | None = None,
         in_flight: int = 2,
         aging_s: float = 1.0,
+        device: Device | None = None,
     ) -> None:
         if not callable(function):
             raise InputError(f"function is a {type(function).__name__}; expected a callable that takes a list")
@@ -145,6 +153,8 @@ class Batcher:
             if limit is not None and not limit > 0:
                 raise InputError(f"{name} is {limit!r}; expected a positive number")
         self._function = function
+        self.device: Device = resolve_device(device)
+        self._device_id = array_module("cuda").cuda.Device().id if self.device == "cuda" else None
         self.max_batch = max_batch
         self.deadline_ms = deadline_ms
         self.latency = latency or LatencyCurve()
@@ -342,7 +352,9 @@ class Batcher:
         """A result or an exception for each item; the function is called no more than ``attempts[0]`` times."""
         attempts[0] -= 1
         try:
-            results = list(self._function(items))
+            with contextlib.nullcontext() if self._device_id is None else own_stream(self._device_id):
+                results = list(self._function(items))
+                synchronize(self.device)
             if len(results) != len(items):
                 raise NbvisionError(f"the function returned {len(results)} results for {len(items)} items")
             return results
