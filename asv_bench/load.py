@@ -159,7 +159,7 @@ def main() -> int:
     parser.add_argument("--device", choices=("cpu", "cuda"))
     parser.add_argument("--deadline-ms", type=float, default=40.0)
     parser.add_argument("--seconds", type=float, default=3.0, help="of each run")
-    parser.add_argument("--max-batch", type=int, default=32)
+    parser.add_argument("--max-batch", type=int, default=16)
     parser.add_argument("--images", type=int, default=128)
     arguments = parser.parse_args()
     device = resolve_device(arguments.device)

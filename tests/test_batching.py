@@ -31,16 +31,36 @@ def test_between_and_beyond_what_is_known() -> None:
 
 
 def test_what_is_measured_replaces_what_was_said() -> None:
-    curve = LatencyCurve({1: 1.0, 8: 2.0})
-    for _ in range(99):
+    curve = LatencyCurve({1: 1.0, 7: 2.0})
+    for _ in range(50):
         curve.update(1, 0.010)
-    curve.update(1, 0.5)  # one of a hundred: the 99th percentile is the one below
     assert curve(1) == 0.010
-    curve.update(1, 0.5)
-    assert curve(1) == 0.5
-    for _ in range(200):
+    assert curve(7) == 2.0
+    for _ in range(50):
         curve.update(1, 0.020)
+        curve.update(8, 0.030)  # near 7
     assert curve(1) == 0.020
+    assert curve(8) == 0.030
+    assert 0.020 < curve(7) < 0.030
+
+
+def test_the_slowest_in_a_hundred_calls_of_all_sizes_counts() -> None:
+    """A few calls of each size do not say it; those of all sizes together do. One bad call says nothing."""
+    rng = np.random.default_rng(0)
+    curve = LatencyCurve()
+    for _ in range(25):
+        for size in (1, 2, 3, 4, 8, 16, 32, 64):
+            curve.update(size, (0.010 + 0.001 * size) * rng.uniform(0.9, 1.3))
+    for size in (1, 4, 16, 64):
+        assert 1.15 < curve(size) / (0.010 + 0.001 * size) < 1.35
+    before_s = curve(4)
+    curve.update(4, 5.0)
+    assert curve(4) < 1.1 * before_s
+    curve = LatencyCurve()
+    curve.update(1, 5.0)
+    curve.update(1, 0.010)
+    curve.update(1, 0.010)
+    assert curve(1) == 0.010
 
 
 def test_a_size_that_is_not_run_is_forgotten(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -97,9 +97,10 @@ def _seconds(call: Callable[[], Any]) -> float:
 
 # --- stages side by side ----------------------------------------------------------------------------------------------
 
-SIZE, BATCHES = (720, 1280), 16
+SIZE, BATCHES = (720, 1280), 32
 MODELS = ["TensorRT, the demo's detector, fp32", "torch, resnet18 compiled, fp16"]
 WAYS = ["Pipeline after Decoder.stream", "Pipeline", "one after the other"]
+WAYS += ["Pipeline, JPEGs by the engine", "decode by the engine alone"]
 WAYS += ["Decoder.stream alone", "decode alone", "model alone", "torchvision, the same model"]
 
 
@@ -111,16 +112,18 @@ class StagesOnGPU:
 
     def setup(self, model: str, how: str) -> None:
         need_cuda()
-        from nbvision import Decoder, Pipeline
+        from nbvision import Decoder, Pipeline, decode
 
         batches, decoder = [photographs()] * BATCHES, Decoder()
         stages = tensorrt_stages() if model.startswith("TensorRT") else torch_stages()
+        if "by the engine" in how:  # which leaves the multiprocessors to the model
+            stages = stages | {"decode": functools.partial(decode, deterministic=True)}
         if how == "torchvision, the same model":
             if not model.startswith("torch"):
                 raise NotImplementedError("torchvision is timed beside torch")
             chain = torchvision_chain(stages["model"])
             self.call = lambda: [chain(files) for files in batches]
-        elif how == "decode alone":
+        elif how in ("decode alone", "decode by the engine alone"):
             self.call = lambda: [stages["decode"](files) for files in batches]
         elif how == "Decoder.stream alone":
             self.call = lambda: collections.deque(decoder.stream(batches), maxlen=0)  # keeps none
@@ -132,7 +135,8 @@ class StagesOnGPU:
             self.call = lambda: list(made.stream(images for _, images in decoder.stream(batches)))
         else:
             made = Pipeline(stages)
-            self.call = (lambda: list(made.stream(batches))) if how == "Pipeline" else lambda: list(map(made, batches))
+            is_stream = how.startswith("Pipeline")
+            self.call = (lambda: list(made.stream(batches))) if is_stream else lambda: list(map(made, batches))
         self.images = BATCH * BATCHES
 
     def track_us_per_image(self, model: str, how: str) -> float:

@@ -6,13 +6,14 @@ import bisect
 import collections
 import itertools
 import json
-import math
 import os
 import threading
 import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
+
+import numpy as np
 
 from nbvision.errors import InputError
 
@@ -21,18 +22,18 @@ if TYPE_CHECKING:
 
 __all__ = ["LatencyCurve"]
 
-_WINDOW = 200  # calls of a size that are remembered: a clock that is throttled shows within as many
-_FORGET_S = (
-    60.0  # a size that was not run for so long is as if it had never been: its last call may have been a bad one
-)
+_WINDOW = 50  # calls that are remembered of sizes near each other: a clock that is throttled shows within half as many
+_FORGET_S = 60.0  # sizes that were not run for so long are as if never run: their last call may have been a bad one
 _QUANTILE = 0.99
 
 
 class LatencyCurve:
     """The 99th percentile of a batch's time against its size, from what is measured while it runs.
 
-    Between sizes that were seen it is linear, beyond them in proportion, and it never falls as batches grow. A size
-    that has been seen counts by its last 200 calls, until it has not been seen for a minute.
+    Sizes near each other (1, 2, 3, 4, 5 to 6, 7 to 8, 9 to 12, ...) count together, by the median of their last 50,
+    until they have not been run for a minute. How much longer than its median the slowest call in a hundred takes is
+    taken from the calls of all sizes: few are run so often that their own would say it. Between sizes that were seen
+    the curve is linear, beyond them in proportion, and it never falls as batches grow.
 
     Parameters
     ----------
@@ -55,8 +56,7 @@ class LatencyCurve:
         for size, time_s in (seconds or {}).items():
             _check(size, time_s)
         self._seeds = dict(seconds or {})
-        self._calls: dict[int, collections.deque[float]] = {}
-        self._measured: dict[int, tuple[float, float]] = {}  # by size: when it ran last, and its quantile
+        self._measured: dict[int, _Calls] = {}  # by the largest of sizes near each other
         self._lock = threading.Lock()
         self._points = self._fitted()
 
@@ -107,32 +107,47 @@ class LatencyCurve:
         _check(size, seconds)
         now_s = time.monotonic()
         with self._lock:
-            calls = self._calls.setdefault(size, collections.deque(maxlen=_WINDOW))
-            calls.append(seconds)
-            self._measured[size] = now_s, _quantile(calls)
-            for other in [other for other, (last_s, _) in self._measured.items() if now_s - last_s > _FORGET_S]:
-                self._drop(other)
+            self._measured.setdefault(_group(size), _Calls()).add(seconds, now_s)
+            self._measured = {
+                group: calls for group, calls in self._measured.items() if now_s - calls.last_s <= _FORGET_S
+            }
             self._points = self._fitted()
 
     def forget(self, size: int) -> None:
-        """Count the calls of a size no more."""
+        """Count the calls of a size, and of those near it, no more."""
         with self._lock:
-            self._drop(size)
+            self._measured.pop(_group(size), None)
             self._points = self._fitted()
 
-    def _drop(self, size: int) -> None:
-        self._calls.pop(size, None)
-        self._measured.pop(size, None)
-
     def _fitted(self) -> tuple[list[int], list[float]]:
-        known = self._seeds | {size: quantile_s for size, (_, quantile_s) in self._measured.items()}
+        known = {size: time_s for size, time_s in self._seeds.items() if _group(size) not in self._measured}
+        if self._measured:
+            ratios = np.sort(np.concatenate([calls.ratios for calls in self._measured.values()]))
+            # Rounded down: of a few calls the slowest, such as one that compiled something, does not count.
+            slowest = max(float(ratios[int(_QUANTILE * (len(ratios) - 1))]), 1.0)
+            known |= {group: calls.median_s * slowest for group, calls in self._measured.items()}
         sizes = sorted(known)
         return sizes, list(itertools.accumulate((known[size] for size in sizes), max))
 
 
-def _quantile(calls: collections.deque[float]) -> float:
-    ordered = sorted(calls)
-    return ordered[math.ceil(_QUANTILE * len(ordered)) - 1]
+class _Calls:
+    """The last calls of sizes near each other."""
+
+    def __init__(self) -> None:
+        self._seconds: collections.deque[float] = collections.deque(maxlen=_WINDOW)
+
+    def add(self, seconds: float, now_s: float) -> None:
+        self._seconds.append(seconds)
+        self.last_s = now_s
+        times_s = np.array(self._seconds)
+        self.median_s = float(np.median(times_s))
+        self.ratios = times_s / self.median_s
+
+
+def _group(size: int) -> int:
+    """The next of 1, 2, 3, 4, 6, 8, 12, 16, 24, ..."""
+    power = 1 << (size - 1).bit_length()
+    return power * 3 // 4 if power >= 4 and size <= power * 3 // 4 else power
 
 
 def _check(size: int, seconds: float) -> None:

@@ -233,7 +233,9 @@ class _Lane:
         for name, shape in zip(self._outputs, found, strict=True):
             if -1 in shape and name not in self.deferred:
                 self._defer(name)
-        return tuple([None if -1 in shape else shape for shape in found])
+        # After a call TensorRT 8.5 says what that call's data gave, whatever the new shapes.
+        known = zip(self._outputs, found, strict=True)
+        return tuple([None if name in self.deferred else shape for name, shape in known])
 
     def _defer(self, name: str) -> None:
         output = self.deferred[name] = DeferredOutput()
