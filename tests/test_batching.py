@@ -16,7 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from nbvision.batching import Batcher, LatencyCurve, goodput, simulate
-from nbvision.batching.policy import KEEP, Request, RequestQueue, next_batch
+from nbvision.batching.policy import Request, RequestQueue, next_batch
 from nbvision.batching.simulator import arrivals
 from nbvision.errors import DeadlineError, InputError, OverloadError
 
@@ -108,29 +108,52 @@ requests = st.lists(
 curves = st.builds(lambda first, each: lambda size: first + each * size, st.floats(0.001, 0.02), st.floats(0, 0.005))
 
 
-@given(requests, curves, st.integers(1, 16))
+@given(requests, curves, st.integers(1, 16), st.floats(0.3, 1.0))
 def test_what_is_released_is_in_time_and_nothing_is_lost(
-    waiting: list[Request], latency: Callable[[int], float], max_batch: int
+    waiting: list[Request], latency: Callable[[int], float], max_batch: int, share: float
 ) -> None:
+    def typical(size: int) -> float:
+        return share * latency(size)
+
     queue = RequestQueue()
     for request in waiting:
         queue.add(request)
     ordered = queue.first(0.0)
     assert sorted(map(id, ordered)) == sorted(map(id, waiting))
-    release = next_batch(ordered, 0.0, latency, max_batch=max_batch)
-    assert len(release.batch) <= max_batch
-    assert all(latency(len(release.batch)) <= request.deadline_s for request in release.batch)
-    chosen = set(release.batch) | set(release.late)
-    assert len(chosen) == len(release.batch) + len(release.late)
-    assert bool(release.batch) == any(latency(1) <= request.deadline_s for request in waiting)
-    # Those that could have made it are given up only for a batch that is larger than the one with them.
-    kept = [request for request in ordered if request not in set(release.late)]
-    assert release.batch == kept[: len(release.batch)]
-    if len(release.batch) < min(len(kept), max_batch):
-        assert len(release.batch) >= KEEP * min(len(kept), max_batch)
-        assert release.reason == "deadline"
+    release = next_batch(ordered, 0.0, latency, max_batch=max_batch, typical=typical)
+    size = len(release.batch)
+    assert size <= max_batch
+    # Those that cannot make it are given up, and nobody else; if anybody can, somebody runs.
+    assert release.late == [request for request in ordered if request.deadline_s < typical(1)]
+    assert bool(release.batch) == (len(release.late) < len(waiting))
+    assert len(set(release.batch) | set(release.late)) == size + len(release.late)
+    assert all(typical(size) <= request.deadline_s for request in release.batch)
+    # What goes along costs nothing that is sure its deadline.
+    sure = [request for request in ordered if request.deadline_s >= latency(1)]
+    if sure:
+        assert any(latency(size) <= request.deadline_s for request in release.batch)
+    # Whoever is left behind had no room, or would have missed his deadline, or cost others theirs.
+    left = [request for request in ordered if request not in set(release.batch) | set(release.late)]
+    if left and size < max_batch:
+        safe = [request for request in release.batch if latency(size) <= request.deadline_s]
+        costs = any(latency(size + 1) > request.deadline_s for request in safe)
+        costs |= any(typical(size + 1) > request.deadline_s for request in release.batch)
+        assert all(
+            costs or typical(size + 1) > request.deadline_s or latency(size) > request.deadline_s for request in left
+        )
     queue.remove(release.batch + release.late)
-    assert len(queue) == len(waiting) - len(chosen)
+    assert len(queue) == len(left)
+
+
+def test_what_is_not_sure_runs_if_nothing_is() -> None:
+    """A curve with one bad call in it: requests that could well be in time are not given up unseen."""
+    waiting = [Request(number, 0.0, 0.040) for number in range(6)]
+    release = next_batch(waiting, 0.0, lambda size: 0.050, max_batch=4, typical=lambda size: 0.010 + 0.001 * size)
+    assert (release.batch, release.late) == (waiting[:4], [])
+    late = Request("late", 0.0, 0.005)
+    release = next_batch([late, *waiting], 0.0, lambda size: 0.02 + 0.01 * size, max_batch=9, typical=lambda size: 0.01)
+    assert release.late == [late]
+    assert release.batch == waiting[:2]  # three would not be sure to be in time
 
 
 def test_nobody_waits_forever() -> None:

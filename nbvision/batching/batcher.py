@@ -308,7 +308,8 @@ class Batcher:
     def _choose(self) -> tuple[list[Request], list[Request], bool]:
         """The next batch and those that are given up, taken out of the queue; and whether requests are left."""
         now_s = time.monotonic()
-        release = next_batch(self._queue.first(now_s), now_s, self.latency, max_batch=self.max_batch)
+        waiting, typical = self._queue.first(now_s), self.latency.typical
+        release = next_batch(waiting, now_s, self.latency, max_batch=self.max_batch, typical=typical)
         if not release.batch and release.late and now_s - self._ran_s > _PROBE_S:
             # Such as after a first call that compiled: who never runs never learns that it has become faster.
             self.latency.forget(1)

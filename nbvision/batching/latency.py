@@ -11,7 +11,7 @@ import threading
 import time
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeAlias
 
 import numpy as np
 
@@ -25,6 +25,8 @@ __all__ = ["LatencyCurve"]
 _WINDOW = 50  # calls that are remembered of sizes near each other: a clock that is throttled shows within half as many
 _FORGET_S = 60.0  # sizes that were not run for so long are as if never run: their last call may have been a bad one
 _QUANTILE = 0.99
+
+_Points: TypeAlias = "tuple[list[int], list[float]]"  # sizes, and their seconds; both rise
 
 
 class LatencyCurve:
@@ -58,7 +60,7 @@ class LatencyCurve:
         self._seeds = dict(seconds or {})
         self._measured: dict[int, _Calls] = {}  # by the largest of sizes near each other
         self._lock = threading.Lock()
-        self._points = self._fitted()
+        self._points, self._medians = self._fitted()
 
     @classmethod
     def of_profile(cls, profile: EngineProfile, *, precision: str | None = None) -> LatencyCurve:
@@ -90,17 +92,12 @@ class LatencyCurve:
         return cls(points)
 
     def __call__(self, size: int) -> float:
-        """Seconds that a batch of ``size`` takes; 0 as long as nothing is known."""
-        sizes, times = self._points
-        if not sizes:
-            return 0.0
-        index = bisect.bisect_left(sizes, size)
-        if index == len(sizes):
-            return times[-1] * size / sizes[-1]
-        if sizes[index] == size or index == 0:
-            return times[index]
-        share = (size - sizes[index - 1]) / (sizes[index] - sizes[index - 1])
-        return times[index - 1] + share * (times[index] - times[index - 1])
+        """Seconds that a batch of ``size`` takes, but for one in a hundred; 0 as long as nothing is known."""
+        return _between(*self._points, size)
+
+    def typical(self, size: int) -> float:
+        """The same of every other batch: the median."""
+        return _between(*self._medians, size)
 
     def update(self, size: int, seconds: float) -> None:
         """Count one call."""
@@ -111,23 +108,25 @@ class LatencyCurve:
             self._measured = {
                 group: calls for group, calls in self._measured.items() if now_s - calls.last_s <= _FORGET_S
             }
-            self._points = self._fitted()
+            self._points, self._medians = self._fitted()
 
     def forget(self, size: int) -> None:
         """Count the calls of a size, and of those near it, no more."""
         with self._lock:
             self._measured.pop(_group(size), None)
-            self._points = self._fitted()
+            self._points, self._medians = self._fitted()
 
-    def _fitted(self) -> tuple[list[int], list[float]]:
+    def _fitted(self) -> tuple[_Points, _Points]:
+        """Of the slowest and of the median calls."""
         known = {size: time_s for size, time_s in self._seeds.items() if _group(size) not in self._measured}
+        slowest = 1.0
         if self._measured:
             ratios = np.sort(np.concatenate([calls.ratios for calls in self._measured.values()]))
             # Rounded down: of a few calls the slowest, such as one that compiled something, does not count.
             slowest = max(float(ratios[int(_QUANTILE * (len(ratios) - 1))]), 1.0)
-            known |= {group: calls.median_s * slowest for group, calls in self._measured.items()}
-        sizes = sorted(known)
-        return sizes, list(itertools.accumulate((known[size] for size in sizes), max))
+        medians = {group: calls.median_s for group, calls in self._measured.items()}
+        most = {group: slowest * median_s for group, median_s in medians.items()}
+        return _rising(known | most), _rising(known | medians)
 
 
 class _Calls:
@@ -142,6 +141,23 @@ class _Calls:
         times_s = np.array(self._seconds)
         self.median_s = float(np.median(times_s))
         self.ratios = times_s / self.median_s
+
+
+def _rising(seconds: Mapping[int, float]) -> _Points:
+    sizes = sorted(seconds)
+    return sizes, list(itertools.accumulate((seconds[size] for size in sizes), max))
+
+
+def _between(sizes: list[int], times: list[float], size: int) -> float:
+    if not sizes:
+        return 0.0
+    index = bisect.bisect_left(sizes, size)
+    if index == len(sizes):
+        return times[-1] * size / sizes[-1]
+    if sizes[index] == size or index == 0:
+        return times[index]
+    share = (size - sizes[index - 1]) / (sizes[index] - sizes[index - 1])
+    return times[index - 1] + share * (times[index] - times[index - 1])
 
 
 def _group(size: int) -> int:

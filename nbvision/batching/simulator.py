@@ -21,6 +21,7 @@ Policy = Literal["deadline", "eager", "delay", "delay and reject", "eager and re
 POLICIES: tuple[Policy, ...] = get_args(Policy)
 DELAY_S = 0.010  # of the policies that wait for more
 REJECT_S = 0.020  # queued for longer is turned away, by those that do
+_QUANTILE_99 = 2.326  # of the normal distribution
 
 
 @dataclass(frozen=True)
@@ -95,7 +96,8 @@ def simulate(
     max_batch, cards : int
         Cards take batches from one queue.
     jitter : float
-        Deviation of the logarithm of a batch's time from what ``latency`` says.
+        Deviation of the logarithm of a batch's time from what ``latency`` says. The batcher's policy knows of it: it
+        plans with the time that one batch in a hundred exceeds.
     seed : int
         Of the jitter.
 
@@ -110,6 +112,11 @@ def simulate(
         if not value > 0:
             raise InputError(f"{name} is {value!r}; expected a positive number")
     rng = np.random.default_rng(seed)
+    spread = math.exp(_QUANTILE_99 * jitter)
+
+    def slowest(size: int) -> float:
+        return latency(size) * spread
+
     queue = RequestQueue(aging_s=math.inf)
     coming = [Request(None, float(at), float(at) + deadline_ms / 1e3) for at in arrived_s]
     free_s = [0.0] * cards  # when each card has nothing to do
@@ -128,7 +135,7 @@ def simulate(
             if start_s <= now_s:
                 break
             now_s = min(start_s, coming[next_in].arrived_s) if next_in < len(coming) else start_s
-        release = _release(policy, queue.first(now_s), now_s, latency, max_batch)
+        release = _release(policy, queue.first(now_s), now_s, slowest, latency, max_batch)
         queue.remove(release.batch + release.late)
         dropped += len(release.late)
         if not release.batch:
@@ -153,10 +160,15 @@ def _start_s(policy: Policy, queue: RequestQueue, now_s: float, max_batch: int) 
 
 
 def _release(
-    policy: Policy, waiting: list[Request], now_s: float, latency: Callable[[int], float], max_batch: int
+    policy: Policy,
+    waiting: list[Request],
+    now_s: float,
+    slowest: Callable[[int], float],
+    typical: Callable[[int], float],
+    max_batch: int,
 ) -> Release:
     if policy == "deadline":
-        return next_batch(waiting, now_s, latency, max_batch=max_batch)
+        return next_batch(waiting, now_s, slowest, max_batch=max_batch, typical=typical)
     limit_s = REJECT_S if policy.endswith("reject") else math.inf
     late = [request for request in waiting if now_s - request.arrived_s > limit_s]
     batch = [request for request in waiting if now_s - request.arrived_s <= limit_s][:max_batch]
