@@ -160,6 +160,7 @@ def main() -> int:
     parser.add_argument("--deadline-ms", type=float, default=40.0)
     parser.add_argument("--seconds", type=float, default=3.0, help="of each run")
     parser.add_argument("--max-batch", type=int, default=16)
+    parser.add_argument("--in-flight", type=int, default=2, help="batches at a time (%(default)s)")
     parser.add_argument("--images", type=int, default=128)
     arguments = parser.parse_args()
     device = resolve_device(arguments.device)
@@ -176,7 +177,12 @@ def main() -> int:
         given = curve if policy is nbv.Batcher else None
         deadline_ms = arguments.deadline_ms if policy is nbv.Batcher else None
         return policy(
-            recognize, max_batch=arguments.max_batch, deadline_ms=deadline_ms, latency=given, device=device, in_flight=2
+            recognize,
+            max_batch=arguments.max_batch,
+            deadline_ms=deadline_ms,
+            latency=given,
+            device=device,
+            in_flight=arguments.in_flight,
         )
 
     with make(Eager):

@@ -21,6 +21,7 @@ from hypothesis import strategies as st
 from PIL import Image, ImageOps
 
 from nbvision.codecs import decode, gpu_decode, host, read_header
+from nbvision.codecs._nvimgcodec import CPU_ONLY_DEVICE, DecoderHandle
 from nbvision.codecs._threads import Turns
 from nbvision.errors import DecodeError, InputError, MemoryLimitError
 from nbvision.image import ImageBatch
@@ -538,7 +539,7 @@ def refuse_to_import() -> None:
 
 
 def test_nvimgcodec_is_left_alone_without_images_for_it(device: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(gpu_decode, "nvimgcodec", refuse_to_import)
+    monkeypatch.setattr(gpu_decode, "DecoderHandle", refuse_to_import)
     assert gpu_decode.decode_into([], [], [], color="rgba") == []
     assert decode(list(OTHERS.values()), device=device).ok.all()
     assert decode(list(JPEGS.values()), color="bgra", device=device).ok.all()
@@ -558,22 +559,13 @@ def test_the_width_of_slivers_is_the_stored_one() -> None:
     assert not gpu_decode.takes(header, "rgb")
 
 
-class HostPixels:
-    def __init__(self, address: int, shape: tuple[int, int, int]) -> None:
-        self.__array_interface__ = {"shape": shape, "typestr": "|u1", "data": (address, False), "version": 3}
-
-
 @pytest.mark.parametrize("color", ["rgb", "bgr", "gray"])
-def test_calls_to_nvimgcodec_without_a_gpu(monkeypatch: pytest.MonkeyPatch, color: Any) -> None:
-    """The GPU room's own code over nvImageCodec's CPU decoder: same calls, host arrays."""
-    codec = pytest.importorskip("nvidia.nvimgcodec")
-    decoder = codec.Decoder(
-        device_id=codec.NVIMGCODEC_DEVICE_CPU_ONLY, backends=[codec.Backend(codec.BackendKind.CPU_ONLY)]
-    )
+def test_calls_to_nvimgcodec_without_a_gpu(color: Any) -> None:
+    """The GPU room's own code over nvImageCodec's CPU decoder: same calls, memory of the host."""
+    pytest.importorskip("nvidia.nvimgcodec")
     lane = object.__new__(gpu_decode._Lane)
-    lane._decoder, lane._turns = decoder, Turns()
+    lane._decoder, lane._turns = DecoderHandle("CPU_ONLY", CPU_ONLY_DEVICE, threads=1), Turns()
     lane.stream = types.SimpleNamespace(ptr=0, record=lambda: None)
-    monkeypatch.setattr(gpu_decode, "Pixels", HostPixels)
     datas = [JPEGS[name] for name in ("4:2:0", "gray", "progressive", "1x1")]
     datas += [with_orientation(photo(), "JPEG", orientation) for orientation in range(1, 9)]
     headers = [read_header(data) for data in datas]

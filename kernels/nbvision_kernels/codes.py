@@ -129,6 +129,7 @@ DRAW_FIELDS = 15  # of a record, see draw.py
 # --- blocks of threads ------------------------------------------------------------------------------------------------
 
 WARP_TILE, WARP_LINES = 32, 8
+RESAMPLE_LINES, RESAMPLE_WARPS = 16, 4
 MOVE_LINES = 8  # lines of threads; each moves four lines of a square tile
 MASK_BLOCK_WIDTH, MASK_BLOCK_LINES = 32, 8
 TILE_CELLS = 16  # a side of a tile of instance masks

@@ -1,10 +1,10 @@
 // The resample family's frame: a block makes 32 columns by LINES lines of one canvas. It brings the lines of the source that
-// it needs into shared memory, sums along them, and then across them; or, where Pillow does, first across. Weights come
-// from the tap tables of resample.py, along lines as bytes, which is what tensor cores multiply exactly; the rounding and
-// the chain are Python functions, linked in.
+// it needs into shared memory, some at a time, and while the next are on their way sums along these, and then across them;
+// or, where Pillow does, first across. Weights come from the tap tables of resample.py, along lines as bytes, which is what
+// tensor cores multiply exactly; the rounding and the chain are Python functions, linked in.
 //
-// Compiled with -D: PIXEL_BYTES of the source (1 gray, 3, 4), LINES of a canvas that a block makes, the fields of
-// regions.py, and those of frame.cuh.
+// Compiled with -D: PIXEL_BYTES of the source (1 gray, 3, 4), LINES of a canvas that a block makes, WARPS of a block, the
+// fields of regions.py, and those of frame.cuh.
 #include "frame.cuh"
 
 extern "C" __device__ int nbv_round_sum(int total);
@@ -12,11 +12,20 @@ extern "C" __device__ int nbv_vertical_first(int width, int height, int out_widt
 #define CHANNELS (PIXEL_BYTES == 1 ? 1 : 3)  // alpha is dropped
 // Tensor cores multiply 16 bytes of 16 lines by 8 columns at once. Older cards sum four products an instruction.
 #define TENSOR (__CUDA_ARCH__ >= 800)
-constexpr int COLUMNS = 32, WARPS = 8, THREADS = 32 * WARPS;
-constexpr int BLOCKS = PIXEL_BYTES == 4 && __CUDA_ARCH__ == 800 ? 2 : 3;  // with three, that one would spill
-constexpr int OWN = LINES / WARPS;    // output lines of a thread
-constexpr int RAW_BYTES = 30 * 1024;  // of source lines at a time
-constexpr int MAX_LINES = 32;         // of those, at most: one for each lane, or two tiles of 16
+constexpr int COLUMNS = 32, THREADS = 32 * WARPS;
+constexpr int OWN = LINES / WARPS;  // output lines of a thread
+// Source lines come in stages: of two, one is summed while the other is on its way, unless both are needed for the lines
+// of one. Older cards cannot load past registers, and have one.
+constexpr int STAGES = TENSOR ? 2 : 1;
+constexpr int STAGE_LINES = TENSOR ? 16 : 32;  // at most: a tile, or a line for each lane
+constexpr int STAGE_WORDS = TENSOR ? 15 * 256 : 24 * 256;
+constexpr int PADDING = 8 * PIXEL_BYTES;  // words that the last window may read behind it
+// Blocks on a multiprocessor: as many as its shared memory holds, or as its registers hold without spilling.
+#if __CUDA_ARCH__ == 800 || __CUDA_ARCH__ == 900 || __CUDA_ARCH__ == 1000
+constexpr int BLOCKS = PIXEL_BYTES == 1 ? 6 : PIXEL_BYTES == 4 ? 4 : __CUDA_ARCH__ == 900 ? 6 : 5;
+#else
+constexpr int BLOCKS = TENSOR ? 3 : 2;
+#endif
 constexpr int BETWEEN_PITCH = COLUMNS + 1;
 
 // Groups of four weights in a packed entry: a window starts at a multiple of four pixels, with zeros before its first.
@@ -63,10 +72,13 @@ __device__ __forceinline__ void sum_tile(const unsigned *upper, const unsigned *
     int sums[CHANNELS][3][4] = {};  // of the weights' low, middle and high bytes
     upper += tile.word;
     lower += tile.word;
+    const uint4 none = {0, 0, 0, 0};
+    uint4 next = (unsigned)tile.group < tile.groups ? __ldg(tile.weights + tile.group) : none;
 #pragma unroll (PIXEL_BYTES == 4 ? 1 : 2)
     for (int step = 0; step < tile.steps; ++step) {
-        const int group = tile.group + 4 * step;
-        const uint4 none = {0, 0, 0, 0}, weight = (unsigned)group < tile.groups ? __ldg(tile.weights + group) : none;
+        const uint4 weight = next;  // asked for a step before
+        const int group = tile.group + 4 * step + 4;
+        next = (unsigned)group < tile.groups ? __ldg(tile.weights + group) : none;
         unsigned above[CHANNELS], below[CHANNELS];
         sort_channels(upper + 4 * PIXEL_BYTES * step, above);
         sort_channels(lower + 4 * PIXEL_BYTES * step, below);
@@ -89,53 +101,46 @@ __device__ __forceinline__ void sum_tile(const unsigned *upper, const unsigned *
             totals[i][c] = (int)((unsigned)sums[c][0][i] + ((unsigned)sums[c][1][i] << 8) + ((unsigned)sums[c][2][i] << 16));
 }
 
-// Lines of the source straight into shared memory, every eighth by a warp and all of them under way at once. Whole words,
-// but none without a byte of the window, so nothing outside the allocation is touched.
+// Lines of the source straight into shared memory: every so manieth by a warp, and all of them under way at once. Blocks of
+// 16 bytes, from the one with the line's first byte on, so a line starts up to 15 bytes behind its place.
 __device__ __forceinline__ void fetch_lines(const unsigned char *from, long long pitch, int line_bytes, int lines,
                                             unsigned *to, int line_words, int lane) {
     const unsigned shared = (unsigned)__cvta_generic_to_shared(to);
-    if (((reinterpret_cast<unsigned long long>(from) | pitch) & 15) == 0) {
 #pragma unroll 1
-        for (int byte = 16 * lane; byte < line_bytes; byte += 16 * 32) {
-            const unsigned char *source = from + byte;
-            unsigned target = shared + byte;
-#pragma unroll 1
-            for (int line = 0; line < lines; line += WARPS, source += WARPS * pitch, target += 4 * WARPS * line_words)
-                asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(target), "l"(source) : "memory");
-        }
-    } else {
-#pragma unroll 1
-        for (int line = 0; line < lines; line += WARPS) {
-            const unsigned char *source = from + line * pitch;
-            const int shift = (int)(reinterpret_cast<unsigned long long>(source) & 3);
-            const unsigned target = shared + 4 * line * line_words;
-#pragma unroll 4
-            for (int byte = 4 * lane; byte < shift + line_bytes; byte += 4 * 32)
-                asm volatile("cp.async.ca.shared.global [%0], [%1], 4;" ::"r"(target + byte), "l"(source - shift + byte)
+    for (int byte = 16 * lane; byte < line_bytes + 15; byte += 16 * 32) {
+        const unsigned char *line_from = from;
+#pragma unroll
+        for (int line = 0; line < STAGE_LINES; line += WARPS, line_from += WARPS * pitch) {
+            const int shift = (int)(reinterpret_cast<unsigned long long>(line_from) & 15);
+            const int left = shift + line_bytes - byte;  // nothing behind the line is read, be it within the block
+            if (line < lines && left > 0)
+                asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared + byte + 4 * line * line_words),
+                             "l"(line_from - shift + byte), "r"(min(left, 16))
                              : "memory");
         }
     }
 }
 
-// Moves fetched lines to the beginning of a word.
+// Moves fetched lines to their places.
 __device__ __forceinline__ void align_lines(const unsigned char *from, long long pitch, int line_bytes, int lines,
                                             unsigned *to, int line_words, int lane) {
-    if (((reinterpret_cast<unsigned long long>(from) | pitch) & 3) == 0) return;
+    if (((reinterpret_cast<unsigned long long>(from) | pitch) & 15) == 0) return;
     const int words = (line_bytes + 3) / 4;
 #pragma unroll 1
     for (int line = 0; line < lines; line += WARPS, from += WARPS * pitch, to += WARPS * line_words) {
-        const int shift = (int)(reinterpret_cast<unsigned long long>(from) & 3), last = (shift + line_bytes - 1) / 4;
+        const int shift = (int)(reinterpret_cast<unsigned long long>(from) & 15), last = (shift + line_bytes - 1) / 4;
         for (int word = lane; word - lane < words; word += 32) {
             unsigned moved = 0;
-            // The word behind the last one may be another warp's line.
-            if (word < words) moved = __funnelshift_r(to[word], to[min(word + 1, last)], 8 * shift);
+            const int at = word + shift / 4;  // the word behind the last one may be another warp's line
+            if (word < words) moved = __funnelshift_r(to[at], to[min(at + 1, last)], 8 * shift);
             __syncwarp();
             if (word < words) to[word] = moved;
             __syncwarp();
         }
     }
 }
-#else
+#endif
+
 // The sum of one line and column, four products at once.
 __device__ __forceinline__ void sum_line(const unsigned *words, const int *entry, int *totals) {
     const uint4 *weights = reinterpret_cast<const uint4 *>(entry + 4);
@@ -166,7 +171,6 @@ __device__ __forceinline__ void load_line(const unsigned char *from, int line_by
     for (int word = lane; word < (line_bytes + 3) / 4; word += 32)
         to[word] = __funnelshift_r(__ldg(words + word), __ldg(words + min(word + 1, last)), 8 * shift);
 }
-#endif
 
 // One weight of a packed entry.
 __device__ __forceinline__ int weight_of(const int *entry, int tap) {
@@ -221,8 +225,9 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
              const int *__restrict__ x_table, const int *__restrict__ y_table, int x_limit, int y_limit, int width_first,
              Stored *__restrict__ out, int height, int width, int swap, float gain_0, float gain_1, float gain_2,
              float bias_0, float bias_1, float bias_2, float fill_0, float fill_1, float fill_2 CHAIN_PARAMETERS) {
-    __shared__ alignas(16) unsigned raw[RAW_BYTES / 4 + 8 * PIXEL_BYTES];  // the last window's padding lies behind
-    __shared__ unsigned between[MAX_LINES * BETWEEN_PITCH];  // a pixel a word
+    __shared__ alignas(16) unsigned stages[STAGES * (STAGE_WORDS + PADDING)];
+    __shared__ unsigned between[STAGE_LINES * BETWEEN_PITCH];  // a pixel a word
+    __shared__ int2 line_windows[LINES];                       // where each output line's begins and ends
 
     const int *row = regions + (long long)blockIdx.z * REGION_FIELDS;
     const Source source = reinterpret_cast<const Source *>(sources)[2 * row[REGION_IMAGE]];
@@ -250,115 +255,129 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
     }
     const int line_bytes = (right - left) * PIXEL_BYTES;
     // Words of a line in shared memory, such that what a warp reads at once, of eight lines or of 32, lies in 32 banks.
-    int line_words = (line_bytes + 3 + 15) / 16 * 4;  // three bytes are those of a word before the first
+    int line_words = (line_bytes + 15 + 15) / 16 * 4;  // 15 bytes are those of a block before the first
     if (!TENSOR) line_words |= 1;
     else if (PIXEL_BYTES == 4) line_words = (line_words + 15) / 32 * 32 + 16;
     else line_words = (line_words + 3) / 8 * 8 + 4;
-    const bool fits = line_words <= RAW_BYTES / 4;
-    const int lines_at_once = min(MAX_LINES, fits ? RAW_BYTES / 4 / line_words : MAX_LINES);
+    const bool fits = line_words <= STAGES * STAGE_WORDS;
+    const bool has_two = STAGES == 2 && line_words * STAGE_LINES <= STAGE_WORDS;
+    const int lines_at_once = fits ? min(STAGE_LINES, (has_two ? 1 : STAGES) * STAGE_WORDS / line_words) : STAGE_LINES;
+    if (thread < out_lines) {
+        const int *entry = y_entries + thread * y_stride;
+        line_windows[thread] = make_int2(entry[0], entry[0] + entry[1]);
+    }
     const bool across_first = anything && !width_first &&
                               nbv_vertical_first(row[REGION_WIDTH], row[REGION_HEIGHT], row[REGION_OUT_WIDTH],
                                                  row[REGION_OUT_HEIGHT]);
 
-    int sums[OWN][CHANNELS];
-#pragma unroll
-    for (int o = 0; o < OWN; ++o)
-#pragma unroll
-        for (int c = 0; c < CHANNELS; ++c) sums[o][c] = 0;
-
-#if TENSOR
-    const int tile_line = warp % 2 * 16, tile_column = warp / 2 * 8;
-    const Tile tile = tile_of(x_entries + min(tile_column + lane / 4, columns - 1) * x_stride, lane, left);
-#endif
-    // `first` counts source lines, or the block's own lines where each is summed across the source first.
-    const int stop = across_first ? out_lines : bottom;
-    for (int first = across_first ? 0 : top; anything && first < stop; first += lines_at_once) {
-        const int lines = min(lines_at_once, stop - first);
-        if (fits && across_first) {
-            const unsigned char *corner = origin + (long long)left * PIXEL_BYTES;
-            for (int at = thread; at < lines * line_bytes; at += THREADS) {
-                const int line = at / line_bytes, byte = at - line * line_bytes;
-                const int *entry = y_entries + (first + line) * y_stride;
-                const unsigned char *from = corner + entry[0] * source.pitch + byte;
-                int total = 0;
-#pragma unroll 4
-                for (int tap = 0; tap < entry[1]; ++tap, from += source.pitch) total += *from * entry[4 + tap];
-                reinterpret_cast<unsigned char *>(raw + line * line_words)[byte] = (unsigned char)nbv_round_sum(total);
-            }
-        } else if (fits) {
-#if TENSOR
-            const unsigned char *from = origin + (first + warp) * source.pitch + (long long)left * PIXEL_BYTES;
-            fetch_lines(from, source.pitch, line_bytes, lines - warp, raw + warp * line_words, line_words, lane);
-            // The next lines come as far as the L2 cache meanwhile: a thread asks for 128 bytes.
-            if (thread / 8 < stop - first - lines && thread % 8 * 128 < line_bytes)
-                asm volatile("prefetch.global.L2 [%0];" ::"l"(from + (lines - warp + thread / 8) * source.pitch +
-                                                              thread % 8 * 128));
-            asm volatile("cp.async.wait_all;" ::: "memory");
-            __syncwarp();
-            align_lines(from, source.pitch, line_bytes, lines - warp, raw + warp * line_words, line_words, lane);
-#else
-            for (int line = warp; line < lines; line += WARPS) {
-                const unsigned char *from = origin + (first + line) * source.pitch + (long long)left * PIXEL_BYTES;
-                load_line(from, line_bytes, raw + line * line_words, lane);
-            }
-#endif
-        }
-        __syncthreads();
-#if TENSOR
-        // Along the lines: a warp has a tile.
-        if (fits && tile_line < lines && tile_column < columns) {
-            const unsigned *upper = raw + min(tile_line + lane / 4, lines - 1) * line_words;
-            const unsigned *lower = raw + min(tile_line + lane / 4 + 8, lines - 1) * line_words;
-            int totals[4][CHANNELS];
-            sum_tile(upper, lower, tile, totals);
-            unsigned *to = between + (tile_line + lane / 4) * BETWEEN_PITCH + tile_column + lane % 4 * 2;
-#pragma unroll
-            for (int i = 0; i < 4; ++i) to[i / 2 * 8 * BETWEEN_PITCH + i % 2] = rounded(totals[i]);
-        }
-        const int first_far = fits ? columns : warp;
-#else
-        const int first_far = warp;
-#endif
-        // Here a lane has a line, so the weights of a column serve the whole warp.
-#pragma unroll 1
-        for (int column = first_far; column < columns; column += WARPS) {
-            const int *entry = x_entries + column * x_stride;
-            if (entry[1] == 0 || lane >= lines) continue;
-            int along[CHANNELS];
-            if (across_first && !fits) {
-                sum_far_column(origin, source.pitch, entry, y_entries + (first + lane) * y_stride, along);
-            } else if (!fits) {
-                sum_far_line(origin + (first + lane) * source.pitch, entry, along);
-            } else {
-#if !TENSOR
-                sum_line(raw + lane * line_words + ((entry[0] & ~3) - left) / 4 * PIXEL_BYTES, entry, along);
-#endif
-            }
-            between[lane * BETWEEN_PITCH + column] = rounded(along);
-        }
-        __syncthreads();
-        // Across them: a lane has a column.
+    int sums[OWN][CHANNELS] = {};
+    // Adds what `between` has of source lines first .. first + lines to the thread's column of its output lines.
+    const auto sum_across = [&](int first, int lines) {
 #pragma unroll
         for (int o = 0; o < OWN; ++o) {
             const int line = warp + o * WARPS;
             if (!in_columns || line < y_begin || line > y_last) continue;
-            const int *entry = y_entries + line * y_stride;
-            if (across_first) {  // nothing is left to sum
-                if (line < first || line >= first + lines) continue;
-                const unsigned pixel = between[(line - first) * BETWEEN_PITCH + lane];
-#pragma unroll
-                for (int c = 0; c < CHANNELS; ++c) sums[o][c] = (int)(pixel >> 8 * c & 255) << 22;
-                continue;
-            }
-            const int until = min(entry[0] + entry[1], first + lines), *weights = entry + 4 - entry[0];
+            const int2 window = line_windows[line];
+            const int until = min(window.y, first + lines), *weights = y_entries + line * y_stride + 4 - window.x;
 #pragma unroll 4
-            for (int at = max(entry[0], first); at < until; ++at) {
+            for (int at = max(window.x, first); at < until; ++at) {
                 const unsigned pixel = between[(at - first) * BETWEEN_PITCH + lane];
 #pragma unroll
                 for (int c = 0; c < CHANNELS; ++c) sums[o][c] += (int)(pixel >> 8 * c & 255) * __ldg(weights + at);
             }
         }
-        __syncthreads();
+    };
+#if TENSOR
+    const int tile_column = 8 * warp;
+    if (anything && fits && !across_first) {
+        const Tile tile = tile_of(x_entries + min(tile_column + lane / 4, columns - 1) * x_stride, lane, left);
+        const unsigned char *from = origin + (top + warp) * source.pitch + (long long)left * PIXEL_BYTES;
+        const int own = warp * line_words;
+        const auto fetch = [&](int first, unsigned *stage) {
+            const int lines = min(lines_at_once, bottom - first);
+            fetch_lines(from, source.pitch, line_bytes, lines - warp, stage + own, line_words, lane);
+        };
+        unsigned *raw = stages, *other = has_two ? stages + STAGE_WORDS + PADDING : stages;
+        fetch(top, raw);
+#pragma unroll 1
+        for (int first = top; first < bottom; first += lines_at_once) {
+            const int lines = min(lines_at_once, bottom - first), next = first + lines;
+            asm volatile("cp.async.wait_all;" ::: "memory");
+            __syncwarp();
+            align_lines(from, source.pitch, line_bytes, lines - warp, raw + own, line_words, lane);
+            __syncthreads();  // these lines are there, and nobody reads `between`, or the other stage, any more
+            from += lines * source.pitch;
+            if (has_two && next < bottom) fetch(next, other);
+            // Along the lines: a warp has a tile.
+            if (tile_column < columns) {
+                const unsigned *upper = raw + min(lane / 4, lines - 1) * line_words;
+                const unsigned *lower = raw + min(lane / 4 + 8, lines - 1) * line_words;
+                int totals[4][CHANNELS];
+                sum_tile(upper, lower, tile, totals);
+                unsigned *to = between + lane / 4 * BETWEEN_PITCH + tile_column + lane % 4 * 2;
+#pragma unroll
+                for (int i = 0; i < 4; ++i) to[i / 2 * 8 * BETWEEN_PITCH + i % 2] = rounded(totals[i]);
+            }
+            __syncthreads();
+            if (!has_two && next < bottom) fetch(next, raw);
+            sum_across(first, lines);
+            unsigned *summed = raw;
+            raw = other;
+            other = summed;
+        }
+    } else
+#endif
+    if (anything) {
+        // `first` counts source lines, or the block's own lines where each is summed across the source first.
+        const int stop = across_first ? out_lines : bottom;
+#pragma unroll 1
+        for (int first = across_first ? 0 : top; first < stop; first += lines_at_once) {
+            const int lines = min(lines_at_once, stop - first);
+            unsigned *raw = stages;
+            const unsigned char *corner = origin + (long long)left * PIXEL_BYTES;
+            if (fits && across_first) {
+                for (int at = thread; at < lines * line_bytes; at += THREADS) {
+                    const int line = at / line_bytes, byte = at - line * line_bytes;
+                    const int *entry = y_entries + (first + line) * y_stride;
+                    const unsigned char *from = corner + entry[0] * source.pitch + byte;
+                    int total = 0;
+#pragma unroll 4
+                    for (int tap = 0; tap < entry[1]; ++tap, from += source.pitch) total += *from * entry[4 + tap];
+                    reinterpret_cast<unsigned char *>(raw + line * line_words)[byte] = (unsigned char)nbv_round_sum(total);
+                }
+            } else if (fits) {
+                for (int line = warp; line < lines; line += WARPS)
+                    load_line(corner + (first + line) * source.pitch, line_bytes, raw + line * line_words, lane);
+            }
+            __syncthreads();
+            // A lane has a line, so the weights of a column serve the whole warp.
+#pragma unroll 1
+            for (int column = warp; column < columns; column += WARPS) {
+                const int *entry = x_entries + column * x_stride;
+                if (entry[1] == 0 || lane >= lines) continue;
+                int along[CHANNELS];
+                if (fits)
+                    sum_line(raw + lane * line_words + ((entry[0] & ~3) - left) / 4 * PIXEL_BYTES, entry, along);
+                else if (across_first)
+                    sum_far_column(origin, source.pitch, entry, y_entries + (first + lane) * y_stride, along);
+                else
+                    sum_far_line(origin + (first + lane) * source.pitch, entry, along);
+                between[lane * BETWEEN_PITCH + column] = rounded(along);
+            }
+            __syncthreads();
+            if (!across_first) {
+                sum_across(first, lines);
+                continue;
+            }
+#pragma unroll
+            for (int o = 0; o < OWN; ++o) {  // nothing is left to sum
+                const int line = warp + o * WARPS;
+                if (!in_columns || line < max(y_begin, first) || line > min(y_last, first + lines - 1)) continue;
+                const unsigned pixel = between[(line - first) * BETWEEN_PITCH + lane];
+#pragma unroll
+                for (int c = 0; c < CHANNELS; ++c) sums[o][c] = (int)(pixel >> 8 * c & 255) << 22;
+            }
+        }
     }
     if (x >= width) return;
 

@@ -19,11 +19,11 @@ from dataclasses import dataclass
 from typing import Any
 
 from nbvision.codecs._balance import Balance, Measured, cost_of
-from nbvision.codecs._nvimgcodec import SAMPLES, Pixels, nvimgcodec
+from nbvision.codecs._nvimgcodec import SAMPLES, DecoderHandle
 from nbvision.codecs._threads import Turns, available_cores
 from nbvision.codecs.headers import Header
 from nbvision.errors import DeviceError
-from nbvision.image import CHANNELS, Color
+from nbvision.image import Color
 from nbvision.runtime.device import CUDA_EXTRA, array_module
 
 __all__ = ["decode_into", "takes"]
@@ -208,10 +208,8 @@ class _Lane:
     be it one, and the others to the slower decoder.
     """
 
-    def __init__(self, kind: str, device_id: int, *, threads: int) -> None:
-        codec = nvimgcodec()
-        backends = [codec.Backend(getattr(codec.BackendKind, kind))]
-        self._decoder = codec.Decoder(device_id=device_id, max_num_cpu_threads=threads, backends=backends)
+    def __init__(self, backend: str, device_id: int, *, threads: int) -> None:
+        self._decoder = DecoderHandle(backend, device_id, threads=threads)
         self._turns = Turns()  # a decoder that two threads use at once loses images, or the process
         self.stream = array_module("cuda").cuda.Stream(non_blocking=True)
 
@@ -219,35 +217,31 @@ class _Lane:
         """Decode what this decoder can, and say so in each job."""
         # Upright ones apart: for them nvImageCodec shall not look into the EXIF, where it might read another
         # orientation.
-        groups = [[job for job in jobs if (job.header.orientation == 1) is upright] for upright in (True, False)]
-        batches = [
-            self._prepare(group, color, _params(color, apply_orientation))
-            for group, apply_orientation in zip(groups, (False, True), strict=True)
-            if group
-        ]
+        upright = [job for job in jobs if job.header.orientation == 1]
+        turned = [job for job in jobs if job.header.orientation != 1]
         with self._turns:
             begin = self.stream.record()
-            for batch in batches:
-                self._decode_batch(*batch)
+            for group, apply_orientation in ((upright, False), (turned, True)):
+                self._decode_batch(group, color, apply_orientation)
             return _Turn(begin, self.stream.record(), sum(job.cost for job in jobs))
 
-    def _prepare(self, jobs: Sequence[_Job], color: Color, params: Any) -> tuple[list[_Job], list[Any], list[Any], Any]:
-        codec = nvimgcodec()
-        known = [(job, stream) for job in jobs if _agrees(stream := codec.CodeStream(job.data), job.header)]
-        outs = [Pixels(job.address, (*job.header.oriented_size, CHANNELS[color])) for job, _ in known]
-        images = codec.as_images(outs, self.stream.ptr) if outs else []
-        return [job for job, _ in known], [stream for _, stream in known], images, params
-
-    def _decode_batch(self, jobs: list[_Job], streams: list[Any], images: list[Any], params: Any) -> None:
+    def _decode_batch(self, jobs: list[_Job], color: Color, apply_orientation: bool) -> None:
         if not jobs:
             return
-        shapes = [image.shape for image in images]
         try:
-            results = self._decoder.decode(streams, images=images, params=params, cuda_stream=self.stream.ptr)
-        except (RuntimeError, ValueError) as error:
+            done = self._decoder.decode(
+                [job.data for job in jobs],
+                [(job.header.height, job.header.width) for job in jobs],
+                [job.header.oriented_size for job in jobs],
+                [job.address for job in jobs],
+                color=color,
+                apply_orientation=apply_orientation,
+                stream=self.stream.ptr,
+            )
+        except RuntimeError as error:
             raise DeviceError(f"nvImageCodec failed on {len(jobs)} images as a whole: {error}") from error
-        for job, result, shape in zip(jobs, results, shapes, strict=True):
-            job.done = result is not None and result.shape == shape
+        for job, is_done in zip(jobs, done.tolist(), strict=True):
+            job.done = is_done
 
 
 @dataclass(frozen=True, slots=True)
@@ -260,22 +254,3 @@ class _Turn:
 
     def cost_and_ms(self) -> tuple[float, float]:
         return self.cost, array_module("cuda").cuda.get_elapsed_time(self.begin, self.end)
-
-
-@functools.cache
-def _params(color: Color, apply_orientation: bool) -> Any:
-    codec = nvimgcodec()
-    samples, space = SAMPLES[color]
-    return codec.DecodeParams(
-        apply_exif_orientation=apply_orientation,
-        color_spec=getattr(codec.ColorSpec, space),
-        sample_format=getattr(codec.SampleFormat, samples),
-    )
-
-
-def _agrees(stream: Any, header: Header) -> bool:
-    """Whether nvImageCodec reads the size that our header pass read."""
-    try:
-        return bool((stream.height, stream.width) == (header.height, header.width))
-    except RuntimeError:  # it cannot parse the file
-        return False

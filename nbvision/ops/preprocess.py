@@ -432,7 +432,8 @@ class Preprocess:
             if self._chain_for(batch) is not None:
                 launch_numbers += (np.int32(self._blue_first(batch) != bool(swap)), *self._numbers)
             if self._windows is not None:
-                block, tile = (32, 8, 1), (32, int(spec.defines.get("LINES", 8)))
+                warps = int(spec.defines.get("WARPS", 8))
+                block, tile = (32, warps, 1), (32, int(spec.defines.get("LINES", 8)))
             else:
                 block = _FRAME_BLOCK
                 tile = (block[0] * _FRAME_PIXELS, block[1] * int(spec.defines["LINES"]))
