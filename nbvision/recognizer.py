@@ -158,11 +158,17 @@ class Recognizer:
 
     @classmethod
     def load(
-        cls, directory: str | os.PathLike[str], *, device: Device | None = None, precision: Any = "fp32", **options: Any
+        cls,
+        directory: str | os.PathLike[str],
+        *,
+        device: Device | None = None,
+        precision: Any = "fp32",
+        cuda_graphs: bool = False,
+        **options: Any,
     ) -> Recognizer:
         """From ``detector.onnx``, ``masker.onnx`` and ``embedder.onnx`` in a directory."""
-        device = resolve_device(device)
-        return cls(*(load_engine(directory, name, device=device, precision=precision) for name in BATCHES), **options)
+        how = {"device": resolve_device(device), "precision": precision, "cuda_graphs": cuda_graphs}
+        return cls(*(load_engine(directory, name, **how) for name in BATCHES), **options)
 
     @property
     def digest(self) -> str:
@@ -253,11 +259,9 @@ class Recognizer:
         return contextlib.nullcontext() if times is None else times.stage(name, self.device, items=items)
 
 
-def load_engine(
-    directory: str | os.PathLike[str], name: str, *, device: Device | None = None, precision: Any = "fp32"
-) -> Engine:
-    """One of the recognizer's models: ``"detector"``, ``"masker"`` or ``"embedder"``."""
-    return Engine(Path(directory) / f"{name}.onnx", device=device, precision=precision, batch=BATCHES[name])
+def load_engine(directory: str | os.PathLike[str], name: str, **options: Any) -> Engine:
+    """One of the recognizer's models: ``"detector"``, ``"masker"`` or ``"embedder"``; ``options`` are an Engine's."""
+    return Engine(Path(directory) / f"{name}.onnx", batch=BATCHES[name], **options)
 
 
 def in_batches(engine: Engine, inputs: Any) -> Any:

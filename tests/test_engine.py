@@ -605,6 +605,29 @@ def test_graphs_give_what_calls_give(plans: Path, tmp_path: Path, rng: np.random
 
 
 @pytest.mark.needs_cuda
+def test_graphs_of_calls_whose_memory_changes(plans: Path, tmp_path: Path, rng: np.random.Generator) -> None:
+    """After some calls they are copied through memory of the engine's own, padded to the largest batch so far."""
+    cupy = array_module("cuda")
+    onnx.save(convolution(), tmp_path / "tiny.onnx")
+    options: dict[str, Any] = {"device": "cuda", "cache_dir": plans, "batch": (1, 4, 7), "cuda_graphs": True}
+    engine = Engine(tmp_path / "tiny.onnx", **options)
+    (lane, *_), *_ = (engine._executor)._lanes  # type: ignore[attr-defined]
+    kept = []  # so that no memory comes again
+    streams = [cupy.cuda.Stream(non_blocking=True) for _ in range(2)]
+    launches = 0
+    for index, size in enumerate([2, 2, 2, 2, 3, 2, 1, 2, 2, 2, 2, 2, 3, 1, 2, 3, 3, 5, 5, 6, 7, 7, 1, 7, 4, 4]):
+        with streams[index // 20]:
+            values = images(rng, size)
+            x, out = cupy.asarray(values), cupy.full((size, 8, 16, 16), np.nan, np.float32)
+            launches += lane._graph is not None
+            assert engine.run({"x": x}, {"y": out})["y"] is out
+            np.testing.assert_allclose(out.get(), convolution_in_numpy(values), atol=1e-4)
+            kept.append((x, out))
+    assert launches >= 8
+    assert lane.stage.batch == 7
+
+
+@pytest.mark.needs_cuda
 def test_a_call_inside_of_a_capture(plans: Path, tmp_path: Path, rng: np.random.Generator) -> None:
     cupy = array_module("cuda")
     onnx.save(convolution(), tmp_path / "tiny.onnx")

@@ -159,7 +159,7 @@ def tensorrt_stages() -> dict[str, Callable[[Any], Any]]:
     from nbvision.recognizer import load_engine
 
     try:
-        detector = load_engine(models_directory(), "detector", device="cuda")
+        detector = load_engine(models_directory(), "detector", device="cuda", cuda_graphs=True)
     except MissingExtraError as error:
         raise NotImplementedError(str(error)) from error
     plan = Preprocess(detector.inputs[0].shape[2:], scale=1 / 255)

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, TypeAlias
 
 import numpy as np
 
+from nbvision.engines.spec import batch_class
 from nbvision.errors import InputError
 
 if TYPE_CHECKING:
@@ -104,7 +105,7 @@ class LatencyCurve:
         _check(size, seconds)
         now_s = time.monotonic()
         with self._lock:
-            self._measured.setdefault(_group(size), _Calls()).add(seconds, now_s)
+            self._measured.setdefault(batch_class(size), _Calls()).add(seconds, now_s)
             self._measured = {
                 group: calls for group, calls in self._measured.items() if now_s - calls.last_s <= _FORGET_S
             }
@@ -113,12 +114,12 @@ class LatencyCurve:
     def forget(self, size: int) -> None:
         """Count the calls of a size, and of those near it, no more."""
         with self._lock:
-            self._measured.pop(_group(size), None)
+            self._measured.pop(batch_class(size), None)
             self._points, self._medians = self._fitted()
 
     def _fitted(self) -> tuple[_Points, _Points]:
         """Of the slowest and of the median calls."""
-        known = {size: time_s for size, time_s in self._seeds.items() if _group(size) not in self._measured}
+        known = {size: time_s for size, time_s in self._seeds.items() if batch_class(size) not in self._measured}
         slowest = 1.0
         if self._measured:
             ratios = np.sort(np.concatenate([calls.ratios for calls in self._measured.values()]))
@@ -158,12 +159,6 @@ def _between(sizes: list[int], times: list[float], size: int) -> float:
         return times[index]
     share = (size - sizes[index - 1]) / (sizes[index] - sizes[index - 1])
     return times[index - 1] + share * (times[index] - times[index - 1])
-
-
-def _group(size: int) -> int:
-    """The next of 1, 2, 3, 4, 6, 8, 12, 16, 24, ..."""
-    power = 1 << (size - 1).bit_length()
-    return power * 3 // 4 if power >= 4 and size <= power * 3 // 4 else power
 
 
 def _check(size: int, seconds: float) -> None:

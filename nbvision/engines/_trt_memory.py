@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import collections
 import functools
+import math
 import sys
 import threading
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 
+from nbvision.engines.spec import TensorSpec
 from nbvision.runtime import memory
 from nbvision.runtime.device import require_cupy
 
-__all__ = ["SOURCE", "Allocations", "DeferredOutput", "Slabs", "slabs"]
+__all__ = ["SOURCE", "Allocations", "DeferredOutput", "Slabs", "Stage", "slabs"]
 
 SOURCE = "TensorRT"  # its name among the sources of the memory manager
 
@@ -78,6 +81,48 @@ class DeferredOutput:
         if failure is not None:
             raise failure
         return None if lease is None else lease.view(self._shape, dtype=dtype)
+
+
+class Stage:
+    """Memory for the inputs and outputs of one call, which a graph always finds in the same place.
+
+    Parameters
+    ----------
+    inputs, outputs : sequence of TensorSpec
+        All of them with a batch, and of known sizes beyond it.
+    batch : int
+    stream : stream
+        Of the first call.
+    """
+
+    def __init__(self, inputs: Sequence[TensorSpec], outputs: Sequence[TensorSpec], batch: int, stream: Any) -> None:
+        self.batch = batch
+        self._last_stream = stream.ptr
+        with stream, memory.source(SOURCE):
+            self._arrays = [
+                memory.acquire(math.prod(shape) * spec.dtype.itemsize, device="cuda").view(shape, dtype=spec.dtype)
+                for spec in (*inputs, *outputs)
+                for shape in [(batch, *spec.shape[1:])]
+            ]
+            for array in self._arrays:
+                array.fill(0)  # rows that no call has filled yet are computed, too
+        self._inputs, self._outputs = self._arrays[: len(inputs)], self._arrays[len(inputs) :]
+        self.shapes = tuple([array.shape for array in self._inputs])
+        self.addresses = tuple([array.data.ptr for array in self._arrays])
+
+    def take(self, arrays: Sequence[Any], stream: Any) -> None:
+        """Copy a call's inputs in."""
+        if stream.ptr != self._last_stream:
+            self._last_stream = stream.ptr
+            for own in self._arrays:
+                memory.record_use(own, stream)
+        for own, array in zip(self._inputs, arrays, strict=True):
+            own.data.copy_from_device_async(array.data, array.nbytes, stream)
+
+    def give(self, arrays: Sequence[Any], stream: Any) -> None:
+        """Copy the outputs out: as much as fits into each array, whose first dimension is the call's batch."""
+        for own, array in zip(self._outputs, arrays, strict=True):
+            array.data.copy_from_device_async(own.data, array.nbytes, stream)
 
 
 class Slabs:

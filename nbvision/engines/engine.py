@@ -71,9 +71,11 @@ class Engine:
     workspace_bytes : int
         Most scratch memory a TensorRT layer may take.
     cuda_graphs : bool
-        Whether TensorRT's calls are kept as CUDA graphs: from the third call on the same arrays (the same memory, such
-        as a ring's) the host queues one graph instead of every layer, which pays for small batches. Calls that cannot
-        be a graph run as without. TensorRT 8 keeps one graph for each range of ``batch``, later ones four.
+        Whether TensorRT's calls are kept as CUDA graphs: the host queues one graph instead of every layer, which pays
+        for small batches, and for other threads that use the GPU. From the third call on the same arrays on that is a
+        graph of these; where arrays keep changing, from about the tenth call on they are copied through memory of the
+        engine's own, padded to the largest batch so far of their range of ``batch``. Calls that cannot be a graph run
+        as without. TensorRT 8 keeps one graph for each range, later ones four.
 
     Attributes
     ----------

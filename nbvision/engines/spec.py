@@ -11,7 +11,7 @@ import numpy as np
 from nbvision.errors import EngineError, InputError
 from nbvision.runtime.device import Device, device_of
 
-__all__ = ["Batch", "BatchRange", "Precision", "TensorSpec"]
+__all__ = ["Batch", "BatchRange", "Precision", "TensorSpec", "batch_class"]
 
 Precision = Literal["fp32", "fp16"]
 
@@ -22,6 +22,12 @@ class BatchRange(NamedTuple):
     min: int
     opt: int
     max: int
+
+
+def batch_class(batch: int) -> int:
+    """The next of 1, 2, 3, 4, 6, 8, 12, 16, 24, 32, ...: sizes that count as one."""
+    power = 1 << (batch - 1).bit_length()
+    return power * 3 // 4 if power >= 4 and batch <= power * 3 // 4 else power
 
 
 Batch: TypeAlias = tuple[int, int, int] | Sequence[tuple[int, int, int]]

@@ -11,12 +11,12 @@ from pathlib import Path
 from typing import Any, TypeAlias
 
 from nbvision.engines._trt import TensorRT
-from nbvision.engines._trt_memory import Allocations, DeferredOutput, slabs
+from nbvision.engines._trt_memory import Allocations, DeferredOutput, Stage, slabs
 from nbvision.engines.build import BuildOptions, build_plan
 from nbvision.engines.onnx_file import OnnxFile
 from nbvision.engines.plan_cache import plan_path, read_plan, sole_builder, write_plan
-from nbvision.engines.spec import TensorSpec, check_out
-from nbvision.errors import EngineError, InputError
+from nbvision.engines.spec import TensorSpec, batch_class, check_out
+from nbvision.errors import EngineError, InputError, MemoryLimitError
 from nbvision.runtime import memory
 from nbvision.runtime.device import require_cupy
 
@@ -27,6 +27,7 @@ _ADDRESS_ALIGNMENT_BYTES = 256  # TensorRT's kernels load vectors and do not che
 _LAST_DEFAULT_STREAM = 2  # 0, and CUDA's names for the legacy and the per-thread default stream
 _GRAPH_AFTER = 2  # calls with the same arrays, which is a sign that more will come; TensorRT wants one before a capture
 _LANES = 4  # graphs of a profile, where contexts may share one
+_STAGE_AFTER = 8  # calls with other arrays than before: then the graph gets memory of its own, and arrays are copied
 
 Shapes: TypeAlias = tuple[tuple[int, ...], ...]
 OutputShapes: TypeAlias = tuple[tuple[int, ...] | None, ...]  # None: it depends on the data
@@ -100,10 +101,17 @@ class TensorRTExecutor:
             ]
             addresses = tuple([array.data.ptr for array in (*arrays, *results) if array is not None])
             lane = lanes[0] if len(lanes) == 1 else _lane_for(lanes, (shapes, addresses, slab.address))
+            stage = lane.stage_for(stream, shapes, addresses, slab)
             if stream is not caller:  # after the outputs were taken, whose last readers the caller's stream waits for
                 caller.record(self._inputs_ready)
                 stream.wait_event(self._inputs_ready)
-            queued = lane.run(stream, shapes, addresses, slab)
+            lane.follow(stream)
+            if stage is None:
+                queued = lane.run(stream, shapes, addresses, slab)
+            else:
+                stage.take(arrays, stream)
+                queued = lane.run(stream, stage.shapes, stage.addresses, slab)
+                stage.give(results, stream)
             if stream is not caller:
                 stream.record(self._outputs_ready)
                 caller.wait_event(self._outputs_ready)
@@ -154,7 +162,8 @@ class TensorRTExecutor:
         if context is None:
             self._allocations.raise_failure()
             raise EngineError(f"{self._file_name}: {self._trt} makes no execution context: {self._trt.take_reason()}")
-        return _Lane(self._trt, self._file_name, context, self.inputs, self.outputs, cuda_graphs=cuda_graphs)
+        max_batch = self._batches[profile].max
+        return _Lane(self._trt, self._file_name, context, self.inputs, self.outputs, max_batch, cuda_graphs=cuda_graphs)
 
     def _spec(self, name: str) -> TensorSpec:
         dtype = self._trt.dtype(self._engine.get_tensor_dtype(name))
@@ -203,10 +212,12 @@ class _Lane:
         context: Any,
         inputs: tuple[TensorSpec, ...],
         outputs: tuple[TensorSpec, ...],
+        max_batch: int,
         *,
         cuda_graphs: bool,
     ) -> None:
         self._trt, self._file_name, self._context = trt, file_name, context
+        self._specs = inputs, outputs
         self._inputs, self._outputs = [spec.name for spec in inputs], [spec.name for spec in outputs]
         self.deferred: dict[str, DeferredOutput] = {}  # outputs whose shape depends on the data
         self._allocators: list[Any] = []  # TensorRT keeps none of its own
@@ -220,6 +231,10 @@ class _Lane:
         self._calls = 0  # in this state
         self._graph: Any = None
         self._capture_stream = self._cuda.Stream(non_blocking=True) if cuda_graphs else None
+        self.stage: Stage | None = None
+        self._may_stage = cuda_graphs and all(spec.batched and spec.fixed_beyond_batch for spec in (*inputs, *outputs))
+        self._max_batch = max_batch
+        self._changes = 0
 
     @property
     def state(self) -> tuple[Shapes, tuple[int, ...], int]:
@@ -256,13 +271,35 @@ class _Lane:
             for spec, array in zip(specs, results, strict=True)
         ]
 
-    def run(self, stream: Any, shapes: Shapes, addresses: tuple[int, ...], slab: memory.Buffer) -> bool:
-        """Queue one call on ``stream``; False if TensorRT refuses."""
+    def stage_for(self, stream: Any, shapes: Shapes, addresses: tuple[int, ...], slab: memory.Buffer) -> Stage | None:
+        """The memory that this call shall be copied through, so that it can be a graph; None if it need not or may not.
+
+        It has room for the largest batch so far, rounded up, and a graph computes all of it.
+        """
+        if not self._may_stage or self._capture_stream is None or stream.is_capturing():
+            return None
+        if self.stage is None:
+            self._changes += self.state != (shapes, addresses, slab.address)
+            if self._changes <= _STAGE_AFTER:
+                return None
+        batch = shapes[0][0]
+        if self.stage is None or self.stage.batch < batch:
+            try:
+                self.stage = Stage(*self._specs, min(batch_class(batch), self._max_batch), stream)
+            except MemoryLimitError as error:
+                logger.warning("%s: no CUDA graphs (%s); calls are queued one by one", self._file_name, error)
+                self.stage, self._may_stage = None, False
+        return self.stage
+
+    def follow(self, stream: Any) -> None:
+        """Let what is queued on ``stream`` from now on come after the last call, whose memory it uses again."""
         if self._stream is not None and self._stream.ptr != stream.ptr:
-            # The context's own memory is still in use by what was queued before.
             self._stream.record(self._event)
             stream.wait_event(self._event)
         self._stream = stream
+
+    def run(self, stream: Any, shapes: Shapes, addresses: tuple[int, ...], slab: memory.Buffer) -> bool:
+        """Queue one call on ``stream``, which follows; False if TensorRT refuses."""
         if self.state != (shapes, addresses, slab.address):
             self._tell_shapes(shapes)
             self._tell_addresses(addresses, slab)

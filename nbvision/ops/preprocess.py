@@ -604,7 +604,7 @@ def _checked_out(out: Any, shape: tuple[int, ...], dtype: np.dtype[Any], device:
     where = device_of(out)
     if where != device:
         raise InputError(f"out is on {where}, the images are on {device}; give an array on {device}")
-    if dtype.name == "bfloat16" and str(getattr(out, "dtype", "")) == "torch.bfloat16":
+    if dtype.kind == "V" and str(getattr(out, "dtype", "")) == "torch.bfloat16":  # "V" is what NumPy does not know
         import torch  # NumPy has no bfloat16 to exchange
 
         array = to_device(out.view(torch.int16), device).view(dtype)
