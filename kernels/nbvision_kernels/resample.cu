@@ -22,7 +22,7 @@ constexpr int STAGE_WORDS = TENSOR ? 15 * 256 : 24 * 256;
 constexpr int PADDING = 8 * PIXEL_BYTES;  // words that the last window may read behind it
 // Blocks on a multiprocessor: as many as its shared memory holds, or as its registers hold without spilling.
 #if __CUDA_ARCH__ == 800 || __CUDA_ARCH__ == 900 || __CUDA_ARCH__ == 1000
-constexpr int BLOCKS = PIXEL_BYTES == 1 ? 6 : PIXEL_BYTES == 4 ? 4 : __CUDA_ARCH__ == 900 ? 6 : 5;
+constexpr int BLOCKS = PIXEL_BYTES == 1 ? 6 : PIXEL_BYTES == 4 || __CUDA_ARCH__ == 1000 ? 4 : 5;
 #else
 constexpr int BLOCKS = TENSOR ? 3 : 2;
 #endif
