@@ -16,7 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from nbvision.batching import Batcher, LatencyCurve, goodput, simulate
-from nbvision.batching.policy import Request, RequestQueue, next_batch
+from nbvision.batching.policy import Request, RequestQueue, hold_until_s, next_batch
 from nbvision.batching.simulator import arrivals
 from nbvision.errors import DeadlineError, InputError, OverloadError
 
@@ -121,39 +121,51 @@ def test_what_is_released_is_in_time_and_nothing_is_lost(
     ordered = queue.first(0.0)
     assert sorted(map(id, ordered)) == sorted(map(id, waiting))
     release = next_batch(ordered, 0.0, latency, max_batch=max_batch, typical=typical)
-    size = len(release.batch)
+    size, chosen = len(release.batch), set(release.batch)
     assert size <= max_batch
-    # Those that cannot make it are given up, and nobody else; if anybody can, somebody runs.
-    assert release.late == [request for request in ordered if request.deadline_s < typical(1)]
+    assert len(chosen | set(release.late)) == size + len(release.late)
+    # Given up is who would be late even if the batch were as quick as one in fifty. If others wait, a batch goes.
+    quick = typical(1) * (typical(1) / latency(1)) ** (2.3 / 2.326)
+    assert all(request.deadline_s < max(quick, 0.97 * typical(1)) for request in release.late)
+    assert all(request in set(release.late) for request in ordered if request.deadline_s < 0.9 * quick)
     assert bool(release.batch) == (len(release.late) < len(waiting))
-    assert len(set(release.batch) | set(release.late)) == size + len(release.late)
-    assert all(typical(size) <= request.deadline_s for request in release.batch)
-    # What goes along costs nothing that is sure its deadline.
-    sure = [request for request in ordered if request.deadline_s >= latency(1)]
-    if sure:
-        assert any(latency(size) <= request.deadline_s for request in release.batch)
-    # Whoever is left behind had no room, or would have missed his deadline, or cost others theirs.
-    left = [request for request in ordered if request not in set(release.batch) | set(release.late)]
-    if left and size < max_batch:
-        safe = [request for request in release.batch if latency(size) <= request.deadline_s]
-        costs = any(latency(size + 1) > request.deadline_s for request in safe)
-        costs |= any(typical(size + 1) > request.deadline_s for request in release.batch)
-        assert all(
-            costs or typical(size + 1) > request.deadline_s or latency(size) > request.deadline_s for request in left
-        )
+    # Nobody runs who is late for sure, and where all can be in time together they go together.
+    assert all(request.deadline_s >= 0.9 * quick for request in release.batch)
+    if waiting and len(waiting) <= max_batch and latency(len(waiting)) <= 0.7 * min(r.deadline_s for r in waiting):
+        assert release.batch == ordered
+        assert release.reason == ("full" if len(waiting) == max_batch else "drained")
+    # Of one priority the first go before the others, but for those that are left out.
+    for priority in range(3):
+        same = [request for request in ordered if request.priority == priority and request in chosen]
+        assert same == [request for request in release.batch if request.priority == priority]
     queue.remove(release.batch + release.late)
-    assert len(queue) == len(left)
+    assert len(queue) == len(waiting) - size - len(release.late)
 
 
-def test_what_is_not_sure_runs_if_nothing_is() -> None:
+def test_what_may_be_in_time_runs_if_nothing_is_sure_to_be() -> None:
     """A curve with one bad call in it: requests that could well be in time are not given up unseen."""
     waiting = [Request(number, 0.0, 0.040) for number in range(6)]
-    release = next_batch(waiting, 0.0, lambda size: 0.050, max_batch=4, typical=lambda size: 0.010 + 0.001 * size)
-    assert (release.batch, release.late) == (waiting[:4], [])
-    late = Request("late", 0.0, 0.005)
-    release = next_batch([late, *waiting], 0.0, lambda size: 0.02 + 0.01 * size, max_batch=9, typical=lambda size: 0.01)
-    assert release.late == [late]
-    assert release.batch == waiting[:2]  # three would not be sure to be in time
+    release = next_batch(waiting, 0.0, lambda size: 0.080, max_batch=4, typical=lambda size: 0.030 + 0.001 * size)
+    assert (release.batch, release.late, release.reason) == (waiting[:4], [], "full")
+
+
+def test_a_deadline_makes_a_batch_smaller_only_where_that_saves_time() -> None:
+    tight, others = Request("tight", 0.0, 0.0245), [Request(number, 0.0, 0.070) for number in range(15)]
+    flat = next_batch([tight, *others], 0.0, lambda size: 0.024, max_batch=16)
+    assert flat.batch == [tight, *others]
+    steep = next_batch([tight, *others], 0.0, lambda size: 0.020 + 0.003 * size, max_batch=16)
+    assert steep.batch == others  # for one more in time all the others would wait
+    assert steep.late == []
+    alone = next_batch([tight, others[0]], 0.0, lambda size: 0.0155 * size, max_batch=16)
+    assert alone.batch == [tight]
+    assert alone.reason == "deadline"
+
+
+def test_others_may_join_while_a_batch_runs_until_a_deadline_calls() -> None:
+    waiting = [Request(number, 0.0, 0.040 + 0.001 * number) for number in range(3)]
+    assert hold_until_s(waiting, lambda size: 0.010 + 0.001 * size, max_batch=8) == pytest.approx(0.040 - 0.014)
+    assert hold_until_s(waiting, lambda size: 0.010, max_batch=3) == -math.inf
+    assert hold_until_s([Request("any time", 0.0)], lambda size: 0.010, max_batch=3) == math.inf
 
 
 def test_nobody_waits_forever() -> None:

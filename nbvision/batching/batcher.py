@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from nbvision.batching.latency import LatencyCurve
-from nbvision.batching.policy import Reason, Release, Request, RequestQueue, next_batch
+from nbvision.batching.policy import Reason, Release, Request, RequestQueue, hold_until_s, next_batch
 from nbvision.errors import DeadlineError, InputError, NbvisionError, OverloadError
 from nbvision.runtime.device import Device, array_module, own_stream, resolve_device, synchronize
 
@@ -82,10 +82,9 @@ class BatcherStats:
 class Batcher:
     """Collects single requests into batches and runs a function on them.
 
-    There is no fixed delay. As soon as a thread is free, the largest batch goes that still meets the tightest deadline
-    in it, by how long batches of each size took lately; a request that cannot be in time any more is given up, and so
-    is one that would cost the others most of their batch. Requests that come while all threads are busy make the next
-    batch.
+    There is no fixed delay. If nothing runs, what waits goes at once. While a batch runs, further requests may join the
+    next one until it is full or its tightest deadline calls. Then the batch goes of which most answers in time a second
+    are expected, by how long batches of each size took lately; a request that cannot be in time any more is given up.
 
     If no batch could be in time for a second, one request is run all the same, to see whether that is still so.
 
@@ -173,6 +172,7 @@ class Batcher:
             for number in range(in_flight)
         ]
         self._ran_s = time.monotonic()  # when a batch ended last
+        self._busy = 0  # threads that run one
         self._owner = os.getpid()
         for thread in self._threads:
             thread.start()
@@ -292,10 +292,11 @@ class Batcher:
         """The life of a thread: wait for requests, choose some, run them."""
         while True:
             with self._changed:
-                self._changed.wait_for(lambda: len(self._queue) or self._closing)
+                self._wait_for_work()
                 if not len(self._queue):
                     return
                 batch, late, has_more = self._choose()
+                self._busy += bool(batch)
                 if has_more:
                     self._changed.notify()
             for request in late:
@@ -304,6 +305,23 @@ class Batcher:
                 )
             if batch:
                 self._run(batch)
+
+    def _wait_for_work(self) -> None:
+        """Until requests shall run, or none will come any more."""
+        while not (self._closing and not len(self._queue)):
+            left_s = None
+            if len(self._queue):
+                waiting = self._queue.first(now_s := time.monotonic())
+                left_s = self._hold_until_s(waiting) - now_s
+                if left_s <= 0 or self._closing:
+                    return
+            self._changed.wait(None if left_s in (None, math.inf) else left_s)
+
+    def _hold_until_s(self, waiting: list[Request]) -> float:
+        """Until when others may join, while another thread runs a batch."""
+        if not self._busy:
+            return -math.inf
+        return hold_until_s(waiting, self.latency, max_batch=self.max_batch)
 
     def _choose(self) -> tuple[list[Request], list[Request], bool]:
         """The next batch and those that are given up, taken out of the queue; and whether requests are left."""
@@ -339,6 +357,7 @@ class Batcher:
             self.latency.update(len(batch), max(ended_s - started_s, 1e-9))
         with self._changed:
             self._ran_s = ended_s
+            self._busy -= 1
             for request, outcome in zip(batch, outcomes, strict=True):
                 failed = isinstance(outcome, BaseException)
                 self._counts["failed" if failed else "answered"] += 1

@@ -8,12 +8,18 @@ from collections.abc import Callable, Hashable, Iterable
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-__all__ = ["Reason", "Release", "Request", "RequestQueue", "next_batch"]
+import numpy as np
 
-# Why no more requests are in a batch: there were none, none fit in, or the tightest deadline allows no larger one.
+__all__ = ["QUANTILE_99", "Reason", "Release", "Request", "RequestQueue", "hold_until_s", "next_batch"]
+
+QUANTILE_99 = 2.326  # of the normal distribution
+
+# Why no more requests are in a batch: there were none, none fit in, or fewer together have better chances.
 Reason = Literal["drained", "full", "deadline"]
 
-KEEP = 0.8  # a request that would shrink the batch below this share of what could be released is left out
+GIVE_UP = 0.02  # a request with a smaller chance to be in time, even alone, is given up
+NEARLY = 0.98  # of the best: good enough for those that come first
+LOOK_AT = 4  # batches full of requests, of those that come first
 
 
 @dataclass(eq=False)
@@ -108,7 +114,7 @@ def next_batch(
     max_batch: int,
     typical: Callable[[int], float] | None = None,
 ) -> Release:
-    """Choose the batch to start now: the largest that meets the tightest deadline in it.
+    """Choose the batch to start now: that of which most answers in time a second are expected.
 
     Parameters
     ----------
@@ -124,53 +130,69 @@ def next_batch(
     Returns
     -------
     Release
-        ``late`` are those that cannot make it even alone in a typical time. They are given up.
+        ``late`` are those that have no chance to be in time even alone. They are given up.
 
     Notes
     -----
-    Requests whose deadlines would shrink the batch below 0.8 of what could go without them are left out, and so are
-    those that are not sure to be in time. They go along where that costs nobody else his deadline, and by themselves
-    when there are no others: if nothing ran, nobody would notice that batches have become faster.
+    The time of a batch is taken as log-normal. For each size the batch begins with the first request from which on the
+    sum of the chances is at least 0.98 of the best such sum; those before it have the worst chances, and are left out.
+    Of all sizes that with the most such answers for its typical time goes. So a deadline makes a batch smaller only
+    where that saves time, and nobody is given up for a call that once took long.
     """
     typical = typical or latency
-    sure_s, alone_s = now_s + latency(1), now_s + typical(1)
-    late = [request for request in waiting if request.deadline_s < alone_s]
-    sure = [request for request in waiting if request.deadline_s >= sure_s]
-    if not sure:
-        doubtful = [request for request in waiting if alone_s <= request.deadline_s < sure_s]
-        batch, reason = _largest(doubtful, now_s, typical, max_batch)
-        return Release(batch, late, reason)
-    batch, reason = _largest(sure, now_s, latency, max_batch)
-    chosen, sure_until_s, likely_until_s = set(batch), min(request.deadline_s for request in batch), math.inf
-    for request in waiting:
-        size = len(batch) + 1
-        end_s = now_s + typical(size)
-        if size > max_batch or now_s + latency(size) > sure_until_s or end_s > likely_until_s:
-            break
-        if request not in chosen and end_s <= request.deadline_s:
-            batch.append(request)
-            likely_until_s = min(likely_until_s, request.deadline_s)
-    return Release(batch, late, reason)
+    most = min(len(waiting), max_batch)
+    if not waiting or typical(1) <= 0:  # nothing is known yet
+        return Release(waiting[:most], [], "full" if most < len(waiting) else "drained")
+    latest_s = now_s + _quickest(typical(1), latency(1))
+    late = [request for request in waiting if request.deadline_s < latest_s]
+    able = [request for request in waiting if request.deadline_s >= latest_s][: LOOK_AT * max_batch]
+    if not able:
+        return Release([], late, "drained")
+    sizes = range(1, min(len(able), max_batch) + 1)
+    typical_s, slowest_s = (np.array([time_of(size) for size in sizes]) for time_of in (typical, latency))
+    left_s = np.array([request.deadline_s for request in able]) - now_s
+    chances = _chances(left_s, typical_s[:, None], slowest_s[:, None])
+    chances[chances < GIVE_UP] = 0
+    sums = np.concatenate([np.zeros((len(sizes), 1)), np.cumsum(chances, axis=1)], axis=1)
+    # Only those of the first's priority are left out for the others.
+    same = next((index for index, request in enumerate(able) if request.priority != able[0].priority), len(able))
+    best_rate, best = -1.0, (0, 1)
+    for size, seconds in zip(sizes, typical_s.tolist(), strict=True):
+        expected = (sums[size - 1, size:] - sums[size - 1, : len(able) + 1 - size])[:same]
+        first = int(np.argmax(expected >= NEARLY * expected.max()))
+        rate = float(expected[first]) / seconds
+        if rate >= best_rate:
+            best_rate, best = rate, (first, size)
+    first, size = best
+    reason: Reason = "full" if size == max_batch else "drained" if size == len(able) else "deadline"
+    hopeful = [request for request, chance in zip(able[first:], chances[size - 1, first:], strict=True) if chance]
+    return Release(hopeful[:size], late, reason)
 
 
-def _largest(
-    candidates: list[Request], now_s: float, latency: Callable[[int], float], max_batch: int
-) -> tuple[list[Request], Reason]:
-    """Of requests that are all in time alone."""
-    if not candidates:
-        return [], "drained"
-    ends_s = [now_s + latency(size) for size in range(1, min(len(candidates), max_batch) + 1)]
-    deadlines_s = sorted(request.deadline_s for request in candidates)
-    # How many can go together without those whose deadline is before each.
-    sizes = [min(bisect.bisect_right(ends_s, at_s), len(deadlines_s) - index) for index, at_s in enumerate(deadlines_s)]
-    least = KEEP * max(sizes)
-    earliest_s = next(at_s for at_s, size in zip(deadlines_s, sizes, strict=True) if size >= least)
-    kept = [request for request in candidates if request.deadline_s >= earliest_s]
-    size, tightest_s = 0, math.inf
-    for request, end_s in zip(kept, ends_s, strict=False):
-        tightest_s = min(tightest_s, request.deadline_s)
-        if end_s > tightest_s:
-            break
-        size += 1
-    most = min(len(kept), max_batch)
-    return kept[:size], "deadline" if size < most else "full" if most < len(kept) else "drained"
+def hold_until_s(waiting: list[Request], latency: Callable[[int], float], *, max_batch: int) -> float:
+    """Until when others may join a batch of all that wait, of one bucket, if nothing is gained by starting it at once.
+
+    That is while other batches run: those that come meanwhile go along nearly for free, and so the next ones find more
+    room.
+    """
+    if len(waiting) >= max_batch:
+        return -math.inf
+    return min(request.deadline_s for request in waiting) - latency(len(waiting) + 1)
+
+
+def _chances(left_s: Any, typical_s: Any, slowest_s: Any) -> Any:
+    """That a batch ends before the time that is left, by the logistic curve that is nearest to the normal one."""
+    with np.errstate(over="ignore"):
+        deviations = (np.log(np.maximum(left_s, 1e-9)) - np.log(typical_s)) / _deviation(typical_s, slowest_s)
+        return 1 / (1 + np.exp(-1.702 * deviations))
+
+
+def _deviation(typical_s: Any, slowest_s: Any) -> Any:
+    """Of the logarithm of a time, of which one in a hundred is slower than ``slowest_s``."""
+    return np.maximum(np.log(slowest_s / typical_s) / QUANTILE_99, 0.01)
+
+
+def _quickest(typical_s: float, slowest_s: float) -> float:
+    """The time within which a batch ends with a chance of ``GIVE_UP``."""
+    odds = math.log(GIVE_UP / (1 - GIVE_UP)) / 1.702
+    return float(typical_s * math.exp(odds * float(_deviation(typical_s, slowest_s))))

@@ -11,7 +11,7 @@ from typing import Literal, get_args
 import numpy as np
 import numpy.typing as npt
 
-from nbvision.batching.policy import Release, Request, RequestQueue, next_batch
+from nbvision.batching.policy import QUANTILE_99, Release, Request, RequestQueue, hold_until_s, next_batch
 from nbvision.errors import InputError
 
 __all__ = ["POLICIES", "Policy", "Simulation", "arrivals", "goodput", "simulate"]
@@ -21,7 +21,6 @@ Policy = Literal["deadline", "eager", "delay", "delay and reject", "eager and re
 POLICIES: tuple[Policy, ...] = get_args(Policy)
 DELAY_S = 0.010  # of the policies that wait for more
 REJECT_S = 0.020  # queued for longer is turned away, by those that do
-_QUANTILE_99 = 2.326  # of the normal distribution
 
 
 @dataclass(frozen=True)
@@ -112,7 +111,7 @@ def simulate(
         if not value > 0:
             raise InputError(f"{name} is {value!r}; expected a positive number")
     rng = np.random.default_rng(seed)
-    spread = math.exp(_QUANTILE_99 * jitter)
+    spread = math.exp(QUANTILE_99 * jitter)
 
     def slowest(size: int) -> float:
         return latency(size) * spread
@@ -131,7 +130,11 @@ def simulate(
             while next_in < len(coming) and coming[next_in].arrived_s <= now_s:
                 queue.add(coming[next_in])
                 next_in += 1
-            start_s = _start_s(policy, queue, now_s, max_batch)
+            if policy == "deadline":
+                others_end_s = min((end_s for end_s in free_s[1:] if end_s > now_s), default=now_s)
+                start_s = min(others_end_s, hold_until_s(queue.first(now_s), slowest, max_batch=max_batch))
+            else:
+                start_s = _start_s(policy, queue, now_s, max_batch)
             if start_s <= now_s:
                 break
             now_s = min(start_s, coming[next_in].arrived_s) if next_in < len(coming) else start_s
