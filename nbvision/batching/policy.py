@@ -189,7 +189,7 @@ def _chances(left_s: Any, typical_s: Any, slowest_s: Any) -> Any:
 
 def _deviation(typical_s: Any, slowest_s: Any) -> Any:
     """Of the logarithm of a time, of which one in a hundred is slower than ``slowest_s``."""
-    return np.maximum(np.log(slowest_s / typical_s) / QUANTILE_99, 0.01)
+    return np.maximum(np.log(slowest_s / typical_s) / QUANTILE_99, 1e-6)
 
 
 def _quickest(typical_s: float, slowest_s: float) -> float:
