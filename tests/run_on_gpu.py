@@ -45,6 +45,7 @@ PARTS |= {"test_window.py": 2, "test_warp.py": 2, "test_nv12.py": 2, "test_boxes
 KERNELS = (
     "preprocess nv12 sources pixel resample window warp warp_plan masks boxes instances draw arithmetic color crop"
 )
+SANITIZED_PARTS = {"test_draw.py": 4, "test_resample.py": 4, "test_window.py": 3, "test_boxes.py": 2}
 SANITIZED = [f"test_{name}.py" for name in f"{KERNELS} resize".split()]
 
 
@@ -80,7 +81,13 @@ def jobs_of(pythons: list[str], sanitizers: list[str], only: str) -> list[Job]:
     for file in files:
         python, parts = interpreter_of(file, pythons), PARTS.get(file, 1)
         jobs += [Job(file, python, f"{part}/{parts}" if parts > 1 else "") for part in range(1, parts + 1)]
-    return jobs + [Job(file, pythons[0], sanitizer=tool) for tool in sanitizers for file in SANITIZED if file in files]
+    for tool in sanitizers:
+        for file in [file for file in SANITIZED if file in files]:
+            parts = SANITIZED_PARTS.get(file, 1)
+            jobs += [
+                Job(file, pythons[0], f"{part}/{parts}" if parts > 1 else "", tool) for part in range(1, parts + 1)
+            ]
+    return jobs
 
 
 def start_building_plans(python: str) -> list[subprocess.Popen[bytes]]:
