@@ -102,6 +102,8 @@ def main() -> int:
     arguments = parser.parse_args()
     import cupy
 
+    lost: list[Any] = []
+    sys.unraisablehook = lost.append  # such as of memory that is let go while another GPU is the current one
     count = cupy.cuda.runtime.getDeviceCount()
     cores = sorted(os.sched_getaffinity(0))
     each = len(cores) // count
@@ -111,7 +113,7 @@ def main() -> int:
     names = [cupy.cuda.runtime.getDeviceProperties(gpu)["name"].decode() for gpu in range(count)]
     report = {"gpus": names, "cores_each": each, "alone": alone, "together": [together[gpu] for gpu in range(count)]}
     report["times_one"] = sum(report["together"]) / (sum(alone) / count)
-    report["one_process"] = in_one_process(count)
+    report["one_process"] = in_one_process(count) | {"errors": [str(error.exc_value) for error in lost]}
     arguments.out.write_text(json.dumps(report, indent=1) + "\n")
     print(json.dumps(report, indent=1))
     return 0

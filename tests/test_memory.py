@@ -545,6 +545,7 @@ def test_a_stream_outlives_its_buffers_in_a_cycle_that_is_collected(monkeypatch)
         get_current_stream=lambda: current[0],
         Event=lambda **options: SimpleNamespace(done=True, synchronize=lambda: None),
         alloc_pinned_memory=lambda size_bytes: SimpleNamespace(ptr=4096),
+        runtime=SimpleNamespace(getDevice=lambda: 0),
     )
     monkeypatch.setattr("nbvision.runtime._rings.require_cupy", lambda what: SimpleNamespace(cuda=cuda))
     manager = Manager("pinned")
@@ -577,3 +578,43 @@ def test_unknown_place_and_limits_that_are_no_numbers_are_refused():
         pass
     with pytest.raises(InputError, match="wait_ms is -1; expected 0 or more"), memory.source("a", wait_ms=-1):
         pass
+
+
+def test_a_buffer_may_be_let_go_while_another_device_is_the_current_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    """An event belongs to the device that was current when it was made, and only that one's streams take it."""
+    current, recorded = [1], []
+
+    class Device(contextlib.AbstractContextManager):
+        def __init__(self, device_id):
+            self.device_id = device_id
+
+        def __enter__(self):
+            current.append(self.device_id)
+
+        def __exit__(self, *exception):
+            current.pop()
+
+    def record(event):
+        recorded.append((event.device_id, stream.device_id))
+        return event
+
+    stream = SimpleNamespace(ptr=7, device_id=1, record=record, wait_event=lambda event: None)
+    cuda = SimpleNamespace(
+        get_current_stream=lambda: stream,
+        Event=lambda **options: SimpleNamespace(done=True, synchronize=lambda: None, device_id=current[-1]),
+        alloc_pinned_memory=lambda size_bytes: SimpleNamespace(ptr=4096),
+        runtime=SimpleNamespace(getDevice=lambda: current[-1]),
+        Device=Device,
+    )
+    monkeypatch.setattr("nbvision.runtime._rings.require_cupy", lambda what: SimpleNamespace(cuda=cuda))
+    manager = Manager("pinned")
+    buffer = manager.acquire(1000, Source())
+    current.append(0)
+    del buffer
+    current.pop()
+    stream.device_id = current[0] = 2  # pinned memory is for all of them
+    buffer = manager.acquire(1000, Source())
+    current.append(0)
+    del buffer
+    assert recorded == [(1, 1), (2, 2)]
+    assert manager.stats().allocations == 1

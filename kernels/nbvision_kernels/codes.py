@@ -11,8 +11,8 @@ import numpy as np
 # --- regions: a row of each of three tables for each canvas -----------------------------------------------------------
 
 # Fields of a row of `regions`. The source region is (X, Y, WIDTH, HEIGHT); it is resized to (OUT_WIDTH, OUT_HEIGHT) and
-# placed at (LEFT, TOP) of the canvas. A row is three loads of 16 bytes; the last three numbers are unused. In all of the
-# tables what is of y comes right after what is of x, which regions.py counts on.
+# placed at (LEFT, TOP) of the canvas. A row is three loads of 16 bytes; the last three numbers are unused. In all of
+# these tables what is of y comes right after what is of x; regions.py counts on it.
 IMAGE, X, Y, WIDTH, HEIGHT, LEFT, TOP, OUT_WIDTH, OUT_HEIGHT = range(9)
 FIELDS = 12
 

@@ -48,13 +48,13 @@ def write_step(steps, scales, step_at, unit_at, source_length, length, linear):
     _, exponent = math.frexp(np.float64(source_length) if linear else scale)
     if linear:
         bits = min(np.int64(62) - np.int64(exponent), np.int64(55))
-        half_step = np.int64(rint64(math.ldexp(scale, np.int32(bits - 1))))
+        half_step = np.int64(rint64(scale * np.float64(np.int64(1) << (bits - 1))))
         steps[step_at] = 2 * half_step
         steps[step_at + 1] = half_step - (np.int64(1) << (bits - 1))
-        scales[unit_at] = np.float32(math.ldexp(np.float64(1.0), np.int32(-bits)))
+        scales[unit_at] = np.float32(np.float64(1.0) / np.float64(np.int64(1) << bits))
     else:
         bits = min(np.int64(53) - np.int64(exponent), np.int64(62))  # 62: only when enlarging more than 512 times
-        steps[step_at] = np.int64(math.ldexp(scale, np.int32(bits)))
+        steps[step_at] = np.int64(scale * np.float64(np.int64(1) << bits))
         steps[step_at + 1] = bits
         scales[unit_at] = np.float32(0)
 

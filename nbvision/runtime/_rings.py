@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import math
 import os
@@ -95,6 +96,7 @@ class Slot:
     spare: list[Any] = field(default_factory=list)  # events to be recorded again: to make one takes longer
     streams: dict[int, Any] = field(default_factory=dict)  # that use it now, by address
     free_since_s: float = 0.0  # of time.monotonic()
+    device_id: int = -1  # of the streams, and so of the events; -1 without CUDA
 
     def is_idle_for(self, stream: int) -> bool:
         """Whether work on a stream may use it at once."""
@@ -104,10 +106,19 @@ class Slot:
         return all(event.done for _, event in self.events.values())
 
     def mark(self) -> None:
-        """Note where the streams are now, which used it."""
-        for address, stream in self.streams.items():
-            self.events[address] = stream, stream.record(self.spare.pop() if self.spare else _new_event())
+        """Note where the streams are now, which used it; another device may be the current one meanwhile."""
+        if not self.streams:
+            return
+        with _on_device(self.device_id):
+            for address, stream in self.streams.items():
+                self.events[address] = stream, stream.record(self.spare.pop() if self.spare else _new_event())
         self.streams = {}
+
+    def move_to(self, device_id: int) -> None:
+        """Let streams of this device use it from now on."""
+        if device_id != self.device_id:
+            self.device_id = device_id
+            self.spare.clear()  # events of another device's streams
 
     def let_wait(self, stream: Any) -> None:
         """Let a stream wait for all others."""
@@ -239,6 +250,8 @@ class Manager:
                 slot.wait()
             else:
                 slot.let_wait(stream)
+            if self.device == "pinned":  # which the devices share
+                slot.move_to(require_cupy("a CUDA device").cuda.runtime.getDevice())
             slot.streams[stream.ptr] = stream
         return Buffer(slot, self, size_bytes)
 
@@ -366,7 +379,8 @@ class Manager:
         ring.allocations += 1
         self._peak_bytes = max(self._peak_bytes, self._held_bytes())
         self._allocations += 1
-        slot = Slot(storage, wanted, address, name, streams=streams)
+        device_id = -1 if self.device == "cpu" else require_cupy("a CUDA device").cuda.runtime.getDevice()
+        slot = Slot(storage, wanted, address, name, streams=streams, device_id=device_id)
         slot.mark()
         return slot
 
@@ -449,6 +463,12 @@ def asked_at() -> str:
     ):
         frame = frame.f_back
     return f"{frame.f_code.co_filename}:{frame.f_lineno} in {frame.f_code.co_name}"
+
+
+def _on_device(device_id: int) -> contextlib.AbstractContextManager[Any]:
+    """Make a device CuPy's current one, if it is not."""
+    cuda = require_cupy("a CUDA device").cuda
+    return contextlib.nullcontext() if cuda.runtime.getDevice() == device_id else cuda.Device(device_id)
 
 
 def _new_event() -> Any:
