@@ -73,7 +73,7 @@ def interpreter_of(file: str, pythons: list[str]) -> str:
     raise SystemExit(f"{file} needs {needed}, and none of {pythons} has it; name another with --python")
 
 
-def jobs_of(pythons: list[str], sanitizers: list[str], only: str) -> list[Job]:
+def jobs_of(pythons: list[str], sanitizers: list[str], only: str, sanitized: str) -> list[Job]:
     files = [path.name for path in sorted(HERE.glob("test_*.py")) if path.name not in LEFT_OUT]
     files = [file for file in files if re.search(only, file)]
     files.sort(key=lambda file: list(PARTS).index(file) if file in PARTS else len(PARTS))
@@ -82,7 +82,7 @@ def jobs_of(pythons: list[str], sanitizers: list[str], only: str) -> list[Job]:
         python, parts = interpreter_of(file, pythons), PARTS.get(file, 1)
         jobs += [Job(file, python, f"{part}/{parts}" if parts > 1 else "") for part in range(1, parts + 1)]
     for tool in sanitizers:
-        for file in [file for file in SANITIZED if file in files]:
+        for file in [file for file in SANITIZED if file in files and re.search(sanitized, file)]:
             parts = SANITIZED_PARTS.get(file, 1)
             jobs += [
                 Job(file, pythons[0], f"{part}/{parts}" if parts > 1 else "", tool) for part in range(1, parts + 1)
@@ -144,10 +144,11 @@ def main() -> int:
     parser.add_argument("--python", action="append", default=[], help="another interpreter, for files that need it")
     parser.add_argument("--sanitizer", nargs="*", default=[], choices=("memcheck", "racecheck", "synccheck"))
     parser.add_argument("--only", default="", help="regular expression on the names of the files")
+    parser.add_argument("--sanitized", default="", help="the same, of those that run under the sanitizers")
     parser.add_argument("--processes", type=int, default=len(os.sched_getaffinity(0)))
     parser.add_argument("--limit-s", type=float, default=900, help="of one process")
     arguments = parser.parse_args()
-    jobs = jobs_of([sys.executable, *arguments.python], arguments.sanitizer, arguments.only)
+    jobs = jobs_of([sys.executable, *arguments.python], arguments.sanitizer, arguments.only, arguments.sanitized)
     results: list[dict[str, Any]] = []
     builders = start_building_plans(sys.executable) if any(not job.sanitizer for job in jobs) else []
     with tempfile.TemporaryDirectory() as folder, concurrent.futures.ThreadPoolExecutor(arguments.processes) as pool:
