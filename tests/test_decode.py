@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import gc
+import importlib
 import io
 import struct
 import threading
+import time
 import types
 import warnings
 import zlib
@@ -579,3 +581,28 @@ def test_calls_to_nvimgcodec_without_a_gpu(color: Any) -> None:
     for index, out in enumerate(outs):
         if batch.errors[index] is None:
             np.testing.assert_array_equal(out, batch[index])
+
+
+@pytest.mark.parametrize("is_slow", [False, True])
+def test_threads_read_files_that_have_to_be_waited_for(monkeypatch: pytest.MonkeyPatch, is_slow: bool) -> None:
+    inside, most, by = 0, 0, set()
+    lock = threading.Lock()
+
+    def open_slowly(source: Any, *options: Any) -> DecodeError:
+        nonlocal inside, most
+        by.add(threading.get_ident())
+        with lock:
+            inside += 1
+            most = max(most, inside)
+        time.sleep(0.02 if is_slow else 0)
+        with lock:
+            inside -= 1
+        return DecodeError(str(source), kind="unreadable")
+
+    room = importlib.import_module("nbvision.codecs.decode")  # its package has a function of that name
+    monkeypatch.setattr(room, "open_image", open_slowly)
+    monkeypatch.setattr(room, "_WAIT_S", 0.01 if is_slow else 10.0)
+    batch = decode([f"{index}.jpg" for index in range(12)], device="cpu", threads=4)
+    assert [str(error) for error in batch.errors] == [f"{index}.jpg" for index in range(12)]
+    assert (most > 1) is is_slow
+    assert by == {threading.get_ident()} or is_slow

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import operator
 import os
+import time
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeAlias, get_args
@@ -19,6 +20,7 @@ from nbvision.runtime.device import Device, array_module, resolve_device
 __all__ = ["LIMIT_PIXELS", "Source", "as_items", "check_options", "decode"]
 
 LIMIT_PIXELS = 178_956_970  # Pillow's
+_FILE_S, _WAIT_S = 150e-6, 1e-3  # what a file in memory takes at most, and what may be lost before threads help
 
 Source: TypeAlias = "bytes | bytearray | memoryview | str | os.PathLike[str]"
 
@@ -184,10 +186,19 @@ class OpenImage:
 
 
 def _open_all(sources: Sequence[Any], limit_pixels: int, recover: bool, threads: int) -> list[OpenImage | DecodeError]:
-    """Read the files and their headers."""
-    # Threads help to wait for files; headers of bytes are read faster than a thread is woken.
-    reads_files = any(isinstance(source, (str, os.PathLike)) for source in sources)
-    return map_all(lambda source: open_image(source, limit_pixels, recover), sources, threads if reads_files else 1)
+    """Read the files and their headers.
+
+    Threads help to wait for files.  Of bytes, and of files that the system has in memory, the headers are read faster
+    than threads hand Python's lock to each other: so the caller's thread reads as long as nothing keeps it waiting.
+    """
+    started_s = time.perf_counter()
+    opened: list[OpenImage | DecodeError] = []
+    for source in sources:
+        if time.perf_counter() - started_s > _WAIT_S + _FILE_S * len(opened):
+            break
+        opened.append(open_image(source, limit_pixels, recover))
+    rest = sources[len(opened) :]
+    return opened + map_all(lambda source: open_image(source, limit_pixels, recover), rest, threads)
 
 
 def open_image(source: Any, limit_pixels: int, recover: bool = False) -> OpenImage | DecodeError:
