@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import concurrent.futures
+import gc
 import math
 import threading
 import time
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -510,6 +512,30 @@ def test_closing(drain: bool) -> None:
     stats = batcher.stats()
     assert stats.submitted == stats.answered + stats.cancelled
     assert stats.waiting == stats.running == 0
+
+
+def test_a_closed_batcher_lets_go_of_what_it_ran() -> None:
+    """At once, whoever holds it: models hold memory of the GPU, which no collector of garbage knows of."""
+
+    class Model:
+        def __init__(self) -> None:
+            self.batcher = Batcher(self.run)  # which holds the model, which holds it
+
+        def run(self, items: list[int]) -> list[int]:
+            return items
+
+    gc.collect()
+    gc.disable()
+    try:
+        model = Model()
+        assert model.batcher(5) == 5
+        gone = weakref.ref(model)
+        model.batcher.close()
+        model.batcher.close()
+        del model
+        assert gone() is None
+    finally:
+        gc.enable()
 
 
 def test_many_callers_lose_and_double_nothing() -> None:

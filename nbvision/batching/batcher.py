@@ -52,6 +52,8 @@ class BatcherStats:
         Batches by why they were not larger: ``"drained"`` (no more requests), ``"full"``, ``"deadline"``.
     queue_p50_ms, queue_p99_ms : float
         From arrival to the start of the batch, of the last 1,000 requests; nan without any.
+    queue_s : float
+        The same of all requests together, in seconds.
     """
 
     submitted: int
@@ -68,6 +70,7 @@ class BatcherStats:
     reasons: dict[Reason, int]
     queue_p50_ms: float
     queue_p99_ms: float
+    queue_s: float
 
     def __str__(self) -> str:
         names = ("submitted", "rejected", "answered", "failed", "late", "missed", "cancelled", "waiting", "running")
@@ -167,6 +170,7 @@ class Batcher:
         self._sizes: collections.Counter[int] = collections.Counter()
         self._reasons: collections.Counter[Reason] = collections.Counter()
         self._queue_times_s: collections.deque[float] = collections.deque(maxlen=_REMEMBERED)
+        self._queue_s = 0.0
         self._threads = [
             threading.Thread(target=self._work, name=f"nbvision-batcher-{number}", daemon=True)
             for number in range(in_flight)
@@ -258,10 +262,11 @@ class Batcher:
                 reasons=dict(self._reasons),
                 queue_p50_ms=p50,
                 queue_p99_ms=p99,
+                queue_s=self._queue_s,
             )
 
     def close(self, *, drain: bool = True) -> None:
-        """Take no more requests, and end the threads.
+        """Take no more requests, end the threads, and let go of the function.
 
         Parameters
         ----------
@@ -281,6 +286,7 @@ class Batcher:
         if os.getpid() == self._owner:
             for thread in self._threads:
                 thread.join()
+            self._function = _closed  # who holds this batcher does not hold its models and their memory
 
     def __enter__(self) -> Batcher:
         return self
@@ -340,7 +346,9 @@ class Batcher:
         if batch:
             self._sizes[len(batch)] += 1
             self._reasons[release.reason] += 1
-            self._queue_times_s.extend(now_s - request.arrived_s for request in batch)
+            times_s = [now_s - request.arrived_s for request in batch]
+            self._queue_times_s.extend(times_s)
+            self._queue_s += sum(times_s)
         return batch, late, len(self._queue) > 0
 
     def _take_out(self, requests: list[Request]) -> None:
@@ -383,3 +391,7 @@ class Batcher:
                 return [error] * len(items)
         middle = len(items) // 2
         return self._outcomes(items[:middle], attempts) + self._outcomes(items[middle:], attempts)
+
+
+def _closed(items: list[Any]) -> list[Any]:
+    raise InputError("this Batcher is closed; make one here")
