@@ -1,4 +1,4 @@
-"""``python -m nbvision``: the command line."""
+"""``python -m nbvision``: the command line, where its script is not on the path."""
 
 import sys
 
