@@ -116,7 +116,23 @@ def _parser() -> argparse.ArgumentParser:
     capacity.add_argument("--jitter", type=float, default=0.05, help="of a batch's time (%(default)s)")
     capacity.add_argument("--most-cards", type=_positive, default=64, help="to try (%(default)s)")
     capacity.set_defaults(command=_plan_capacity)
+
+    serve = commands.add_parser("serve", help="pipelines over HTTP and gRPC, from a YAML file")
+    serve.add_argument("config", type=Path, help="what is served; docs/serving.md says how it is written")
+    serve.add_argument("--host", default="127.0.0.1", help="(%(default)s)")
+    serve.add_argument("--port", type=_whole, default=8000, help="0 takes a free one (%(default)s)")
+    serve.add_argument("--grpc-port", type=_positive, help="for gRPC; needs the extra `grpc` (none)")
+    serve.add_argument("--workers", type=_positive, default=1, help="processes that share the port (%(default)s)")
+    serve.add_argument("--gpus", nargs="*", default=[], metavar="ID", help="of the workers, in turns (all)")
+    serve.set_defaults(command=_serve)
     return parser
+
+
+def _serve(options: argparse.Namespace) -> int:
+    from nbvision.serve import serve
+
+    where = {"host": options.host, "port": options.port, "grpc_port": options.grpc_port}
+    return serve(options.config, workers=options.workers, gpus=options.gpus, **where)
 
 
 def _whole(text: str, *, least: int = 0) -> int:

@@ -18,17 +18,25 @@ import pytest
 from nbvision.runtime.device import cuda_unavailable_because
 
 # Files about an optional peer are collected only where the peer is installed; the header says which were left out.
+_SERVICE = ("fastapi", "uvicorn", "python_multipart", "prometheus_client", "yaml", "httpx")
 _NEEDS = {
-    "test_benchmarks.py": "asv",
-    "test_compile.py": "numba_cuda",
-    "test_house_rules.py": "ruff",
-    "test_parquet.py": "pyarrow",
-    "test_rle.py": "pycocotools",
-    "test_simulator.py": "numba_cuda",
-    "test_tensorrt.py": "tensorrt_rtx",
-    "test_torch.py": "torch",
+    "test_benchmarks.py": ("asv",),
+    "test_compile.py": ("numba_cuda",),
+    "test_examples.py": (*_SERVICE, "onnxruntime"),
+    "test_house_rules.py": ("ruff",),
+    "test_parquet.py": ("pyarrow",),
+    "test_rle.py": ("pycocotools",),
+    "test_serve.py": (*_SERVICE, "grpc", "tritonclient", "opentelemetry"),
+    "test_serve_cache.py": ("httpx",),
+    "test_serve_faults.py": _SERVICE,
+    "test_serve_fuzz.py": (*_SERVICE, "schemathesis"),
+    "test_serve_page.py": (*_SERVICE, "playwright"),
+    "test_simulator.py": ("numba_cuda",),
+    "test_tensorrt.py": ("tensorrt_rtx",),
+    "test_torch.py": ("torch",),
 }
-collect_ignore = [file for file, package in _NEEDS.items() if importlib.util.find_spec(package) is None]
+_MISSING = {file: [name for name in names if importlib.util.find_spec(name) is None] for file, names in _NEEDS.items()}
+collect_ignore = [file for file, missing in _MISSING.items() if missing]
 
 REQUIRE_CUDA = os.environ.get("NBVISION_REQUIRE_CUDA") == "1"
 
@@ -36,7 +44,7 @@ REQUIRE_CUDA = os.environ.get("NBVISION_REQUIRE_CUDA") == "1"
 def pytest_report_header() -> list[str]:
     reason = cuda_unavailable_because()
     lines = [f"cuda: {'available' if reason is None else reason}"]
-    lines += [f"not collected: {file} ({_NEEDS[file]} is not installed)" for file in collect_ignore]
+    lines += [f"not collected: {file} ({', '.join(_MISSING[file])} not installed)" for file in collect_ignore]
     return lines
 
 

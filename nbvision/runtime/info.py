@@ -28,6 +28,13 @@ _EXTRAS: dict[str, tuple[tuple[str, ...], tuple[str, ...], str]] = {
     "polygons": (("cv2",), ("opencv-python-headless",), "no mask_to_polygons"),
     "parquet": (("pyarrow",), ("pyarrow",), "no read_parquet"),
     "bfloat16": (("ml_dtypes",), ("ml-dtypes",), "no Preprocess(dtype='bfloat16')"),
+    "serve": (
+        ("fastapi", "uvicorn", "python_multipart", "prometheus_client", "yaml"),
+        ("fastapi", "uvicorn"),
+        "no `nbvision serve`",
+    ),
+    "grpc": (("grpc", "tritonclient"), ("grpcio", "tritonclient"), "no gRPC beside HTTP in `nbvision serve`"),
+    "tracing": (("opentelemetry",), ("opentelemetry-api",), "no OpenTelemetry spans from `nbvision serve`"),
     "cli": (("rich",), ("rich",), "no progress bars and tables: of `nbvision`'s commands only `info` starts"),
     "plot": (("matplotlib",), ("matplotlib",), "no picture from `nbvision profile-engine`"),
 }

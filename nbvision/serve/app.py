@@ -1,0 +1,388 @@
+"""The service over HTTP: the Open Inference Protocol, plain images in and JSON out, health, metrics, and a page."""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import binascii
+import contextlib
+import hmac
+import importlib.resources
+import json
+import logging
+import time
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable
+from dataclasses import asdict
+from typing import Any
+
+import nbvision
+from nbvision.errors import InputError, MissingExtraError, NbvisionError
+from nbvision.serve import metrics, protocol
+from nbvision.serve.pipelines import Served, TensorInfo
+from nbvision.serve.service import MOST_ITEMS, Service
+from nbvision.serve.status import CLIENT_GONE, RefusedError, UnknownModelError, described, status_of
+
+try:
+    from fastapi import FastAPI, Request
+    from starlette.datastructures import Headers, UploadFile
+    from starlette.exceptions import HTTPException
+    from starlette.formparsers import MultiPartException, MultiPartParser
+    from starlette.requests import ClientDisconnect
+    from starlette.responses import HTMLResponse, JSONResponse, Response
+    from starlette.types import ASGIApp, Message, Receive, Scope, Send
+except ImportError as error:
+    raise MissingExtraError(str(error.name), extra="serve", needed_for="a service") from error
+
+__all__ = ["make_app"]
+
+# Asked by who has no token: what watches over services, and browsers, which say no more than where a token is given.
+_OPEN = {"/healthz", "/v2/health/live", "/v2/health/ready", "/", "/docs", "/openapi.json"}
+
+logger = logging.getLogger("nbvision.serve")
+
+
+class _Admission:
+    """Before everything else: the token, the number of requests under way, and after it a line in the log."""
+
+    def __init__(self, app: ASGIApp, service: Service) -> None:
+        self._app, self._service = app, service
+        self._active = 0
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        started_s = time.perf_counter()
+        line: dict[str, Any] = {"method": scope["method"], "path": scope["path"]}
+
+        async def noting(message: Message) -> None:
+            line.setdefault("status", message.get("status"))
+            await send(message)
+
+        refused = self._refused(scope)
+        self._active += 1
+        try:
+            await (self._app if refused is None else _refusal(refused))(scope, receive, noting)
+        finally:
+            self._active -= 1
+            logger.info("request", extra=line | {"ms": round((time.perf_counter() - started_s) * 1e3, 3)})
+
+    def _refused(self, scope: Scope) -> RefusedError | None:
+        expected = self._service.config.token
+        if expected and scope["path"] not in _OPEN:
+            given = Headers(scope=scope).get("authorization", "").removeprefix("Bearer ")
+            if not hmac.compare_digest(given.encode(), expected.encode()):
+                return RefusedError("a token is expected, as Authorization: Bearer", 401)
+        if self._active >= self._service.config.concurrency:
+            message = f"{self._active} requests are under way; come again later"
+            return RefusedError(message, 503, retry_after_s=1.0)
+        return None
+
+
+def make_app(service: Service) -> FastAPI:
+    """The ASGI application of a service."""
+
+    @contextlib.asynccontextmanager
+    async def lifespan(app: FastAPI) -> AsyncIterator[None]:
+        await service.start()
+        yield
+        await service.close()
+
+    app = FastAPI(title="nbvision", version=nbvision.__version__, lifespan=lifespan)
+    app.add_middleware(_Admission, service=service)
+
+    async def refuse(request: Request, error: Exception) -> Response:
+        return _refusal(error)
+
+    app.add_exception_handler(NbvisionError, refuse)
+    app.add_exception_handler(Exception, refuse)  # a bug of ours: the log has it
+
+    async def not_found(request: Request, error: Exception) -> Response:
+        assert isinstance(error, HTTPException)
+        return JSONResponse({"error": str(error.detail)}, error.status_code, headers=error.headers)
+
+    app.add_exception_handler(HTTPException, not_found)
+
+    async def body_of(request: Request) -> bytes:
+        """All of a request's body, if it is small enough and comes in time."""
+        config = service.config
+        coding = request.headers.get("content-encoding", "identity")
+        if coding != "identity":
+            raise RefusedError(f"Content-Encoding is {coding!r}; expected none: images are compressed already", 415)
+        parts: list[bytes] = []
+        size = 0
+
+        async def read() -> None:
+            nonlocal size
+            async for part in request.stream():
+                size += len(part)
+                if size > config.body_bytes:
+                    raise RefusedError(f"the body has over {config.body_bytes} bytes, which is the limit", 413)
+                parts.append(part)
+
+        announced = request.headers.get("content-length", "0")
+        if announced.isdecimal() and int(announced) > config.body_bytes:
+            raise RefusedError(f"the body has {announced} bytes; the limit is {config.body_bytes}", 413)
+        try:
+            await asyncio.wait_for(read(), config.upload_s)
+        except asyncio.TimeoutError:
+            raise RefusedError(f"the body has not come within {config.upload_s:g} s", 408) from None
+        except ClientDisconnect:
+            raise RefusedError("the client has gone", CLIENT_GONE) from None
+        return b"".join(parts)
+
+    async def while_there(request: Request, answer: Awaitable[Any]) -> Any:
+        """The answer, or cancelled if the client goes away meanwhile."""
+
+        async def gone() -> None:
+            while (await request.receive())["type"] != "http.disconnect":
+                pass
+
+        task, watch = asyncio.ensure_future(answer), asyncio.ensure_future(gone())
+        try:
+            await asyncio.wait({task, watch}, return_when=asyncio.FIRST_COMPLETED)
+            if not task.done():
+                task.cancel()
+            return await task
+        except asyncio.CancelledError:
+            raise RefusedError("the client has gone", CLIENT_GONE) from None
+        finally:
+            watch.cancel()
+
+    # --- the Open Inference Protocol ----------------------------------------------------------------------------------
+
+    @app.get("/v2", tags=["Open Inference Protocol"])
+    async def server() -> dict[str, Any]:
+        extensions = ["binary_tensor_data", "model_repository", "statistics"]
+        return {"name": "nbvision", "version": nbvision.__version__, "extensions": extensions}
+
+    @app.get("/healthz", tags=["health"])
+    @app.get("/v2/health/live", tags=["health"])
+    async def live() -> dict[str, bool]:
+        return {"live": True}
+
+    @app.get("/v2/health/ready", tags=["health"])
+    async def ready() -> Response:
+        return JSONResponse({"ready": service.is_ready}, 200 if service.is_ready else 503)
+
+    @app.get("/v2/models/stats", tags=["Open Inference Protocol"])
+    async def all_stats() -> dict[str, Any]:
+        return {"model_stats": [_triton_stats(service, served) for served in service.served.values()]}
+
+    @app.get("/v2/models/{model}", tags=["Open Inference Protocol"])
+    @app.get("/v2/models/{model}/versions/{version}", tags=["Open Inference Protocol"])
+    async def metadata(model: str, version: str | None = None) -> dict[str, Any]:
+        served = service.get(model, version)
+        tensors = {
+            what: [asdict(info) | {"shape": list(info.shape)} for info in getattr(served.pipeline, what)]
+            for what in ("inputs", "outputs")
+        }
+        return {"name": model, "versions": [served.version], "platform": "nbvision", **tensors}
+
+    @app.get("/v2/models/{model}/ready", tags=["Open Inference Protocol"])
+    @app.get("/v2/models/{model}/versions/{version}/ready", tags=["Open Inference Protocol"])
+    async def model_ready(model: str, version: str | None = None) -> Response:
+        is_ready = service.get(model, version).is_healthy
+        return JSONResponse({"name": model, "ready": is_ready}, 200 if is_ready else 503)
+
+    @app.get("/v2/models/{model}/config", tags=["Open Inference Protocol"])
+    @app.get("/v2/models/{model}/versions/{version}/config", tags=["Open Inference Protocol"])
+    async def model_config(model: str, version: str | None = None) -> dict[str, Any]:
+        served = service.get(model, version)
+        return _triton_config(served)
+
+    @app.get("/v2/models/{model}/stats", tags=["Open Inference Protocol"])
+    @app.get("/v2/models/{model}/versions/{version}/stats", tags=["Open Inference Protocol"])
+    async def model_stats(model: str, version: str | None = None) -> dict[str, Any]:
+        return {"model_stats": [_triton_stats(service, service.get(model, version))]}
+
+    @app.post("/v2/models/{model}/infer", tags=["Open Inference Protocol"])
+    @app.post("/v2/models/{model}/versions/{version}/infer", tags=["Open Inference Protocol"])
+    async def infer(request: Request, model: str, version: str | None = None) -> Response:
+        """Tensors in, tensors out. Of several images of which some fail, ERROR says which and why."""
+        length = request.headers.get("inference-header-content-length")
+        if length is not None and not length.isdecimal():
+            raise InputError(f"Inference-Header-Content-Length is {length!r}; expected a number of bytes")
+        with service.using(model, version) as served:
+            asked = protocol.read_request(await body_of(request), None if length is None else int(length))
+            tensors = await while_there(request, service.infer(served, asked))
+        body, header_length = protocol.write_response(tensors, model=model, version=served.version, request=asked)
+        if header_length is None:
+            return Response(body, media_type="application/json")
+        headers = {"Inference-Header-Content-Length": str(header_length)}
+        return Response(body, media_type="application/octet-stream", headers=headers)
+
+    @app.post("/v2/repository/index", tags=["repository"])
+    async def index() -> list[dict[str, str]]:
+        return [
+            {"name": name, "version": served.version, "state": "READY" if served.is_healthy else "UNAVAILABLE"}
+            for name, served in service.served.items()
+        ]
+
+    @app.post("/v2/repository/models/{model}/load", tags=["repository"])
+    async def load(model: str) -> dict[str, str]:
+        """Load a model anew. What does not load, or does not answer, leaves the one before in its place."""
+        served = await service.load(model)
+        return {"name": model, "version": served.version}
+
+    # --- images in, JSON out ------------------------------------------------------------------------------------------
+
+    @app.post(
+        "/v1/{model}",
+        tags=["images"],
+        openapi_extra={
+            "requestBody": {
+                "required": True,
+                "content": {
+                    "image/*": {"schema": {"type": "string", "format": "binary"}},
+                    "multipart/form-data": {
+                        "schema": {
+                            "type": "object",
+                            "properties": {
+                                "images": {"type": "array", "items": {"type": "string", "format": "binary"}}
+                            },
+                        }
+                    },
+                    "application/json": {
+                        "schema": {
+                            "type": "object",
+                            "properties": {"images": {"type": "array", "items": {"type": "string", "format": "byte"}}},
+                            "required": ["images"],
+                        }
+                    },
+                },
+            }
+        },
+    )
+    async def recognize(request: Request, model: str, deadline_ms: float | None = None, priority: int = 0) -> Response:
+        """One image as it is, several as multipart/form-data, or as base64 in JSON.
+
+        The answer to one image is its result, or an error; to several ``results``, in which an image that fails has
+        its ``error`` and takes nothing from the others.
+        """
+        with service.using(model) as served:
+            if not served.pipeline.takes_images:
+                raise UnknownModelError(f"model {model!r} takes tensors; expected POST /v2/models/{model}/infer")
+            images, is_one = await _images_of(request, await body_of(request))
+            answer = service.answer(served, images, deadline_ms=deadline_ms, priority=priority)
+            results = await while_there(request, answer)
+        if is_one and isinstance(results[0], Exception):
+            raise results[0].with_traceback(None)  # which may be kept, and raised again
+        listed = [described(result) if isinstance(result, Exception) else result for result in results]
+        return JSONResponse(listed[0] if is_one else {"results": listed})
+
+    # --- who looks after it -------------------------------------------------------------------------------------------
+
+    @app.get("/metrics", tags=["operations"])
+    async def prometheus() -> Response:
+        text, kind = metrics.as_text(service)
+        return Response(text, media_type=kind)
+
+    @app.get("/v1/stats", tags=["operations"])
+    async def stats() -> dict[str, Any]:
+        return metrics.described(service)
+
+    @app.get("/", include_in_schema=False)
+    async def page() -> Response:
+        return HTMLResponse(importlib.resources.files("nbvision.serve").joinpath("page.html").read_text())
+
+    return app
+
+
+async def _images_of(request: Request, body: bytes) -> tuple[list[bytes], bool]:
+    """The images of a request, and whether it is a single one by itself."""
+    kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
+    if kind.startswith("image/") or kind in ("", "application/octet-stream", "application/x-www-form-urlencoded"):
+        return [body], True
+    if kind == "multipart/form-data":
+        images = await _parts_of(request, body)
+    elif kind == "application/json":
+        images = _base64_of(body)
+    else:
+        raise RefusedError(f"Content-Type is {kind!r}; expected an image, multipart/form-data or application/json", 415)
+    if not 0 < len(images) <= MOST_ITEMS:
+        raise InputError(f"{len(images)} images; expected 1 to {MOST_ITEMS}")
+    return images, False
+
+
+async def _parts_of(request: Request, body: bytes) -> list[bytes]:
+    async def once() -> AsyncGenerator[bytes, None]:
+        yield body
+
+    try:
+        parser = MultiPartParser(request.headers, once(), max_files=MOST_ITEMS, max_fields=16)
+        form = await parser.parse()
+    except (MultiPartException, KeyError, ValueError, AssertionError) as error:
+        raise InputError(f"the body is no multipart/form-data: {error}") from None
+    async with contextlib.AsyncExitStack() as stack:
+        stack.push_async_callback(form.close)
+        return [await part.read() for _, part in form.multi_items() if isinstance(part, UploadFile)]
+
+
+def _base64_of(body: bytes) -> list[bytes]:
+    try:
+        given = json.loads(body)
+        return [base64.b64decode(text, validate=True) for text in given["images"]]
+    except (ValueError, TypeError, KeyError, RecursionError, binascii.Error) as error:
+        raise InputError(f'the body is not {{"images": [base64, ...]}}: {type(error).__name__} {error}') from None
+
+
+def _refusal(error: BaseException) -> Response:
+    headers = {}
+    retry_after_s = getattr(error, "retry_after_s", None)
+    if retry_after_s is not None:
+        headers["Retry-After"] = str(max(1, round(retry_after_s)))
+    status = status_of(error)
+    if status in (408, 413):
+        headers["Connection"] = "close"  # the rest of the body is not waited for
+    return JSONResponse(described(error), status, headers=headers)
+
+
+def _triton_stats(service: Service, served: Served) -> dict[str, Any]:
+    stats, counts = served.stats(), service.counts[served.name]
+
+    def took(count: int, seconds: float) -> dict[str, int]:
+        return {"count": count, "ns": int(seconds * 1e9)}
+
+    items = stats.answered + stats.failed
+    return {
+        "name": served.name,
+        "version": served.version,
+        "last_inference": served.last_answer_ms,
+        "inference_count": items,
+        "execution_count": stats.batches,
+        "inference_stats": {
+            "success": took(counts.success, counts.duration_s),
+            "fail": took(counts.failure, 0),
+            "queue": took(items, stats.queue_s),
+            "compute_input": took(items, 0),
+            "compute_infer": took(items, served.compute_s),
+            "compute_output": took(items, 0),
+            "cache_hit": took(service.cache.hits, 0),
+            "cache_miss": took(service.cache.misses, 0),
+        },
+        "batch_stats": [
+            {"batch_size": size, "compute_infer": took(count, 0)} for size, count in sorted(stats.sizes.items())
+        ],
+    }
+
+
+def _triton_config(served: Served) -> dict[str, Any]:
+    def described(infos: tuple[TensorInfo, ...]) -> list[dict[str, Any]]:
+        return [
+            {
+                "name": info.name,
+                "data_type": "TYPE_STRING" if info.datatype == "BYTES" else f"TYPE_{info.datatype}",
+                "dims": list(info.shape[1:]) or [1],
+            }
+            for info in infos
+        ]
+
+    return {
+        "name": served.name,
+        "platform": "nbvision",
+        "backend": "nbvision",
+        "max_batch_size": served.batcher.max_batch,
+        "input": described(served.pipeline.inputs),
+        "output": described(served.pipeline.outputs),
+    }

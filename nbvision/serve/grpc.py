@@ -1,0 +1,174 @@
+"""The Open Inference Protocol over gRPC: the same pipelines, errors and counts as over HTTP."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import AsyncIterator
+from typing import Any
+
+import numpy as np
+
+import nbvision
+from nbvision.errors import InputError, MissingExtraError
+from nbvision.serve import protocol
+from nbvision.serve.pipelines import TensorInfo
+from nbvision.serve.service import Service
+from nbvision.serve.status import described, status_of
+from nbvision.serve.tracing import span
+
+try:
+    import grpc
+    from tritonclient.grpc import service_pb2, service_pb2_grpc
+except ImportError as error:
+    raise MissingExtraError(str(error.name), extra="grpc", needed_for="gRPC") from error
+
+__all__ = ["serve_grpc"]
+
+# What a JSON-like field of the protocol keeps each type of number in.
+_CONTENTS = {
+    "BOOL": "bool_contents",
+    "UINT8": "uint_contents",
+    "UINT16": "uint_contents",
+    "UINT32": "uint_contents",
+    "UINT64": "uint64_contents",
+    "INT8": "int_contents",
+    "INT16": "int_contents",
+    "INT32": "int_contents",
+    "INT64": "int64_contents",
+    "FP32": "fp32_contents",
+    "FP64": "fp64_contents",
+    "BYTES": "bytes_contents",
+}
+_CODES = {
+    400: grpc.StatusCode.INVALID_ARGUMENT,
+    401: grpc.StatusCode.UNAUTHENTICATED,
+    404: grpc.StatusCode.NOT_FOUND,
+    413: grpc.StatusCode.INVALID_ARGUMENT,
+    422: grpc.StatusCode.INVALID_ARGUMENT,
+    503: grpc.StatusCode.UNAVAILABLE,
+    504: grpc.StatusCode.DEADLINE_EXCEEDED,
+}
+
+
+class _Servicer(service_pb2_grpc.GRPCInferenceServiceServicer):  # type: ignore[misc]
+    def __init__(self, service: Service) -> None:
+        self._service = service
+
+    async def ServerLive(self, request: Any, context: Any) -> Any:
+        return service_pb2.ServerLiveResponse(live=True)
+
+    async def ServerReady(self, request: Any, context: Any) -> Any:
+        return service_pb2.ServerReadyResponse(ready=self._service.is_ready)
+
+    async def ModelReady(self, request: Any, context: Any) -> Any:
+        async with self._refusing(request, context):
+            served = self._service.get(request.name, request.version)
+            return service_pb2.ModelReadyResponse(ready=served.is_healthy)
+
+    async def ServerMetadata(self, request: Any, context: Any) -> Any:
+        extensions = ["model_repository", "statistics"]
+        return service_pb2.ServerMetadataResponse(name="nbvision", version=nbvision.__version__, extensions=extensions)
+
+    async def ModelMetadata(self, request: Any, context: Any) -> Any:
+        async with self._refusing(request, context):
+            served = self._service.get(request.name, request.version)
+            answer = service_pb2.ModelMetadataResponse(name=served.name, versions=[served.version], platform="nbvision")
+            for tensors, infos in ((answer.inputs, served.pipeline.inputs), (answer.outputs, served.pipeline.outputs)):
+                for info in infos:
+                    tensors.add(name=info.name, datatype=info.datatype, shape=info.shape)
+            return answer
+
+    async def ModelInfer(self, request: Any, context: Any) -> Any:
+        async with self._refusing(request, context):
+            asked = _read(request)
+            given = dict(context.invocation_metadata() or ())
+            with (
+                self._service.using(request.model_name, request.model_version) as served,
+                span("ModelInfer", headers=given),
+            ):
+                tensors = await self._service.infer(served, asked)
+            answer = service_pb2.ModelInferResponse(model_name=served.name, model_version=served.version, id=request.id)
+            unknown = sorted(set(asked.outputs or ()) - set(tensors))
+            if unknown:
+                raise InputError(f"outputs {unknown} are asked for; expected some of {sorted(tensors)}")
+            for name in asked.outputs or tensors:
+                array = tensors[name]
+                answer.outputs.add(name=name, datatype=protocol.datatype_of(array), shape=array.shape)
+                answer.raw_output_contents.append(protocol.tensor_to_bytes(array))
+            return answer
+
+    async def RepositoryModelLoad(self, request: Any, context: Any) -> Any:
+        async with self._refusing(request, context):
+            await self._service.load(request.model_name)
+            return service_pb2.RepositoryModelLoadResponse()
+
+    @contextlib.asynccontextmanager
+    async def _refusing(self, request: Any, context: Any) -> AsyncIterator[None]:
+        """The token, and errors as gRPC says them."""
+        token = self._service.config.token
+        given = dict(context.invocation_metadata() or ()).get("authorization", "")
+        if token and given != f"Bearer {token}":
+            await context.abort(grpc.StatusCode.UNAUTHENTICATED, "a token is expected, as authorization: Bearer")
+        try:
+            yield
+        except grpc.aio.AbortError:
+            raise
+        except Exception as error:
+            await context.abort(_CODES.get(status_of(error), grpc.StatusCode.INTERNAL), described(error)["error"])
+
+
+def _read(request: Any) -> protocol.InferRequest:
+    """An inference request as the HTTP side knows it."""
+    inputs: dict[str, Any] = {}
+    raw = list(request.raw_input_contents)
+    if raw and len(raw) != len(request.inputs):
+        raise InputError(f"{len(raw)} raw inputs for {len(request.inputs)} tensors; expected one each, or none")
+    for index, tensor in enumerate(request.inputs):
+        info = TensorInfo(tensor.name, tensor.datatype, tuple(tensor.shape))
+        if info.datatype not in protocol.DATATYPES:
+            raise InputError(f"input {info.name!r} has datatype {info.datatype!r}; it is none of the protocol's")
+        if any(length < 0 for length in info.shape):
+            raise InputError(f"input {info.name!r} has shape {list(info.shape)}; expected lengths of 0 or more")
+        if info.name in inputs:
+            raise InputError(f"input {info.name!r} is given twice")
+        inputs[info.name] = (
+            protocol.bytes_to_tensor(raw[index], info.datatype, info.shape) if raw else _from_contents(tensor, info)
+        )
+    parameters = {
+        name: getattr(value, value.WhichOneof("parameter_choice") or "int64_param")
+        for name, value in request.parameters.items()
+    }
+    outputs = dict.fromkeys((output.name for output in request.outputs), True) or None
+    return protocol.InferRequest(inputs, request.id, outputs, True, parameters)
+
+
+def _from_contents(tensor: Any, info: TensorInfo) -> Any:
+    field = _CONTENTS.get(info.datatype)
+    if field is None:
+        raise InputError(f"input {info.name!r} is {info.datatype}; expected it raw")
+    values = list(getattr(tensor.contents, field))
+    count = int(np.prod(info.shape))
+    if len(values) != count:
+        raise InputError(f"input {info.name!r} has {len(values)} values for shape {list(info.shape)}")
+    array = np.empty(count, protocol.DATATYPES[info.datatype])
+    try:
+        array[:] = values
+    except OverflowError as error:
+        raise InputError(f"input {info.name!r}: a value is out of range of {info.datatype}") from error
+    return array.reshape(info.shape)
+
+
+@contextlib.asynccontextmanager
+async def serve_grpc(service: Service, host: str, port: int) -> AsyncIterator[None]:
+    """Answer over gRPC within this context; what is under way at its end is answered."""
+    limit = service.config.body_bytes
+    options = [("grpc.max_receive_message_length", limit), ("grpc.max_send_message_length", -1)]
+    server = grpc.aio.server(options=options, maximum_concurrent_rpcs=service.config.concurrency)
+    service_pb2_grpc.add_GRPCInferenceServiceServicer_to_server(_Servicer(service), server)
+    if not server.add_insecure_port(f"{host}:{port}"):
+        raise InputError(f"{host}:{port} cannot be had for gRPC; choose another port")
+    await server.start()
+    try:
+        yield
+    finally:
+        await server.stop(grace=service.config.drain_s)

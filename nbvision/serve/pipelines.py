@@ -1,0 +1,488 @@
+"""What is served: pipelines by name, each behind a deadline batcher."""
+
+from __future__ import annotations
+
+import base64
+import contextlib
+import hashlib
+import importlib
+import json
+import math
+import threading
+import time
+import uuid
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import numpy.typing as npt
+from nbvision_kernels.codes import HEIGHT, WIDTH, X, Y
+
+from nbvision.batching import Batcher, BatcherStats
+from nbvision.codecs import decode, encode
+from nbvision.engines import Engine
+from nbvision.errors import DeviceError, EngineError, InputError
+from nbvision.image import to_device
+from nbvision.ops.crop import crop
+from nbvision.ops.rle import mask_to_rle
+from nbvision.recognizer import Recognition, Recognizer, StageTimes
+from nbvision.runtime.device import Device, resolve_device
+from nbvision.search import Index
+from nbvision.serve.protocol import DATATYPES, datatype_of
+from nbvision.serve.tracing import span
+
+__all__ = [
+    "PIPELINES",
+    "EnginePipeline",
+    "Limits",
+    "Pipeline",
+    "PythonPipeline",
+    "RecognizerPipeline",
+    "Served",
+    "texts",
+]
+
+Tensors = Mapping[str, npt.NDArray[Any]]
+
+
+@dataclass(frozen=True)
+class TensorInfo:
+    """One input or output, in the protocol's words; -1 is a length of any size."""
+
+    name: str
+    datatype: str
+    shape: tuple[int, ...]
+
+
+class Pipeline(ABC):
+    """A function on a list of items, and how items and results are tensors.
+
+    Attributes
+    ----------
+    inputs, outputs : tuple of TensorInfo
+    device : {"cpu", "cuda"}
+    digest : str
+        Of what answers depend on beside the options: models, an index, code.
+    takes_images : bool
+        Whether an item is the bytes of one compressed image.
+    """
+
+    inputs: tuple[TensorInfo, ...]
+    outputs: tuple[TensorInfo, ...]
+    device: Device
+    digest: str
+    takes_images = True
+
+    @abstractmethod
+    def run(self, items: list[Any]) -> list[Any]:
+        """A result for each item, or the exception that is its own."""
+
+    @abstractmethod
+    def probe(self) -> Any:
+        """An item to see with whether it works."""
+
+    def close(self) -> None:
+        """Let go of models and their memory, whoever still holds the pipeline: an error's traceback, perhaps."""
+        for name in [name for name in vars(self) if name.startswith("_")]:
+            delattr(self, name)
+
+    def items_of(self, tensors: Tensors) -> list[Any]:
+        """The items of a request's inputs.
+
+        Raises
+        ------
+        InputError
+            For names, types or shapes that do not fit.
+        """
+        array = self._only_input(tensors)
+        if array.dtype != object or array.ndim not in (1, 2) or (array.ndim == 2 and array.shape[1] != 1):
+            raise InputError(
+                f"input {self.inputs[0].name!r} is {datatype_of(array)} {list(array.shape)}; expected BYTES [N] or "
+                "[N, 1], a compressed image each"
+            )
+        return list(array.reshape(-1))
+
+    @abstractmethod
+    def tensors_of(self, results: Sequence[Any]) -> dict[str, npt.NDArray[Any]]:
+        """The outputs of a request whose items gave these results; exceptions among them count as nothing found."""
+
+    def _only_input(self, tensors: Tensors) -> npt.NDArray[Any]:
+        expected = [info.name for info in self.inputs]
+        if sorted(tensors) != sorted(expected):
+            raise InputError(f"inputs are {sorted(tensors)}; expected {expected}")
+        return tensors[expected[0]]
+
+
+# --- recognizer -------------------------------------------------------------------------------------------------------
+
+
+class RecognizerPipeline(Pipeline):
+    """Compressed images to the objects in them: boxes, masks, embeddings, and the nearest goods of an index.
+
+    Parameters
+    ----------
+    models : path, optional
+        Directory of ``detector.onnx``, ``masker.onnx``, ``embedder.onnx``; default: the demo's.
+    index : path, optional
+        What ``nbvision index`` wrote with the same models.
+    nearest : int
+        Goods of the index for each object.
+    crops : bool
+        Whether results have each object as a JPEG.
+    device : {"cpu", "cuda"}, optional
+    precision : {"fp32", "fp16"}
+    cuda_graphs : bool
+    stage_times : bool
+        Whether results say how long the stages of their batch took. Each stage then waits for the device.
+    limit_pixels : int
+        Images of more are refused before memory is allocated for them.
+    """
+
+    def __init__(
+        self,
+        *,
+        models: str | None = None,
+        index: str | None = None,
+        nearest: int = 5,
+        crops: bool = False,
+        device: Device | None = None,
+        precision: Literal["fp32", "fp16"] = "fp32",
+        cuda_graphs: bool = False,
+        stage_times: bool = False,
+        limit_pixels: int = 50_000_000,
+    ) -> None:
+        if models is None:
+            from nbvision.demo.run import models_directory
+
+            models = str(models_directory())
+        self._recognizer = Recognizer.load(models, device=device, precision=precision, cuda_graphs=cuda_graphs)
+        self.device = self._recognizer.device
+        self.digest = self._recognizer.digest
+        self._index = None
+        if index is not None:
+            self._index = Index.load(index, model=self.digest)
+            self.digest = _with_files(self.digest, index)
+        self._nearest, self._crops = nearest, crops
+        self._stage_times, self._limit_pixels = stage_times, limit_pixels
+        dimension = self._recognizer.dimension
+        self.inputs = (TensorInfo("IMAGE", "BYTES", (-1,)),)
+        self.outputs = (
+            TensorInfo("IMAGES", "INT64", (-1,)),
+            TensorInfo("BOXES", "FP32", (-1, 4)),
+            TensorInfo("SCORES", "FP32", (-1,)),
+            TensorInfo("LABELS", "BYTES", (-1,)),
+            TensorInfo("MASKS", "BYTES", (-1,)),
+            TensorInfo("VECTORS", "FP32", (-1, dimension)),
+        )
+
+    def run(self, items: list[bytes]) -> list[Any]:
+        times = StageTimes() if self._stage_times else None
+        stage = (lambda name, count: times.stage(name, self.device, items=count)) if times else _not_timed
+        with stage("decode", len(items)):
+            images = decode(items, device=self.device, limit_pixels=self._limit_pixels)
+        found = self._recognizer.recognize(images, times=times)
+        rle = mask_to_rle(found.masks)
+        goods = None
+        if self._index is not None and len(found):
+            with stage("search", len(found)):
+                goods = self._index.search(found.vectors, k=self._nearest)
+        results: list[Any] = []
+        for image, error in enumerate(found.errors):
+            if error is not None:
+                results.append(error)
+                continue
+            objects = []
+            for index in found.of_image(image).tolist():
+                box = [float(value) for value in found.boxes[index]]
+                described = {
+                    "box": box,
+                    "score": float(found.scores[index]),
+                    "label": self._recognizer.classes[found.labels[index]],
+                    # On the canvas of the crop, which covers crop_box of the picture.
+                    "mask": {"size": rle[index]["size"], "counts": rle[index]["counts"].decode()},
+                    "crop_box": self._crop_box(found, index),
+                    "vector": [float(value) for value in found.vectors[index]],
+                }
+                if goods is not None:
+                    pairs = zip(goods.ids[index], goods.scores[index].tolist(), strict=True)
+                    described["nearest"] = [{"id": good, "score": score} for good, score in pairs]
+                objects.append(described)
+            height, width = images.sizes[image].tolist()
+            results.append({"height": height, "width": width, "objects": objects})
+        if self._crops:
+            with stage("crops", len(found)):
+                self._add_crops(images, results)
+        if times:
+            times_ms = {name: round(seconds * 1e3, 3) for name, seconds in times.seconds.items()}
+            for result in results:
+                if isinstance(result, dict):
+                    result["batch"] = {"images": len(items), "times_ms": times_ms}
+        return results
+
+    def _crop_box(self, found: Recognition, index: int) -> list[int]:
+        row = found.crop_geometry.regions[index]
+        return [int(row[X]), int(row[Y]), int(row[X] + row[WIDTH]), int(row[Y] + row[HEIGHT])]
+
+    def _add_crops(self, images: Any, results: Sequence[Any]) -> None:
+        objects = _objects_of(results)
+        if objects:
+            boxes = np.array([one["crop_box"] for _, one in objects], np.float32)
+            pieces = crop(images, boxes, box_images=np.array([image for image, _ in objects]))
+            for (_, one), data in zip(objects, encode(pieces, "jpeg", quality=85), strict=True):
+                one["crop"] = base64.b64encode(data or b"").decode()
+
+    def probe(self) -> bytes:
+        data: bytes = encode(np.full((32, 32, 3), 127, np.uint8), "jpeg")
+        return data
+
+    def tensors_of(self, results: Sequence[Any]) -> dict[str, npt.NDArray[Any]]:
+        objects = _objects_of(results)
+        dimension = self.outputs[-1].shape[1]
+
+        def column(name: str, dtype: Any, *beyond: int) -> npt.NDArray[Any]:
+            return np.array([one[name] for _, one in objects], dtype).reshape(-1, *beyond)
+
+        return {
+            "IMAGES": np.array([image for image, _ in objects], np.int64),
+            "BOXES": column("box", np.float32, 4),
+            "SCORES": column("score", np.float32),
+            "LABELS": texts([one["label"] for _, one in objects]),
+            "MASKS": texts([json.dumps(one["mask"] | {"box": one["crop_box"]}) for _, one in objects]),
+            "VECTORS": column("vector", np.float32, dimension),
+        }
+
+
+def _with_files(digest: str, directory: str) -> str:
+    """A digest that changes with the files of a directory, as far as their names, sizes and times tell."""
+    found = sorted((file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in Path(directory).iterdir())
+    return hashlib.sha256(f"{digest}{found}".encode()).hexdigest()
+
+
+def _not_timed(name: str, count: int) -> contextlib.AbstractContextManager[None]:
+    return contextlib.nullcontext()
+
+
+def _objects_of(results: Sequence[Any]) -> list[tuple[int, dict[str, Any]]]:
+    """All objects, each with the number of its image."""
+    return [
+        (image, one) for image, result in enumerate(results) if isinstance(result, dict) for one in result["objects"]
+    ]
+
+
+def texts(values: Sequence[str]) -> npt.NDArray[Any]:
+    """A tensor of BYTES."""
+    array = np.empty(len(values), object)
+    array[:] = [value.encode() for value in values]
+    return array
+
+
+# --- a model's tensors ------------------------------------------------------------------------------------------------
+
+
+class EnginePipeline(Pipeline):
+    """A model as it is: an item is a row of each input, a result a row of each output.
+
+    Parameters
+    ----------
+    model : path
+        An ONNX file whose inputs and outputs all have a batch, and known sizes beyond it.
+    device : {"cpu", "cuda"}, optional
+    precision : {"fp32", "fp16"}
+    cuda_graphs : bool
+    max_batch : int
+        Rows of a call, at most.
+    """
+
+    takes_images = False
+
+    def __init__(
+        self,
+        *,
+        model: str,
+        device: Device | None = None,
+        precision: Literal["fp32", "fp16"] = "fp32",
+        cuda_graphs: bool = False,
+        max_batch: int = 16,
+    ) -> None:
+        batch = (1, max(1, max_batch // 2), max_batch)
+        self._engine = Engine(model, device=device, precision=precision, cuda_graphs=cuda_graphs, batch=batch)
+        self.device, self.digest = self._engine.device, self._engine.digest
+        for spec in (*self._engine.inputs, *self._engine.outputs):
+            if not spec.batched or not spec.fixed_beyond_batch:
+                raise InputError(f"{model} has {spec}; expected a batch of any size, and known sizes beyond it")
+        self.inputs, self.outputs = (
+            tuple(TensorInfo(spec.name, datatype_of(np.empty(0, spec.dtype)), spec.shape) for spec in specs)
+            for specs in (self._engine.inputs, self._engine.outputs)
+        )
+
+    def items_of(self, tensors: Tensors) -> list[Any]:
+        if sorted(tensors) != sorted(info.name for info in self.inputs):
+            raise InputError(f"inputs are {sorted(tensors)}; expected {sorted(info.name for info in self.inputs)}")
+        counts = set()
+        for info in self.inputs:
+            array = tensors[info.name]
+            if (
+                datatype_of(array) != info.datatype
+                or array.shape[1:] != info.shape[1:]
+                or array.ndim != len(info.shape)
+            ):
+                raise InputError(
+                    f"input {info.name!r} is {datatype_of(array)} {list(array.shape)}; expected {info.datatype} "
+                    f"{list(info.shape)}"
+                )
+            counts.add(len(array))
+        if len(counts) > 1:
+            raise InputError(f"inputs have batches of {sorted(counts)}; expected one size")
+        return [{info.name: tensors[info.name][row] for info in self.inputs} for row in range(counts.pop())]
+
+    def run(self, items: list[Any]) -> list[Any]:
+        given = {info.name: np.stack([item[info.name] for item in items]) for info in self.inputs}
+        made = self._engine.run({name: to_device(array, self.device) for name, array in given.items()})
+        outputs = {name: to_device(array, "cpu") for name, array in made.items()}
+        return [{name: array[row] for name, array in outputs.items()} for row in range(len(items))]
+
+    def probe(self) -> Any:
+        return {info.name: np.zeros(info.shape[1:], DATATYPES[info.datatype]) for info in self.inputs}
+
+    def tensors_of(self, results: Sequence[Any]) -> dict[str, npt.NDArray[Any]]:
+        blank = {info.name: np.zeros(info.shape[1:], DATATYPES[info.datatype]) for info in self.outputs}
+        rows = [result if isinstance(result, dict) else blank for result in results]
+        return {
+            info.name: np.stack([row[info.name] for row in rows])
+            if rows
+            else np.zeros((0, *info.shape[1:]), DATATYPES[info.datatype])
+            for info in self.outputs
+        }
+
+
+# --- anybody's function -----------------------------------------------------------------------------------------------
+
+
+class PythonPipeline(Pipeline):
+    """A function of a list of compressed images that gives a JSON object, or an exception, for each.
+
+    Parameters
+    ----------
+    function : str
+        ``"module:name"``. If it is a class it is made with each load, without arguments, and called. Its attribute
+        ``version``, a text, says which loads answer the same; without one none does.
+    device : {"cpu", "cuda"}, optional
+        Where it works: on ``"cuda"`` it is called with a stream of its own as CuPy's current one.
+    """
+
+    def __init__(self, *, function: str, device: Device | None = None) -> None:
+        module, _, name = function.partition(":")
+        try:
+            found = getattr(importlib.import_module(module), name)
+        except (ImportError, AttributeError, ValueError) as error:
+            raise InputError(f"function {function!r} is not found ({error}); expected 'module:name'") from error
+        self._function: Callable[[list[bytes]], Sequence[Any]] = found() if isinstance(found, type) else found
+        self.device = resolve_device(device)
+        self.digest = hashlib.sha256(str(getattr(self._function, "version", uuid.uuid4())).encode()).hexdigest()
+        self.inputs = (TensorInfo("IMAGE", "BYTES", (-1,)),)
+        self.outputs = (TensorInfo("RESULT", "BYTES", (-1,)),)
+
+    def run(self, items: list[bytes]) -> list[Any]:
+        return list(self._function(items))
+
+    def probe(self) -> Any:
+        return encode(np.full((32, 32, 3), 127, np.uint8), "jpeg")
+
+    def tensors_of(self, results: Sequence[Any]) -> dict[str, npt.NDArray[Any]]:
+        return {"RESULT": texts(["{}" if isinstance(result, Exception) else json.dumps(result) for result in results])}
+
+
+PIPELINES: dict[str, type[Pipeline]] = {
+    "recognizer": RecognizerPipeline,
+    "engine": EnginePipeline,
+    "python": PythonPipeline,
+}
+
+
+# --- behind a batcher -------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Limits:
+    """Of one pipeline's queue.
+
+    Attributes
+    ----------
+    max_batch : int
+    deadline_ms : float or None
+        Of a request that says none.
+    max_queue_items, max_queue_bytes : int
+    in_flight : int
+    """
+
+    max_batch: int = 16
+    deadline_ms: float | None = 10_000.0
+    max_queue_items: int = 1024
+    max_queue_bytes: int = 512 << 20
+    in_flight: int = 2
+
+
+class Served:
+    """One version of a pipeline, ready to answer.
+
+    Attributes
+    ----------
+    name, version : str
+        The version says what answers depend on: models, and options.
+    pipeline : Pipeline
+    batcher : Batcher
+    is_healthy : bool
+        False from a batch in which the engine or the device failed until one in which it did not.
+    """
+
+    def __init__(self, name: str, version: str, pipeline: Pipeline, limits: Limits) -> None:
+        self.name, self.version, self.pipeline = name, version, pipeline
+        self.is_healthy = True
+        self.compute_s = 0.0  # of all batches
+        self.last_answer_ms = 0  # of the clock
+        self.batcher = Batcher(
+            self._run,
+            max_batch=limits.max_batch,
+            deadline_ms=limits.deadline_ms,
+            max_queue_items=limits.max_queue_items,
+            max_queue_bytes=limits.max_queue_bytes,
+            in_flight=limits.in_flight,
+            size_of=lambda item: len(item) if isinstance(item, bytes) else sum(row.nbytes for row in item.values()),
+            device=pipeline.device,
+        )
+        self._lock = threading.Lock()
+
+    def _run(self, items: list[Any]) -> list[Any]:
+        started_s = time.perf_counter()
+        try:
+            with span("batch", model=self.name, version=self.version, items=len(items)):
+                results = self.pipeline.run(items)
+        except (EngineError, DeviceError):
+            self.is_healthy = False
+            raise
+        with self._lock:
+            self.compute_s += time.perf_counter() - started_s
+            self.last_answer_ms = int(time.time() * 1e3)
+        self.is_healthy = True
+        return results
+
+    def warm_up(self) -> None:
+        """Answer once, so that the first client does not wait for what is compiled or loaded then.
+
+        Raises
+        ------
+        NbvisionError
+            If it cannot.
+        """
+        self.batcher(self.pipeline.probe(), deadline_ms=math.inf)
+
+    def stats(self) -> BatcherStats:
+        return self.batcher.stats()
+
+    def close(self) -> None:
+        """Answer what waits, then take no more, and let go of the models."""
+        self.batcher.close()
+        self.pipeline.close()

@@ -1,0 +1,299 @@
+"""The pipelines of a service while it runs: loaded, asked, loaded anew, drained."""
+
+from __future__ import annotations
+
+import asyncio
+import collections
+import contextlib
+import ctypes
+import json
+import logging
+import os
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from nbvision.errors import DecodeError, InputError, NbvisionError
+from nbvision.serve.cache import ResultCache, key_of
+from nbvision.serve.config import Config, PipelineConfig, read_config
+from nbvision.serve.pipelines import PIPELINES, Served, texts
+from nbvision.serve.protocol import InferRequest, Tensors
+from nbvision.serve.status import PipelineError, RefusedError, UnknownModelError, described
+from nbvision.serve.tracing import span
+
+__all__ = ["MOST_ITEMS", "Counts", "Service"]
+
+MOST_ITEMS = 1024  # of one request
+_PROBE_EVERY_S = 1.0
+
+logger = logging.getLogger("nbvision.serve")
+
+
+@dataclass
+class Counts:
+    """Of the requests to one pipeline since the service began, whatever its version."""
+
+    success: int = 0
+    failure: int = 0
+    duration_s: float = 0.0  # of the successful ones
+    last_ms: collections.deque[float] = field(default_factory=lambda: collections.deque(maxlen=512))
+
+
+class Service:
+    """Pipelines by name. Made in any thread; from then on used by one event loop.
+
+    Parameters
+    ----------
+    path : path
+        See :func:`nbvision.serve.config.read_config`.
+    worker : int
+        Which of several processes this is.
+
+    Raises
+    ------
+    NbvisionError
+        If the file, or a pipeline in it, is none.
+    """
+
+    def __init__(self, path: str | os.PathLike[str], *, worker: int = 0) -> None:
+        self._path = path
+        self.worker = worker
+        self.config: Config = read_config(path)
+        self.served: dict[str, Served] = {name: _made(each) for name, each in self.config.pipelines.items()}
+        self.counts: dict[str, Counts] = {name: Counts() for name in self.served}
+        self.cache = ResultCache(self.config.cache_bytes, _size_of)
+        self.started_s = time.time()
+        self.is_draining = False
+        self.on_load: Callable[[str], object] = lambda name: None
+        self._loading = asyncio.Lock()
+        self._users: collections.Counter[Served] = collections.Counter()  # requests that may still ask it
+        self._replaced: list[Served] = []  # by another version, and still used
+        self._closing: set[asyncio.Task[None]] = set()
+        self._prober: asyncio.Task[None] | None = None
+
+    @property
+    def is_ready(self) -> bool:
+        """Whether every pipeline answers."""
+        return not self.is_draining and all(served.is_healthy for served in self.served.values())
+
+    def get(self, name: str, version: str | None = None) -> Served:
+        """A pipeline, of the version that is served now.
+
+        Raises
+        ------
+        UnknownModelError
+            If there is none of that name, or it has another version.
+        """
+        served = self.served.get(name)
+        if served is None:
+            raise UnknownModelError(f"model {name!r} is not served; expected one of {sorted(self.served)}")
+        if version not in (None, "", served.version):
+            raise UnknownModelError(f"model {name!r} has no version {version!r}; it has {served.version!r}")
+        return served
+
+    @contextlib.contextmanager
+    def using(self, name: str, version: str | None = None) -> Iterator[Served]:
+        """The same, and within this context it goes on answering, even if another version takes its place.
+
+        Raises
+        ------
+        UnknownModelError
+        """
+        served = self.get(name, version)
+        self._users[served] += 1
+        try:
+            yield served
+        finally:
+            self._users[served] -= 1
+            self._close_what_was_replaced()
+
+    async def answer(
+        self, served: Served, items: list[Any], *, deadline_ms: float | None = None, priority: int = 0
+    ) -> list[Any]:
+        """A result for each item, or the exception that is its own.
+
+        Results of pictures that were seen before come from the cache, all others from the batcher.
+
+        Raises
+        ------
+        NbvisionError
+            If no item has a result, and not because none of them can be decoded; or for too many items.
+        """
+        if len(items) > MOST_ITEMS:
+            raise RefusedError(f"{len(items)} items; expected {MOST_ITEMS} at most", 413)
+
+        async def one(item: Any) -> Any:
+            async def compute() -> Any:
+                try:
+                    return await served.batcher.answer(item, deadline_ms=deadline_ms, priority=priority)
+                except DecodeError as error:  # which the same bytes will get again: a result, and kept as one
+                    return error.with_traceback(None)
+
+            try:
+                if not served.pipeline.takes_images:
+                    return await compute()
+                return await self.cache.get(key_of(served.version, item), compute)
+            except NbvisionError as error:
+                return error
+            except Exception as error:
+                logger.exception("failed", extra={"model": served.name})
+                return PipelineError(f"model {served.name!r} failed: {type(error).__name__}; the log says more")
+
+        counts, started_s = self.counts[served.name], time.perf_counter()
+        counts.failure += 1  # until it is known better
+        with span("answer", model=served.name, version=served.version, items=len(items)):
+            results = await asyncio.gather(*map(one, items))
+        errors = [result for result in results if isinstance(result, Exception)]
+        if errors and len(errors) == len(results):
+            for error in errors:
+                if not isinstance(error, DecodeError):
+                    raise error
+            return list(results)
+        counts.failure -= 1
+        counts.success += 1
+        seconds = time.perf_counter() - started_s
+        counts.duration_s += seconds
+        counts.last_ms.append(seconds * 1e3)
+        return list(results)
+
+    async def infer(self, served: Served, asked: InferRequest) -> Tensors:
+        """Tensors to tensors. ``ERROR``, if it is among them, says which of several items failed, and why.
+
+        Raises
+        ------
+        NbvisionError
+            If no item has a result, and for tensors that are not the pipeline's.
+        """
+        items = served.pipeline.items_of(asked.inputs)
+        timeout_us = asked.integer("timeout")
+        deadline_ms = None if timeout_us is None else timeout_us / 1e3
+        results = await self.answer(served, items, deadline_ms=deadline_ms, priority=asked.integer("priority") or 0)
+        if results and all(isinstance(result, Exception) for result in results):
+            raise results[0].with_traceback(None)  # which may be kept, and raised again
+        tensors = dict(served.pipeline.tensors_of(results))
+        said = [described(result)["error"] if isinstance(result, Exception) else "" for result in results]
+        return tensors | {"ERROR": texts(said)} if any(said) else tensors
+
+    async def load(self, name: str) -> Served:
+        """Load a pipeline anew, here and in whoever listens to ``on_load``; else as :meth:`follow`.
+
+        Raises
+        ------
+        NbvisionError
+            If the file or the pipeline is none, or does not answer.
+        """
+        served = await self._load(name)
+        self.on_load(name)
+        return served
+
+    async def follow(self, name: str) -> None:
+        """Load a pipeline anew that was loaded elsewhere; if it fails here, the log says so."""
+        try:
+            await self._load(name)
+        except NbvisionError as error:
+            logger.error("not loaded", extra={"model": name, "error": str(error)})
+
+    async def _load(self, name: str) -> Served:
+        """Load a pipeline anew, as the file says now, without losing a request.
+
+        Requests that have come stay with the version that they came to; what fails to load leaves that one serving.
+
+        Raises
+        ------
+        NbvisionError
+            If the file or the pipeline is none, or does not answer.
+        """
+        async with self._loading:
+            config = await asyncio.to_thread(read_config, self._path)
+            if name not in config.pipelines:
+                raise UnknownModelError(f"model {name!r} is not in {self._path}; expected {sorted(config.pipelines)}")
+            served = await asyncio.to_thread(_warm, config.pipelines[name])
+            before = self.served.get(name)
+            self.served[name] = served
+            self.counts.setdefault(name, Counts())
+        logger.info("loaded", extra={"model": name, "version": served.version})
+        if before is not None:
+            if before.version != served.version:
+                self.cache.forget(before.version)
+            self._replaced.append(before)
+            self._close_what_was_replaced()
+        return served
+
+    def _close_what_was_replaced(self) -> None:
+        for served in [each for each in self._replaced if not self._users[each]]:
+            self._replaced.remove(served)
+            del self._users[served]
+            closing = asyncio.create_task(asyncio.to_thread(_close, served))
+            self._closing.add(closing)
+            closing.add_done_callback(self._closing.discard)
+
+    async def load_all(self) -> None:
+        """Load every pipeline of the file anew; what fails is logged and goes on as it was."""
+        try:
+            names = list((await asyncio.to_thread(read_config, self._path)).pipelines)
+        except NbvisionError as error:
+            logger.error("not loaded", extra={"error": str(error)})
+            return
+        for name in names:
+            await self.follow(name)
+
+    async def start(self) -> None:
+        """Answer once with every pipeline, and from then on look after those that fail."""
+        await asyncio.gather(*(asyncio.to_thread(served.warm_up) for served in self.served.values()))
+        self._prober = asyncio.create_task(self._probe_the_sick())
+        logger.info("ready", extra={"worker": self.worker, "pid": os.getpid(), "models": sorted(self.served)})
+
+    async def _probe_the_sick(self) -> None:
+        while True:
+            await asyncio.sleep(_PROBE_EVERY_S)
+            for served in self.served.values():
+                if not served.is_healthy:
+                    with contextlib.suppress(Exception):  # which is what it is being watched for
+                        await served.batcher.answer(served.pipeline.probe(), deadline_ms=10_000)
+
+    async def close(self) -> None:
+        """Answer what waits, and end."""
+        self.is_draining = True
+        if self._prober is not None:
+            self._prober.cancel()
+        open_ones = [*self.served.values(), *self._replaced]
+        await asyncio.gather(*self._closing, *(asyncio.to_thread(served.close) for served in open_ones))
+
+
+def _close(served: Served) -> None:
+    """Close a pipeline that was replaced, and give its memory back to the system.
+
+    glibc keeps what was freed in each thread's arena, and each version has threads of its own: a service whose models
+    are loaded anew would seem to grow.
+    """
+    served.close()
+    with contextlib.suppress(OSError, AttributeError):  # another system
+        ctypes.CDLL("libc.so.6").malloc_trim(0)
+
+
+def _made(config: PipelineConfig) -> Served:
+    try:
+        pipeline = PIPELINES[config.kind](**config.options)
+    except Exception as error:  # anybody's code may be in it
+        raise InputError(f"pipeline {config.name!r} does not load: {type(error).__name__}: {error}") from error
+    version = f"{config.fingerprint}-{pipeline.digest[:12]}"
+    return Served(config.name, version, pipeline, config.limits)
+
+
+def _warm(config: PipelineConfig) -> Served:
+    served = _made(config)
+    try:
+        served.warm_up()
+    except Exception as error:
+        served.close()
+        raise InputError(f"pipeline {config.name!r} does not answer: {type(error).__name__}: {error}") from error
+    return served
+
+
+def _size_of(result: Any) -> int:
+    if isinstance(result, Exception):
+        return len(str(result))
+    return len(json.dumps(result, default=lambda array: np.asarray(array).tolist()))

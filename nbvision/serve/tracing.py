@@ -1,0 +1,29 @@
+"""Spans for OpenTelemetry, where its API is installed and somebody has set up where they go.
+
+Those of requests over HTTP are FastAPI's own.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+try:
+    from opentelemetry import propagate, trace
+except ImportError:
+    trace = None  # type: ignore[assignment]
+
+__all__ = ["span"]
+
+
+@contextlib.contextmanager
+def span(name: str, *, headers: Mapping[str, str] | None = None, **attributes: Any) -> Iterator[None]:
+    """What happens inside, as a part of the span around it, or of the client's that ``headers`` tell of."""
+    if trace is None:
+        yield
+        return
+    around = None if headers is None else propagate.extract(dict(headers))
+    kind = trace.SpanKind.INTERNAL if headers is None else trace.SpanKind.SERVER
+    with trace.get_tracer("nbvision").start_as_current_span(name, around, kind, attributes):
+        yield

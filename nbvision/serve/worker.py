@@ -1,0 +1,25 @@
+"""One of several processes behind a port: ``python -m nbvision.serve.worker``, started by its supervisor."""
+
+from __future__ import annotations
+
+import socket
+import sys
+
+from nbvision.serve.server import log_as_json, run_worker
+
+
+def main() -> int:
+    """Its arguments: the service's file, its number, the sockets of the port and of the supervisor, gRPC's place."""
+    path, worker, listening, supervisor, *grpc = sys.argv[1:]
+    log_as_json()
+    return run_worker(
+        path,
+        socket.socket(fileno=int(listening)),
+        worker=int(worker),
+        grpc=(grpc[0], int(grpc[1])) if grpc else None,
+        supervisor=socket.socket(fileno=int(supervisor)),
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(main())

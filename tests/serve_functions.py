@@ -1,0 +1,63 @@
+"""Pipelines for the tests of the service: what they answer is known, and they fail when they are told to."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import time
+from pathlib import Path
+from typing import Any
+
+from nbvision.errors import DecodeError, EngineError
+
+# While this file is there, the engine fails; what it holds, if anything, is the version that is answered with.
+SWITCH = Path(os.environ.get("SERVE_TEST_SWITCH", "/nonexistent"))
+
+
+def _answer(data: bytes) -> dict[str, Any]:
+    return {"sha256": hashlib.sha256(data).hexdigest(), "bytes": len(data)}
+
+
+def echo(images: list[bytes]) -> list[Any]:
+    """What an item is; an empty one is an error of its own."""
+    return [_answer(data) if data else DecodeError("the file is empty", kind="empty") for data in images]
+
+
+def poisonable(images: list[bytes]) -> list[Any]:
+    """One item takes the whole batch with it."""
+    if any(data.startswith(b"POISON") for data in images):
+        raise ValueError("a secret of the pipeline")
+    time.sleep(0.002)
+    return echo(images)
+
+
+def slow(images: list[bytes]) -> list[Any]:
+    """A batch takes 50 ms, of whatever size."""
+    time.sleep(0.05)
+    return echo(images)
+
+
+def sleeping(images: list[bytes]) -> list[Any]:
+    """As long as an item says, in ms."""
+    time.sleep(max(float(data.split(b" ")[0]) if data[:1].isdigit() else 0.0 for data in images) / 1e3)
+    return echo(images)
+
+
+def breaking(images: list[bytes]) -> list[Any]:
+    """An engine that fails while a file is there."""
+    if SWITCH.exists():
+        raise EngineError("the engine failed")
+    return echo(images)
+
+
+class Versioned:
+    """Answers with what a file held when it was loaded; does not load without it."""
+
+    def __init__(self) -> None:
+        self.version = SWITCH.read_text()
+
+    def __call__(self, images: list[bytes]) -> list[Any]:
+        time.sleep(0.005)
+        if self.version == "broken":
+            raise ValueError("this version cannot answer")
+        return [_answer(data) | {"version": self.version} for data in images]

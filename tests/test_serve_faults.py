@@ -1,0 +1,372 @@
+"""What goes wrong in services, one by one: nothing else is affected, no answer is lost or doubled, and it passes."""
+
+from __future__ import annotations
+
+import asyncio
+import collections
+import concurrent.futures
+import contextlib
+import hashlib
+import os
+import signal
+import socket
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+from serving import Server
+
+from nbvision.errors import InputError
+
+FUNCTIONS = ("echo", "poisonable", "slow", "sleeping", "breaking")
+
+
+def config(*functions: str, top: str = "cache_bytes: 0", **limits: float) -> str:
+    options = "".join(f", {name}: {value}" for name, value in limits.items())
+    lines = [
+        f"  {name.lower()}: {{kind: python, device: cpu, function: 'serve_functions:{name}'{options}}}"
+        for name in functions
+    ]
+    return "\n".join([top, "pipelines:", *lines])
+
+
+@pytest.fixture(scope="module")
+def switch(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("switch") / "on"
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory, switch: Path) -> Iterator[Server]:
+    directory = tmp_path_factory.mktemp("service")
+    limits = {"max_batch": 4, "max_queue_items": 16, "in_flight": 1}
+    with Server(config(*FUNCTIONS, **limits), directory, SERVE_TEST_SWITCH=str(switch)) as server:
+        yield server
+        assert server.stop() == 0
+
+
+@pytest.fixture(autouse=True)
+def nothing_is_left(server: Server) -> Iterator[None]:
+    """After each fault every counter adds up and nothing waits."""
+    yield
+    server.until(lambda: all(server.stats(name)["waiting"] == 0 for name in FUNCTIONS), seconds=10)
+    server.until(lambda: server.status("/v2/health/ready") == 200, seconds=10)
+
+
+def right(response: httpx.Response, data: bytes) -> bool:
+    return response.status_code == 200 and response.json()["sha256"] == hashlib.sha256(data).hexdigest()
+
+
+def at_once(
+    server: Server, model: str, given: list[bytes], *, threads: int = 32, **options: Any
+) -> list[httpx.Response]:
+    with (
+        httpx.Client(base_url=server.url, timeout=60, limits=httpx.Limits(max_connections=threads)) as client,
+        concurrent.futures.ThreadPoolExecutor(threads) as pool,
+    ):
+        return list(pool.map(lambda data: client.post(f"/v1/{model}", content=data, **options), given))
+
+
+# --- faults of items --------------------------------------------------------------------------------------------------
+
+
+def test_poison_in_every_batch_takes_nothing_from_the_others(server: Server) -> None:
+    given = [b"POISON %d" % number if number % 4 == 0 else b"item %d" % number for number in range(100)]
+    before = server.stats("poisonable")
+    answers = at_once(server, "poisonable", given, threads=12)
+    for data, answer in zip(given, answers, strict=True):
+        if data.startswith(b"POISON"):
+            assert answer.status_code == 500
+            assert "ValueError" in answer.json()["error"]
+            assert "secret" not in answer.text  # which is for the log
+        else:
+            assert right(answer, data)
+    after = server.stats("poisonable")
+    assert after["success"] - before["success"] == 75
+    assert after["failure"] - before["failure"] == 25
+    assert after["items"] - before["items"] == 100
+    server.until(lambda: any("secret" in line.get("exception", "") for line in server.log), seconds=5)
+
+
+def test_one_request_with_poison_among_its_images(server: Server) -> None:
+    given = [b"a", b"POISON", b"c"]
+    files = [("images", (str(index), data)) for index, data in enumerate(given)]
+    results = httpx.post(f"{server.url}/v1/poisonable", files=files, timeout=30).json()["results"]
+    assert ["error" in result for result in results] == [False, True, False]
+    assert results[2]["sha256"] == hashlib.sha256(b"c").hexdigest()
+
+
+# --- too much ---------------------------------------------------------------------------------------------------------
+
+
+def test_overload_turns_away_at_the_door_and_passes(server: Server) -> None:
+    """120 at the same time where 16 may wait: each gets its answer or is told to come again; nobody else is asked."""
+    before = server.stats("slow")
+    given = [b"item %d" % number for number in range(120)]
+    answers = at_once(server, "slow", given, threads=60)
+    kinds = collections.Counter(answer.status_code for answer in answers)
+    assert set(kinds) == {200, 503}
+    assert kinds[200] >= 20
+    for data, answer in zip(given, answers, strict=True):
+        if answer.status_code == 200:
+            assert right(answer, data)
+        else:
+            assert int(answer.headers["Retry-After"]) >= 1
+            assert "wait" in answer.json()["error"]
+    after = server.stats("slow")
+    assert after["rejected"] - before["rejected"] == kinds[503]
+    assert after["items"] - before["items"] == kinds[200]
+    assert right(server.ask("slow", b"afterwards"), b"afterwards")
+
+
+def test_too_many_requests_under_way(tmp_path: Path) -> None:
+    with Server(config("slow", top="cache_bytes: 0\nconcurrency: 3"), tmp_path) as server:
+        answers = at_once(server, "slow", [b"item %d" % number for number in range(40)], threads=20)
+        kinds = collections.Counter(answer.status_code for answer in answers)
+        assert set(kinds) == {200, 503}
+        assert all(answer.headers.get("Retry-After") for answer in answers if answer.status_code == 503)
+        assert right(server.ask("slow", b"afterwards"), b"afterwards")
+
+
+def test_deadlines(server: Server) -> None:
+    """What cannot be in time is given up before it costs anything; what can is answered."""
+    at_once(server, "sleeping", [b"40 warm %d" % number for number in range(4)])  # it learns how long a batch takes
+    before = server.stats("sleeping")
+    with concurrent.futures.ThreadPoolExecutor(1) as pool:
+        busy = pool.submit(server.ask, "sleeping", b"500 busy")
+        server.until(lambda: server.stats("sleeping")["running"] == 1, seconds=5)
+        late = at_once(server, "sleeping", [b"0 late %d" % number for number in range(8)], params={"deadline_ms": 50})
+        assert right(busy.result(), b"500 busy")
+    assert {answer.status_code for answer in late} == {504}
+    after = server.stats("sleeping")
+    assert after["items"] - before["items"] == 1
+    assert after["given_up"] - before["given_up"] == 8
+    assert right(server.ask("sleeping", b"0 now", params={"deadline_ms": 5000}), b"0 now")
+
+
+# --- clients that go away ---------------------------------------------------------------------------------------------
+
+
+def test_clients_that_go_away_are_not_worked_for(server: Server) -> None:
+    before = server.stats("sleeping")
+    with concurrent.futures.ThreadPoolExecutor(1) as pool:
+        busy = pool.submit(server.ask, "sleeping", b"600 busy")
+        server.until(lambda: server.stats("sleeping")["running"] == 1, seconds=5)
+
+        async def impatient() -> list[BaseException | httpx.Response]:
+            async with httpx.AsyncClient(base_url=server.url, timeout=0.15) as client:
+                asked = [client.post("/v1/sleeping", content=b"0 %d" % number) for number in range(10)]
+                return await asyncio.gather(*asked, return_exceptions=True)
+
+        assert all(isinstance(answer, httpx.TimeoutException) for answer in asyncio.run(impatient()))
+        assert right(busy.result(), b"600 busy")
+    server.until(lambda: server.stats("sleeping")["waiting"] == 0, seconds=5)
+    after = server.stats("sleeping")
+    assert after["items"] - before["items"] == 1
+    assert after["success"] - before["success"] == 1
+    assert after["failure"] - before["failure"] == 10
+
+
+def test_connections_dropped_in_the_middle_of_an_upload(server: Server) -> None:
+    host, port = server.url.removeprefix("http://").split(":")
+    logged = len(server.log)
+    for _ in range(30):
+        with socket.create_connection((host, int(port))) as connection:
+            connection.sendall(b"POST /v1/echo HTTP/1.1\r\nHost: x\r\nContent-Length: 100000\r\n\r\n" + bytes(500))
+    assert right(server.ask("echo", b"afterwards"), b"afterwards")
+    assert not [line for line in server.log[logged:] if line.get("level") == "error" or "exception" in line]
+
+
+# --- engines and workers that fail ------------------------------------------------------------------------------------
+
+
+def test_an_engine_that_fails_and_comes_back(server: Server, switch: Path) -> None:
+    """The service says that it is not ready, serves the others, and comes back without anybody's request."""
+    switch.touch()
+    try:
+        answer = server.ask("breaking", b"x")
+        assert answer.status_code == 500
+        assert "the engine failed" in answer.json()["error"]
+        assert server.status("/v2/health/ready") == 503
+        assert server.status("/v2/models/breaking/ready") == 503
+        assert server.status("/v2/models/echo/ready") == server.status("/v2/health/live") == 200
+        assert right(server.ask("echo", b"others"), b"others")
+        time.sleep(1.5)  # it is asked again meanwhile, and still fails
+        assert server.status("/v2/health/ready") == 503
+    finally:
+        switch.unlink()
+    server.until(lambda: server.status("/v2/health/ready") == 200, seconds=10)
+    assert right(server.ask("breaking", b"again"), b"again")
+
+
+def test_a_worker_that_is_killed(tmp_path: Path) -> None:
+    """The other answers meanwhile; only what the dead one had taken is lost; it is started again; no orphan stays."""
+    with Server(config("echo", "sleeping"), tmp_path, "--workers", "2") as server:
+
+        def workers() -> dict[int, int]:
+            return {line["worker"]: line["pid"] for line in server.log if line["message"] == "ready"}
+
+        server.until(lambda: len(workers()) == 2)
+        before = workers()
+        os.kill(before[1], signal.SIGKILL)
+        outcomes: collections.Counter[str] = collections.Counter()
+        while workers()[1] == before[1] or outcomes["right"] < 200:
+            data = os.urandom(8)
+            try:
+                outcomes["right" if right(server.ask("echo", data), data) else "wrong"] += 1
+            except httpx.TransportError:
+                outcomes["lost"] += 1
+        assert outcomes["wrong"] == 0
+        assert outcomes["lost"] <= 1
+        assert server.wait_for("a worker died")["worker"] == 1
+        server.until(lambda: workers()[1] != before[1])
+        after = workers()
+        os.kill(server.process.pid, signal.SIGKILL)  # and the supervisor: its workers do not go on without it
+        server.process.wait()
+        end_s = time.monotonic() + 20
+        while any(is_alive(pid) for pid in after.values()):
+            assert time.monotonic() < end_s
+            time.sleep(0.05)
+
+
+def is_alive(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False
+
+
+# --- other versions, and the end --------------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def under_load(server: Server, model: str, *, threads: int = 8) -> Iterator[list[tuple[bytes, httpx.Response]]]:
+    """Asks all the time; the list has all questions and answers when the context has ended."""
+    ending, asked = threading.Event(), []
+
+    def ask(number: int) -> None:
+        with httpx.Client(base_url=server.url, timeout=30) as client:
+            count = 0
+            while not ending.is_set():
+                data = b"%d/%d" % (number, count)
+                asked.append((data, client.post(f"/v1/{model}", content=data)))
+                count += 1
+
+    with concurrent.futures.ThreadPoolExecutor(threads) as pool:
+        tasks = [pool.submit(ask, number) for number in range(threads)]
+        try:
+            yield asked
+        finally:
+            ending.set()
+        for task in tasks:
+            task.result()
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_another_version_under_load(tmp_path: Path, workers: int) -> None:
+    """No request is lost, none answered twice; a version that does not load or does not answer changes nothing."""
+    held = tmp_path / "version"
+    held.write_text("one")
+    with Server(config("Versioned"), tmp_path, "--workers", str(workers), SERVE_TEST_SWITCH=str(held)) as server:
+        server.until(lambda: sum(line["message"] == "ready" for line in server.log) == workers)
+        with under_load(server, "versioned") as asked:
+            for version, status in (("two", 200), ("broken", 400), ("three", 200), (None, 400), ("four", 200)):
+                held.unlink(missing_ok=True)
+                if version is not None:
+                    held.write_text(version)
+                since = len(asked)
+                loaded = len([line for line in server.log if line["message"] == "loaded"])
+                response = httpx.post(f"{server.url}/v2/repository/models/versioned/load", timeout=30)
+                assert response.status_code == status, response.text
+                if status == 200:
+                    server.until(
+                        lambda loaded=loaded: (
+                            sum(line["message"] == "loaded" for line in server.log) == loaded + workers
+                        )
+                    )
+                server.until(lambda since=since: len(asked) > since + 40)
+        held.write_text("five")
+        server.process.send_signal(signal.SIGHUP)
+        server.until(lambda: server.ask("versioned", b"x").json()["version"] == "five")
+        assert server.stop() == 0
+    assert all(right(answer, data) for data, answer in asked)
+    versions = [answer.json()["version"] for _, answer in asked]
+    assert set(versions) == {"one", "two", "three", "four"}
+    assert versions[-1] == "four"
+
+
+def test_results_of_another_version_are_not_given(tmp_path: Path) -> None:
+    held = tmp_path / "version"
+    held.write_text("one")
+    with Server(config("Versioned", top=""), tmp_path, SERVE_TEST_SWITCH=str(held)) as server:
+        assert [server.ask("versioned", b"x").json()["version"] for _ in range(2)] == ["one", "one"]
+        held.write_text("two")
+        httpx.post(f"{server.url}/v2/repository/models/versioned/load", timeout=30).raise_for_status()
+        assert server.ask("versioned", b"x").json()["version"] == "two"
+        cache = httpx.get(f"{server.url}/v1/stats").json()["cache"]
+        assert (cache["hits"], cache["misses"]) == (1, 2)
+
+
+def test_a_file_that_breaks_while_it_is_served(tmp_path: Path) -> None:
+    with Server(config("echo"), tmp_path) as server:
+        for broken in ("[", "pipelines: {echo: {kind: magic}}", "pipelines: {}"):
+            server.rewrite(broken)
+            response = httpx.post(f"{server.url}/v2/repository/models/echo/load", timeout=30)
+            assert response.status_code == 400
+            assert right(server.ask("echo", b"as before"), b"as before")
+        server.rewrite(config("echo", "slow"))
+        httpx.post(f"{server.url}/v2/repository/models/slow/load", timeout=30).raise_for_status()
+        assert right(server.ask("slow", b"a new one"), b"a new one")
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_what_is_under_way_at_the_end_is_answered(tmp_path: Path, workers: int) -> None:
+    with Server(config("sleeping", max_batch=1), tmp_path, "--workers", str(workers)) as server:
+        server.until(lambda: sum(line["message"] == "ready" for line in server.log) == workers)
+        with concurrent.futures.ThreadPoolExecutor(6) as pool:
+            asked = [pool.submit(server.ask, "sleeping", b"300 %d" % number) for number in range(6)]
+            time.sleep(0.25)
+            assert server.stop() == 0
+            for number, answer in enumerate(asked):
+                assert right(answer.result(), b"300 %d" % number)
+        with pytest.raises(httpx.ConnectError):
+            server.ask("sleeping", b"0 afterwards")
+
+
+# --- memory -----------------------------------------------------------------------------------------------------------
+
+
+def resident_bytes(pid: int) -> int:
+    return int(Path(f"/proc/{pid}/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+
+def test_abuse_leaves_no_memory_behind(server: Server) -> None:
+    """Rounds of everything above; the last third of them holds no more than the second."""
+    host, port = server.url.removeprefix("http://").split(":")
+
+    def round_of_abuse(number: int) -> None:
+        given = [os.urandom(20_000) for _ in range(12)] + [b"POISON %d" % number, b""]
+        at_once(server, "poisonable", given, threads=8)
+        at_once(server, "slow", [b"%d" % index for index in range(24)], threads=24)
+        httpx.post(f"{server.url}/v1/echo", content=b"{", headers={"Content-Type": "application/json"})
+        with socket.create_connection((host, int(port))) as connection:
+            connection.sendall(b"POST /v1/echo HTTP/1.1\r\nHost: x\r\nContent-Length: 99\r\n\r\nhalf")
+
+    held: list[int] = []
+    for number in range(15):
+        round_of_abuse(number)
+        held.append(resident_bytes(server.process.pid))
+    assert max(held[10:]) - max(held[5:10]) < 4 << 20
+
+
+def test_a_service_needs_its_file(tmp_path: Path) -> None:
+    from nbvision.serve import serve
+
+    with pytest.raises(InputError, match="is not read"):
+        serve(tmp_path / "none.yaml")
+    (tmp_path / "serve.yaml").write_text(config("echo"))
+    with pytest.raises(InputError, match="workers is 0"):
+        serve(tmp_path / "serve.yaml", workers=0)
