@@ -277,7 +277,6 @@ def test_another_version_under_load(tmp_path: Path, workers: int) -> None:
                 held.unlink(missing_ok=True)
                 if version is not None:
                     held.write_text(version)
-                since = len(asked)
                 loaded = len([line for line in server.log if line["message"] == "loaded"])
                 response = httpx.post(f"{server.url}/v2/repository/models/versioned/load", timeout=30)
                 assert response.status_code == status, response.text
@@ -287,6 +286,7 @@ def test_another_version_under_load(tmp_path: Path, workers: int) -> None:
                             sum(line["message"] == "loaded" for line in server.log) == loaded + workers
                         )
                     )
+                since = len(asked)
                 server.until(lambda since=since: len(asked) > since + 40)
         held.write_text("five")
         server.process.send_signal(signal.SIGHUP)

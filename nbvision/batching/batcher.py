@@ -361,8 +361,6 @@ class Batcher:
         most = attempts[0]
         outcomes = self._outcomes([request.item for request in batch], attempts)
         ended_s = time.monotonic()
-        if attempts[0] == most - 1 and not all(isinstance(outcome, BaseException) for outcome in outcomes):
-            self.latency.update(len(batch), max(ended_s - started_s, 1e-9))
         with self._changed:
             self._ran_s = ended_s
             self._busy -= 1
@@ -375,6 +373,9 @@ class Batcher:
                 request.future.set_exception(outcome)
             else:
                 request.future.set_result(outcome)
+        # Last, for nobody shall wait for it.
+        if attempts[0] == most - 1 and not all(isinstance(outcome, BaseException) for outcome in outcomes):
+            self.latency.update(len(batch), max(ended_s - started_s, 1e-9))
 
     def _outcomes(self, items: list[Any], attempts: list[int]) -> list[Any]:
         """A result or an exception for each item; the function is called no more than ``attempts[0]`` times."""

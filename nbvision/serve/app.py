@@ -23,6 +23,7 @@ from nbvision.serve.service import MOST_ITEMS, Service
 from nbvision.serve.status import CLIENT_GONE, RefusedError, UnknownModelError, described, status_of
 
 try:
+    import anyio
     from fastapi import FastAPI, Request
     from starlette.datastructures import Headers, UploadFile
     from starlette.exceptions import HTTPException
@@ -37,6 +38,8 @@ __all__ = ["make_app"]
 
 # Asked by who has no token: what watches over services, and browsers, which say no more than where a token is given.
 _OPEN = {"/healthz", "/v2/health/live", "/v2/health/ready", "/", "/docs", "/openapi.json"}
+
+_WATCH_AFTER_S = 0.01
 
 logger = logging.getLogger("nbvision.serve")
 
@@ -112,20 +115,17 @@ def make_app(service: Service) -> FastAPI:
         parts: list[bytes] = []
         size = 0
 
-        async def read() -> None:
-            nonlocal size
-            async for part in request.stream():
-                size += len(part)
-                if size > config.body_bytes:
-                    raise RefusedError(f"the body has over {config.body_bytes} bytes, which is the limit", 413)
-                parts.append(part)
-
         announced = request.headers.get("content-length", "0")
         if announced.isdecimal() and int(announced) > config.body_bytes:
             raise RefusedError(f"the body has {announced} bytes; the limit is {config.body_bytes}", 413)
         try:
-            await asyncio.wait_for(read(), config.upload_s)
-        except asyncio.TimeoutError:
+            with anyio.fail_after(config.upload_s):
+                async for part in request.stream():
+                    size += len(part)
+                    if size > config.body_bytes:
+                        raise RefusedError(f"the body has over {config.body_bytes} bytes, which is the limit", 413)
+                    parts.append(part)
+        except TimeoutError:
             raise RefusedError(f"the body has not come within {config.upload_s:g} s", 408) from None
         except ClientDisconnect:
             raise RefusedError("the client has gone", CLIENT_GONE) from None
@@ -133,21 +133,26 @@ def make_app(service: Service) -> FastAPI:
 
     async def while_there(request: Request, answer: Awaitable[Any]) -> Any:
         """The answer, or cancelled if the client goes away meanwhile."""
+        watches: list[asyncio.Task[None]] = []
 
-        async def gone() -> None:
+        async def cancel_when_gone() -> None:
             while (await request.receive())["type"] != "http.disconnect":
                 pass
+            scope.cancel()
 
-        task, watch = asyncio.ensure_future(answer), asyncio.ensure_future(gone())
+        def watch() -> None:
+            watches.append(asyncio.create_task(cancel_when_gone()))
+
+        # Most answers come sooner, and then the task and its turns of the loop are spared.
+        starting = asyncio.get_running_loop().call_later(_WATCH_AFTER_S, watch)
         try:
-            await asyncio.wait({task, watch}, return_when=asyncio.FIRST_COMPLETED)
-            if not task.done():
-                task.cancel()
-            return await task
-        except asyncio.CancelledError:
-            raise RefusedError("the client has gone", CLIENT_GONE) from None
+            with anyio.CancelScope() as scope:
+                return await answer
         finally:
-            watch.cancel()
+            starting.cancel()
+            for task in watches:
+                task.cancel()
+        raise RefusedError("the client has gone", CLIENT_GONE)
 
     # --- the Open Inference Protocol ----------------------------------------------------------------------------------
 

@@ -133,7 +133,7 @@ class Service:
                     return error.with_traceback(None)
 
             try:
-                if not served.pipeline.takes_images:
+                if not served.pipeline.takes_images or not self.cache.limit_bytes:
                     return await compute()
                 return await self.cache.get(key_of(served.version, item), compute)
             except NbvisionError as error:
@@ -145,7 +145,8 @@ class Service:
         counts, started_s = self.counts[served.name], time.perf_counter()
         counts.failure += 1  # until it is known better
         with span("answer", model=served.name, version=served.version, items=len(items)):
-            results = await asyncio.gather(*map(one, items))
+            # One by itself needs no task of its own.
+            results = [await one(items[0])] if len(items) == 1 else await asyncio.gather(*map(one, items))
         errors = [result for result in results if isinstance(result, Exception)]
         if errors and len(errors) == len(results):
             for error in errors:

@@ -1,0 +1,327 @@
+"""Whole services beside each other: what ``nbvision serve`` costs a request, and what it answers in time.
+
+    python asv_bench/serve_load.py --out serve-load.json [--device cuda] [--deadline-ms 40] [--picture serve-load.png]
+
+First one client that asks for one thing after another: a pipeline that does nothing, where the answer takes what the
+service itself takes, and the demo's recognizer, beside the same recognizer called without a service, in turns.
+
+Then clients that ask at any time (Poisson), each for another photograph, at higher and higher rates, whether or not
+earlier ones are answered: ``nbvision serve`` as it is, the same with one image at a time instead of batches, and
+``examples/straightforward_service.py`` (FastAPI, OpenCV, one image at a time). The rate of a service is the highest at
+which 99 % of all answers came within the deadline.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import contextlib
+import json
+import math
+import os
+import signal
+import socket
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from benchmarks.common import ROOT, catalogue_files
+
+from nbvision.batching.simulator import arrivals
+from nbvision.runtime.device import resolve_device
+from nbvision.serve.config import PipelineConfig, read_config
+from nbvision.serve.pipelines import PIPELINES
+
+IN_TIME = 0.99
+STEP = 1.25  # from one rate to the next
+BEYOND = 0.7  # in time: no higher rates are of interest
+CONNECTIONS = 400
+WARM_UP_S = 1.0
+
+CONFIG = """
+cache_bytes: 0
+concurrency: 4096
+pipelines:
+  garments: {{kind: recognizer, device: {device}, max_batch: {max_batch}, in_flight: {in_flight}}}
+  nothing: {{kind: python, device: cpu, function: 'serve_load:nothing'}}
+"""
+
+
+def nothing(items: list[bytes]) -> list[dict[str, int]]:
+    """A pipeline without work of its own."""
+    return [{"bytes": len(item)} for item in items]
+
+
+# --- services ---------------------------------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def running(command: Sequence[str]) -> Iterator[int]:
+    """A service in a process of its own that listens to ``--port``, and its port, once it is ready."""
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    paths = [str(ROOT / folder) for folder in (".", "kernels", "asv_bench", "examples")]
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join([*paths, os.environ.get("PYTHONPATH", "")])}
+    with tempfile.TemporaryFile() as log:
+        process = subprocess.Popen([sys.executable, *command, "--port", str(port)], stderr=log, env=environment)
+        try:
+            while not asyncio.run(is_ready(port)):
+                if process.poll() is not None:
+                    log.seek(0)
+                    raise RuntimeError(f"{command} ended with {process.returncode}: {log.read().decode()[-2000:]}")
+                time.sleep(0.1)
+            yield port
+        finally:
+            process.send_signal(signal.SIGTERM)
+            process.wait(60)
+
+
+async def is_ready(port: int) -> bool:
+    client = Client(port)
+    try:
+        return await client.ask("GET", "/v2/health/ready") == 200
+    except OSError:
+        return False
+    finally:
+        client.close()
+
+
+@contextlib.contextmanager
+def nbvision_service(device: str, *, max_batch: int, in_flight: int) -> Iterator[tuple[int, PipelineConfig]]:
+    """``nbvision serve``: its port, and how the recognizer in it is made."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder, "serve.yaml")
+        path.write_text(CONFIG.format(device=device, max_batch=max_batch, in_flight=in_flight))
+        with running(["-m", "nbvision", "serve", str(path)]) as port:
+            yield port, read_config(path).pipelines["garments"]
+
+
+# --- the client -------------------------------------------------------------------------------------------------------
+
+
+class Client:
+    """HTTP over connections that stay open; little of it, so that it takes little of the machine from the service."""
+
+    def __init__(self, port: int) -> None:
+        self._port = port
+        self._free: list[tuple[asyncio.StreamReader, asyncio.StreamWriter]] = []
+
+    async def ask(self, method: str, target: str, body: bytes = b"") -> int:
+        """The status of an answer, which is read to its end."""
+        head = f"{method} {target} HTTP/1.1\r\nHost: here\r\nContent-Type: image/jpeg\r\nContent-Length: {len(body)}"
+        while True:
+            is_used = bool(self._free)
+            connection = self._free.pop() if is_used else await asyncio.open_connection("127.0.0.1", self._port)
+            reader, writer = connection
+            writer.write(head.encode() + b"\r\n\r\n" + body)
+            try:
+                answer = (await reader.readuntil(b"\r\n\r\n")).lower()
+                break
+            except (asyncio.IncompleteReadError, ConnectionError):
+                writer.close()
+                if not is_used:  # else it was idle for so long that the service had closed it
+                    raise
+        length = int(answer.partition(b"content-length:")[2].partition(b"\r\n")[0])
+        await reader.readexactly(length)
+        if len(self._free) < CONNECTIONS:
+            self._free.append(connection)
+        else:
+            writer.close()
+        return int(answer.split(None, 2)[1])
+
+    def close(self) -> None:
+        for _, writer in self._free:
+            writer.close()
+
+
+async def one_after_another(port: int, target: str, files: Sequence[bytes], count: int) -> list[float]:
+    """Milliseconds of each answer."""
+    client, times_ms = Client(port), []
+    for number in range(count):
+        started_s = time.perf_counter()
+        status = await client.ask("POST", target, files[number % len(files)])
+        times_ms.append((time.perf_counter() - started_s) * 1e3)
+        if status != 200:
+            raise RuntimeError(f"{target} answers {status}")
+    client.close()
+    return times_ms
+
+
+async def at_any_time(port: int, files: Sequence[bytes], *, rate: float, seconds: float, deadline_ms: float) -> Any:
+    """What becomes of requests that come whether or not earlier ones are answered."""
+    client = Client(port)
+    count = math.ceil(rate * seconds)
+    times_ms: list[float] = []
+    statuses: dict[int, int] = {}
+    started_s = time.perf_counter()
+
+    async def one(number: int, due_s: float) -> None:
+        status = await client.ask("POST", f"/v1/garments?deadline_ms={deadline_ms:g}", files[number % len(files)])
+        statuses[status] = statuses.get(status, 0) + 1
+        if status == 200:  # from when it was due: a client that is late must not make the service look better
+            times_ms.append((time.perf_counter() - due_s) * 1e3)
+
+    tasks = []
+    for number, at_s in enumerate(arrivals(rate, count, seed=1)):
+        due_s = started_s + at_s
+        await asyncio.sleep(max(0.0, due_s - time.perf_counter()))
+        tasks.append(asyncio.create_task(one(number, due_s)))
+    await asyncio.gather(*tasks)
+    client.close()
+    in_time = sum(time_ms <= deadline_ms for time_ms in times_ms)
+    return {
+        "rate_per_s": rate,
+        "requests": count,
+        "share_in_time": in_time / count,
+        "in_time_per_s": in_time / seconds,
+        "p50_ms": float(np.quantile(times_ms, 0.5)) if times_ms else None,
+        "p99_ms": float(np.quantile(times_ms, 0.99)) if times_ms else None,
+        "statuses": statuses,
+    }
+
+
+# --- the two questions ------------------------------------------------------------------------------------------------
+
+
+def overhead(device: str, files: Sequence[bytes], *, rounds: int, count: int) -> dict[str, float]:
+    """Median milliseconds at batch 1, with a service and without one, in turns on the same machine."""
+    served: list[float] = []
+    alone: list[float] = []
+    differences: list[float] = []
+    with nbvision_service(device, max_batch=1, in_flight=1) as (port, config):
+        pipeline = PIPELINES[config.kind](**config.options)
+        for data in files[:8]:
+            pipeline.run([data])
+        asyncio.run(one_after_another(port, "/v1/garments", files, 8))
+        for number in range(rounds):
+            start = number * count
+            pictures = [files[(start + index) % len(files)] for index in range(count)]
+            times_ms = asyncio.run(one_after_another(port, "/v1/garments", pictures, count))
+            bare_ms = []
+            for data in pictures:
+                started_s = time.perf_counter()
+                pipeline.run([data])
+                bare_ms.append((time.perf_counter() - started_s) * 1e3)
+            served += times_ms
+            alone += bare_ms
+            differences.append(statistics.median(np.subtract(times_ms, bare_ms)))
+        asyncio.run(one_after_another(port, "/v1/nothing", files, 50))
+        empty = asyncio.run(one_after_another(port, "/v1/nothing", files, 500))
+        small = asyncio.run(one_after_another(port, "/v1/nothing", [bytes(1000)], 500))
+        pipeline.close()
+    return {
+        "recognizer_in_service_ms": statistics.median(served),
+        "recognizer_alone_ms": statistics.median(alone),
+        "difference_ms": statistics.median(differences),
+        "service_alone_ms": statistics.median(empty),
+        "service_alone_1000_bytes_ms": statistics.median(small),
+    }
+
+
+def highest_rate(
+    port: int, files: Sequence[bytes], *, first: float, seconds: float, deadline_ms: float
+) -> tuple[float, list[Any]]:
+    """The highest rate of which 99 % came in time, and all that was tried: up to well beyond, then between."""
+    runs = []
+
+    def met(rate: float) -> bool:
+        run = asyncio.run(at_any_time(port, files, rate=rate, seconds=seconds, deadline_ms=deadline_ms))
+        runs.append(run)
+        p99 = "-" if run["p99_ms"] is None else f"{run['p99_ms']:.1f}"
+        print(f"    {rate:7.1f} requests/s: {run['share_in_time']:6.1%} in time, p99 {p99} ms", flush=True)
+        return bool(run["share_in_time"] >= IN_TIME)
+
+    asyncio.run(at_any_time(port, files, rate=first, seconds=WARM_UP_S, deadline_ms=1e4))
+    low, rate, is_too_high = 0.0, first, False
+    while not runs or runs[-1]["share_in_time"] > BEYOND:
+        is_too_high = not met(rate) or is_too_high
+        low = low if is_too_high else rate
+        rate *= STEP
+    if not low:
+        return 0.0, runs
+    high = low * STEP
+    for _ in range(2):
+        middle = math.sqrt(low * high)
+        low, high = (middle, high) if met(middle) else (low, middle)
+    return low, sorted(runs, key=lambda run: float(run["rate_per_s"]))
+
+
+def draw(report: dict[str, Any], path: Path) -> None:
+    """What was answered in time against what was asked."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axis = pyplot.subplots(figsize=(7, 3.6), layout="constrained")
+    for name, found in report["services"].items():
+        rates = [run["rate_per_s"] for run in found["runs"]]
+        axis.plot(rates, [run["in_time_per_s"] for run in found["runs"]], marker=".", label=name)
+    most = max(run["rate_per_s"] for found in report["services"].values() for run in found["runs"])
+    axis.plot([0, most], [0, most], color="gray", lw=0.8, ls=":")
+    axis.set_xlabel("requests a second")
+    axis.set_ylabel(f"answered within {report['deadline_ms']:g} ms, a second")
+    axis.legend(fontsize=8)
+    figure.savefig(path, dpi=110)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--picture", type=Path)
+    parser.add_argument("--device", choices=("cpu", "cuda"))
+    parser.add_argument("--deadline-ms", type=float, default=40.0)
+    parser.add_argument("--seconds", type=float, default=6.0, help="of each rate")
+    parser.add_argument("--first", type=float, default=50.0, help="the first rate, a second")
+    parser.add_argument("--max-batch", type=int, default=16)
+    parser.add_argument("--images", type=int, default=128)
+    arguments = parser.parse_args()
+    device = resolve_device(arguments.device)
+    files = catalogue_files(arguments.images)
+    costs = overhead(device, files, rounds=5, count=20)
+    print(
+        f"{device}: an image takes {costs['recognizer_alone_ms']:.2f} ms, and in the service "
+        f"{costs['difference_ms']:+.2f} ms; the service alone takes {costs['service_alone_ms']:.2f} ms",
+        flush=True,
+    )
+    report: dict[str, Any] = {
+        "device": device,
+        "deadline_ms": arguments.deadline_ms,
+        "max_batch": arguments.max_batch,
+        "in_time": IN_TIME,
+        "overhead": costs,
+        "services": {},
+    }
+
+    def measure(name: str, port: int) -> None:
+        print(f"  {name}", flush=True)
+        rate, runs = highest_rate(
+            port,
+            files,
+            first=arguments.first,
+            seconds=arguments.seconds,
+            deadline_ms=arguments.deadline_ms,
+        )
+        report["services"][name] = {"rate_per_s": rate, "runs": runs}
+        arguments.out.write_text(json.dumps(report, indent=1) + "\n")
+
+    for name, max_batch, in_flight in (("nbvision serve", arguments.max_batch, 2), ("one at a time", 1, 1)):
+        with nbvision_service(device, max_batch=max_batch, in_flight=in_flight) as (port, _):
+            measure(name, port)
+    with running([str(ROOT / "examples" / "straightforward_service.py"), "--device", device]) as port:
+        measure("straightforward", port)
+    ours, *others = (found["rate_per_s"] for found in report["services"].values())
+    print(f"  {ours:.0f} requests/s with {IN_TIME:.0%} in time: {[f'{ours / max(o, 1e-9):.2f}x' for o in others]}")
+    if arguments.picture:
+        draw(report, arguments.picture)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
