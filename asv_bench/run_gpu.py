@@ -28,7 +28,7 @@ from typing import Any
 
 HERE = Path(__file__).resolve().parent
 MODULES = ("preprocess", "nv12", "boxes", "masks", "draw", "warp", "eager", "decode", "encode")
-MODULES += ("engine", "memory", "pipeline")
+MODULES += ("engine", "memory", "pipeline", "serve")
 TRACK = "track_"
 
 

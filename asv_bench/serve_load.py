@@ -15,142 +15,38 @@ from __future__ import annotations
 
 import argparse
 import asyncio
-import contextlib
 import json
 import math
-import os
-import signal
-import socket
 import statistics
-import subprocess
 import sys
-import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from benchmarks.common import ROOT, catalogue_files
+from benchmarks.serve import CONFIG, PICTURE_BYTES, Client, nbvision_service, one_after_another, running
 
 from nbvision.batching.simulator import arrivals
 from nbvision.runtime.device import resolve_device
-from nbvision.serve.config import PipelineConfig, read_config
+from nbvision.serve.config import read_config
 from nbvision.serve.pipelines import PIPELINES
 
 IN_TIME = 0.99
 STEP = 1.25  # from one rate to the next
 BEYOND = 0.7  # in time: no higher rates are of interest
-CONNECTIONS = 400
 WARM_UP_S = 1.0
 
-CONFIG = """
+GARMENTS = """
 cache_bytes: 0
 concurrency: 4096
 pipelines:
   garments: {{kind: recognizer, device: {device}, max_batch: {max_batch}, in_flight: {in_flight}}}
-  nothing: {{kind: python, device: cpu, function: 'serve_load:nothing'}}
 """
 
 
-def nothing(items: list[bytes]) -> list[dict[str, int]]:
-    """A pipeline without work of its own."""
-    return [{"bytes": len(item)} for item in items]
-
-
-# --- services ---------------------------------------------------------------------------------------------------------
-
-
-@contextlib.contextmanager
-def running(command: Sequence[str]) -> Iterator[int]:
-    """A service in a process of its own that listens to ``--port``, and its port, once it is ready."""
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        port = free.getsockname()[1]
-    paths = [str(ROOT / folder) for folder in (".", "kernels", "asv_bench", "examples")]
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join([*paths, os.environ.get("PYTHONPATH", "")])}
-    with tempfile.TemporaryFile() as log:
-        process = subprocess.Popen([sys.executable, *command, "--port", str(port)], stderr=log, env=environment)
-        try:
-            while not asyncio.run(is_ready(port)):
-                if process.poll() is not None:
-                    log.seek(0)
-                    raise RuntimeError(f"{command} ended with {process.returncode}: {log.read().decode()[-2000:]}")
-                time.sleep(0.1)
-            yield port
-        finally:
-            process.send_signal(signal.SIGTERM)
-            process.wait(60)
-
-
-async def is_ready(port: int) -> bool:
-    client = Client(port)
-    try:
-        return await client.ask("GET", "/v2/health/ready") == 200
-    except OSError:
-        return False
-    finally:
-        client.close()
-
-
-@contextlib.contextmanager
-def nbvision_service(device: str, *, max_batch: int, in_flight: int) -> Iterator[tuple[int, PipelineConfig]]:
-    """``nbvision serve``: its port, and how the recognizer in it is made."""
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder, "serve.yaml")
-        path.write_text(CONFIG.format(device=device, max_batch=max_batch, in_flight=in_flight))
-        with running(["-m", "nbvision", "serve", str(path)]) as port:
-            yield port, read_config(path).pipelines["garments"]
-
-
-# --- the client -------------------------------------------------------------------------------------------------------
-
-
-class Client:
-    """HTTP over connections that stay open; little of it, so that it takes little of the machine from the service."""
-
-    def __init__(self, port: int) -> None:
-        self._port = port
-        self._free: list[tuple[asyncio.StreamReader, asyncio.StreamWriter]] = []
-
-    async def ask(self, method: str, target: str, body: bytes = b"") -> int:
-        """The status of an answer, which is read to its end."""
-        head = f"{method} {target} HTTP/1.1\r\nHost: here\r\nContent-Type: image/jpeg\r\nContent-Length: {len(body)}"
-        while True:
-            is_used = bool(self._free)
-            connection = self._free.pop() if is_used else await asyncio.open_connection("127.0.0.1", self._port)
-            reader, writer = connection
-            writer.write(head.encode() + b"\r\n\r\n" + body)
-            try:
-                answer = (await reader.readuntil(b"\r\n\r\n")).lower()
-                break
-            except (asyncio.IncompleteReadError, ConnectionError):
-                writer.close()
-                if not is_used:  # else it was idle for so long that the service had closed it
-                    raise
-        length = int(answer.partition(b"content-length:")[2].partition(b"\r\n")[0])
-        await reader.readexactly(length)
-        if len(self._free) < CONNECTIONS:
-            self._free.append(connection)
-        else:
-            writer.close()
-        return int(answer.split(None, 2)[1])
-
-    def close(self) -> None:
-        for _, writer in self._free:
-            writer.close()
-
-
-async def one_after_another(port: int, target: str, files: Sequence[bytes], count: int) -> list[float]:
-    """Milliseconds of each answer."""
-    client, times_ms = Client(port), []
-    for number in range(count):
-        started_s = time.perf_counter()
-        status = await client.ask("POST", target, files[number % len(files)])
-        times_ms.append((time.perf_counter() - started_s) * 1e3)
-        if status != 200:
-            raise RuntimeError(f"{target} answers {status}")
-    client.close()
-    return times_ms
+# --- load ------------------------------------------------------------------------------------------------------------
 
 
 async def at_any_time(port: int, files: Sequence[bytes], *, rate: float, seconds: float, deadline_ms: float) -> Any:
@@ -194,7 +90,8 @@ def overhead(device: str, files: Sequence[bytes], *, rounds: int, count: int) ->
     served: list[float] = []
     alone: list[float] = []
     differences: list[float] = []
-    with nbvision_service(device, max_batch=1, in_flight=1) as (port, config):
+    with nbvision_service(GARMENTS.format(device=device, max_batch=1, in_flight=1)) as (port, path):
+        config = read_config(path).pipelines["garments"]
         pipeline = PIPELINES[config.kind](**config.options)
         for data in files[:8]:
             pipeline.run([data])
@@ -211,16 +108,16 @@ def overhead(device: str, files: Sequence[bytes], *, rounds: int, count: int) ->
             served += times_ms
             alone += bare_ms
             differences.append(statistics.median(np.subtract(times_ms, bare_ms)))
-        asyncio.run(one_after_another(port, "/v1/nothing", files, 50))
-        empty = asyncio.run(one_after_another(port, "/v1/nothing", files, 500))
-        small = asyncio.run(one_after_another(port, "/v1/nothing", [bytes(1000)], 500))
         pipeline.close()
+    with nbvision_service(CONFIG) as (port, _):
+        picture = [bytes(PICTURE_BYTES)]
+        asyncio.run(one_after_another(port, "/v1/nothing", picture, 100))
+        empty = asyncio.run(one_after_another(port, "/v1/nothing", picture, 1000))
     return {
         "recognizer_in_service_ms": statistics.median(served),
         "recognizer_alone_ms": statistics.median(alone),
-        "difference_ms": statistics.median(differences),
+        "difference_ms": float(statistics.median(differences)),
         "service_alone_ms": statistics.median(empty),
-        "service_alone_1000_bytes_ms": statistics.median(small),
     }
 
 
@@ -312,9 +209,10 @@ def main() -> int:
         arguments.out.write_text(json.dumps(report, indent=1) + "\n")
 
     for name, max_batch, in_flight in (("nbvision serve", arguments.max_batch, 2), ("one at a time", 1, 1)):
-        with nbvision_service(device, max_batch=max_batch, in_flight=in_flight) as (port, _):
+        config = GARMENTS.format(device=device, max_batch=max_batch, in_flight=in_flight)
+        with nbvision_service(config) as (port, _):
             measure(name, port)
-    with running([str(ROOT / "examples" / "straightforward_service.py"), "--device", device]) as port:
+    with running(str(ROOT / "examples" / "straightforward_service.py"), "--device", device) as port:
         measure("straightforward", port)
     ours, *others = (found["rate_per_s"] for found in report["services"].values())
     print(f"  {ours:.0f} requests/s with {IN_TIME:.0%} in time: {[f'{ours / max(o, 1e-9):.2f}x' for o in others]}")

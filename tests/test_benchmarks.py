@@ -106,9 +106,9 @@ def test_mask_peers_give_what_nbvision_gives(peer):
 @pytest.fixture
 def reduced(monkeypatch, tmp_path):
     """The suite at a size for tests, on the CPU alone."""
-    from benchmarks import common, decode, draw, eager, encode, masks, memory, nv12, pipeline, preprocess, warp
+    from benchmarks import common, decode, draw, eager, encode, masks, memory, nv12, pipeline, preprocess, serve, warp
 
-    for module in (decode, draw, eager, encode, masks, memory, nv12, pipeline, preprocess, warp):
+    for module in (decode, draw, eager, encode, masks, memory, nv12, pipeline, preprocess, serve, warp):
         monkeypatch.setattr(module, "wall_us", lambda call, **_: common.wall_us(call, seconds=0))
         monkeypatch.setattr(module, "need_cuda", _no_cuda, raising=False)
     monkeypatch.setattr(decode, "SIZES", {"500x375": (37, 51), "1920x1080": (109, 191)})
@@ -122,6 +122,8 @@ def reduced(monkeypatch, tmp_path):
     monkeypatch.setattr(eager.EagerOnCPU, "size", (109, 191))
     monkeypatch.setattr(encode.EncodeOnCPU, "size", (27, 41))
     monkeypatch.setattr(preprocess.WindowsOnCPU, "size", (109, 191))
+    monkeypatch.setattr(serve.RoundTrip, "requests", 5)
+    monkeypatch.setattr(serve.Protocol, "floats", 99)
     monkeypatch.setattr(pipeline.Recognize, "images", {"cpu": 2})
     monkeypatch.setattr(pipeline.RecognizeRatio, "images", {"cpu": 2})
     monkeypatch.setattr(pipeline.RecognizeRatio, "rounds", 1)
@@ -142,7 +144,8 @@ def _drawn_at(files, count, directory, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "module", ["preprocess", "nv12", "masks", "draw", "warp", "eager", "decode", "encode", "memory", "pipeline"]
+    "module",
+    ["preprocess", "nv12", "masks", "draw", "warp", "eager", "decode", "encode", "memory", "pipeline", "serve"],
 )
 def test_every_benchmark_runs(module, reduced, capsys):
     import run_gpu

@@ -49,6 +49,39 @@ def test_python_block_runs(folder_with_images, place, code):
     assert done.returncode == 0, f"{place}\n{done.stderr[-2000:]}"
 
 
+def test_the_service_that_the_docs_describe(folder_with_images):
+    """Its files are files of a service, its commands are commands, and what its clients ask is answered."""
+    for module in ("fastapi", "uvicorn", "yaml", "httpx", "prometheus_client", "python_multipart", "tritonclient"):
+        pytest.importorskip(module)
+    from serving import Server
+
+    from nbvision.cli import _parser
+    from nbvision.serve import read_config
+
+    text = (ROOT / "docs" / "serving.md").read_text()
+    files = re.findall(r"^```yaml\n(.*?)^```$", text, re.MULTILINE | re.DOTALL)
+    lines = "".join(re.findall(r"^```bash\n(.*?)^```$", text, re.MULTILINE | re.DOTALL)).splitlines()
+    clients = re.findall(r"^```python client\n(.*?)^```$", text, re.MULTILINE | re.DOTALL)
+    for number, file in enumerate(files):
+        (folder_with_images / f"{number}.yaml").write_text(file)
+        assert read_config(folder_with_images / f"{number}.yaml").pipelines
+    served = [line for line in lines if line.startswith("nbvision serve")]
+    asked = [line for line in lines if line.startswith("curl -s ")]
+    assert _parser().parse_args(served[0].split()[1:]).port == 8000
+    assert len(served) + len(asked) == len(lines)
+    with Server(files[0], folder_with_images) as server:
+        for command in [*asked, *clients]:
+            here = command.replace("localhost:8000", server.url.removeprefix("http://"))
+            if command in clients:
+                run = [sys.executable, "-W", "error", "-c", here]
+            else:
+                run = ["bash", "-c", here.replace("curl -s ", "curl -s --fail ")]
+            done = subprocess.run(run, capture_output=True, text=True, check=False)
+            assert done.returncode == 0, f"{command}\n{done.stderr[-2000:]}"
+            assert done.stdout.strip()
+            assert '"error"' not in done.stdout
+
+
 def test_there_are_examples():
     assert len(blocks("python")) >= 2
 

@@ -141,6 +141,7 @@ INPUT = {"name": "x", "shape": [2], "datatype": "INT32", "data": [1, 2]}
         ({"data": [1, True]}, "another kind"),
         ({"data": "12"}, "expected a list"),
         ({"data": [[[[[[[[[[1, 2]]]]]]]]]]}, "nested more than"),
+        ({"data": [[1], 2]}, "side by side"),
         ({"name": 7}, "expected a string"),
         ({"parameters": []}, "expected an object"),
         ({"parameters": {"binary_data_size": 8}}, "0 bytes are left"),

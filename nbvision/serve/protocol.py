@@ -5,6 +5,7 @@ Knows nothing of HTTP, models or threads: bytes and numbers in, bytes and number
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 from collections.abc import Mapping, Sequence
@@ -249,12 +250,12 @@ def _from_json(data: Any, datatype: str, shape: Sequence[int]) -> npt.NDArray[An
     if len(values) != count:
         raise InputError(f"{len(values)} values for shape {list(shape)}; expected {count}")
     if datatype == "BYTES":
-        if not all(isinstance(value, str) for value in values):
+        if not set(map(type, values)) <= {str}:
             raise InputError("a value of BYTES is no string")
         return _objects_array([value.encode("utf-8", "surrogatepass") for value in values], shape)
     dtype = DATATYPES[datatype]
     kinds: tuple[type, ...] = {"b": (bool,), "f": (int, float)}.get(dtype.kind, (int,))
-    if not all(type(value) in kinds for value in values):
+    if not set(map(type, values)) <= set(kinds):
         raise InputError(f"a value of {datatype} is of another kind")
     try:
         return np.array(values, dtype).reshape(shape)
@@ -263,19 +264,15 @@ def _from_json(data: Any, datatype: str, shape: Sequence[int]) -> npt.NDArray[An
 
 
 def _flattened(data: list[Any]) -> list[Any]:
-    """The values of a list, or of lists of lists, in their order."""
-    values, stack = [], [iter(data)]
-    while stack:
-        for item in stack[-1]:
-            if isinstance(item, list):
-                if len(stack) > _MOST_DIMENSIONS:
-                    raise InputError(f"data is nested more than {_MOST_DIMENSIONS} deep")
-                stack.append(iter(item))
-                break
-            values.append(item)
-        else:
-            stack.pop()
-    return values
+    """The values of a list, or of lists of lists, in their order; a level at a time, for there may be millions."""
+    for _ in range(_MOST_DIMENSIONS):
+        kinds = set(map(type, data))
+        if list not in kinds:
+            return data
+        if len(kinds) > 1:
+            raise InputError("data has lists and values side by side; expected all values at one depth")
+        data = list(itertools.chain.from_iterable(data))
+    raise InputError(f"data is nested more than {_MOST_DIMENSIONS} deep")
 
 
 def _object(value: Any, what: str) -> dict[str, Any]:
