@@ -29,7 +29,7 @@ _NEEDS = {
     "test_serve.py": (*_SERVICE, "grpc", "tritonclient", "opentelemetry"),
     "test_serve_cache.py": ("httpx",),
     "test_serve_faults.py": _SERVICE,
-    "test_serve_fuzz.py": (*_SERVICE, "schemathesis"),
+    "test_serve_fuzz.py": (*_SERVICE, "schemathesis", "tritonclient"),
     "test_serve_page.py": (*_SERVICE, "playwright"),
     "test_simulator.py": ("numba_cuda",),
     "test_tensorrt.py": ("tensorrt_rtx",),

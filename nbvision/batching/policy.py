@@ -148,6 +148,8 @@ def next_batch(
     able = [request for request in waiting if request.deadline_s >= latest_s][: LOOK_AT * max_batch]
     if not able:
         return Release([], late, "drained")
+    if len(able) == 1:  # there is nothing to choose
+        return Release(able, late, "full" if max_batch == 1 else "drained")
     sizes = range(1, min(len(able), max_batch) + 1)
     typical_s, slowest_s = (np.array([time_of(size) for size in sizes]) for time_of in (typical, latency))
     left_s = np.array([request.deadline_s for request in able]) - now_s
