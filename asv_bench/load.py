@@ -25,7 +25,7 @@ from benchmarks.common import catalogue_files
 
 import nbvision as nbv
 from nbvision.batching import LatencyCurve
-from nbvision.batching.policy import Request
+from nbvision.batching.policy import Reason, Request
 from nbvision.batching.simulator import arrivals
 from nbvision.demo.run import models_directory
 from nbvision.recognizer import Recognizer
@@ -40,19 +40,19 @@ WARM_UP_CALLS = 8  # of each size
 class Eager(nbv.Batcher):
     """All that wait, as soon as a thread is free."""
 
-    def _choose(self) -> tuple[list[Request], list[Request], bool]:
+    def _choose(self) -> tuple[list[Request], list[Request], Reason]:
         batch = self._queue.first(time.monotonic())[: self.max_batch]
         self._take_out(batch)
         for request in batch:
             request.future.set_running_or_notify_cancel()
         self._sizes[len(batch)] += bool(batch)
-        return batch, [], len(self._queue) > 0
+        return batch, [], "full" if len(batch) == self.max_batch else "drained"
 
 
 class FixedDelay(Eager):
     """The same once there is a full batch, or the oldest has waited 10 ms."""
 
-    def _choose(self) -> tuple[list[Request], list[Request], bool]:
+    def _choose(self) -> tuple[list[Request], list[Request], Reason]:
         while waiting := self._queue.all():
             left_s = min(request.arrived_s for request in waiting) + DELAY_S - time.monotonic()
             if len(waiting) >= self.max_batch or left_s <= 0:

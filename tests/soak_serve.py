@@ -86,14 +86,14 @@ class Abuse:
 
     def impatient(self) -> None:
         try:
-            self._ask("sleeping", b"200 x", timeout=0.05)
+            self._ask("sleeping", b"200 " + os.urandom(8), timeout=0.05)
         except httpx.TimeoutException:
             self.seen["gone away"] += 1
 
     def burst(self) -> None:
         async def ask_all() -> list[int]:
             async with httpx.AsyncClient(base_url=self._server.url, timeout=60) as client:
-                asked = [client.post("/v1/slow", content=b"%d" % index) for index in range(40)]
+                asked = [client.post("/v1/slow", content=os.urandom(8)) for _ in range(40)]
                 return [answer.status_code for answer in await asyncio.gather(*asked)]
 
         self.asked.update(asyncio.run(ask_all()))

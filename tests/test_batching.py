@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import collections
 import concurrent.futures
 import gc
 import math
@@ -10,14 +11,16 @@ import threading
 import time
 import weakref
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from PIL import Image
 
-from nbvision.batching import Batcher, LatencyCurve, goodput, simulate
+from nbvision.batching import Batcher, BatcherTimeline, BatchRecord, LatencyCurve, goodput, simulate
 from nbvision.batching.policy import Request, RequestQueue, hold_until_s, next_batch
 from nbvision.batching.simulator import arrivals
 from nbvision.errors import DeadlineError, InputError, OverloadError
@@ -587,3 +590,69 @@ def test_options_that_are_none(options: Any) -> None:
         Batcher(list, **options)
     with pytest.raises(InputError, match="expected a callable"):
         Batcher("no function")  # type: ignore[arg-type]
+
+
+# --- the timeline -----------------------------------------------------------------------------------------------------
+
+
+def test_a_timeline_has_every_batch_and_what_was_lost() -> None:
+    def run(items: list[float]) -> list[Any]:
+        time.sleep(0.05)
+        return [ValueError("no") if item < 0 else item for item in items]
+
+    with Batcher(run, max_batch=4, in_flight=1) as batcher:
+        futures = [batcher.submit(item) for item in (1.0, 2.0, -3.0, 4.0, 5.0, 6.0)]
+        concurrent.futures.wait(futures)
+        running = batcher.submit(7.0)
+        while not batcher.stats().running:
+            time.sleep(0.001)
+        late = batcher.submit(8.0, deadline_ms=20)
+        concurrent.futures.wait([running, late])
+        timeline, stats = batcher.timeline(), batcher.stats()
+    batches = timeline.batches
+    assert sum(batch.size for batch in batches) == stats.answered + stats.failed
+    assert len(batches) == stats.batches
+    assert sum(batch.failed for batch in batches) == stats.failed == 1
+    assert sum(batch.missed for batch in batches) == stats.missed
+    assert sum(count for _, count in timeline.given_up) == stats.late == 1
+    assert collections.Counter(batch.reason for batch in batches) == stats.reasons
+    for batch in batches:
+        assert batch.seconds >= 0.05
+        assert timeline.until_s - 60 < batch.began_s < batch.began_s + batch.seconds <= timeline.until_s
+        assert 0 <= batch.waited_s < 5
+    assert batcher.timeline(seconds=1e-6).batches == []
+
+
+def test_the_picture_of_a_timeline(tmp_path: Path) -> None:
+    """Bars where batches ran, as wide as they took, as high as they were large, in the color of their reason."""
+    batches = [
+        BatchRecord(100.0, 10.0, 0, 8, "full", 0.5, 0, 0),
+        BatchRecord(120.0, 20.0, 1, 4, "deadline", 1.0, 1, 0),
+    ]
+    shown = BatcherTimeline(batches, [(150.0, 3)], until_s=160.0, seconds=60.0, max_batch=8, threads=2)
+    pixels = np.asarray(shown.draw(size=(674, 320)))  # 10 pixels a second, after 64
+    colors = {"full": (0x22, 0x88, 0x33), "deadline": (0xCC, 0xBB, 0x44), "lost": (0xEE, 0x66, 0x77)}
+    places = {}
+    for name, color in colors.items():
+        rows, columns = np.nonzero((pixels[:278] == color).all(axis=2))  # above the legend
+        places[name] = (columns.min() - 64, columns.max() + 1 - 64, rows.max() + 1 - rows.min(), len(set(columns)))
+    assert places["full"][:2] == (0, 100)
+    assert places["deadline"][:2] == (200, 400)
+    assert places["full"][2] == pytest.approx(2 * places["deadline"][2], abs=2)
+    assert places["lost"][0] == 400  # the end of the batch that missed
+    assert places["lost"][1] == 501  # and who was given up
+    assert places["lost"][3] == 2
+    shown.save(tmp_path / "minute.png", size=(300, 200))
+    with Image.open(tmp_path / "minute.png") as picture:
+        assert picture.size == (300, 200)
+
+
+@pytest.mark.parametrize("seconds", [0, -1, float("nan"), float("inf")])
+def test_a_timeline_of_no_time(seconds: float) -> None:
+    with Batcher(lambda items: items) as batcher, pytest.raises(InputError, match="expected a positive"):
+        batcher.timeline(seconds=seconds)
+
+
+def test_an_empty_timeline_is_a_picture_too() -> None:
+    with Batcher(lambda items: items) as batcher:
+        assert batcher.timeline().draw().size == (900, 320)

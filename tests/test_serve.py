@@ -375,6 +375,21 @@ def test_prometheus(client: httpx.Client) -> None:
     assert metric(client, "nbvision_memory_held_bytes", device="cpu") > 0
 
 
+def test_the_timeline_of_the_last_minute(client: httpx.Client) -> None:
+    def colors() -> int:
+        answer = client.get("/v1/echo/timeline?seconds=5").raise_for_status()
+        with Image.open(io.BytesIO(answer.content)) as picture:
+            assert (picture.format, picture.size) == ("PNG", (900, 320))
+            return len(picture.crop((64, 0, 890, 200)).getcolors())
+
+    time.sleep(5.1)  # what other tests did is past
+    before = colors()
+    client.post("/v1/echo", content=b"another of its own").raise_for_status()
+    assert colors() > before
+    assert client.get("/v1/nobody/timeline").status_code == 404
+    assert "seconds" in client.get("/v1/echo/timeline?seconds=0").json()["error"]
+
+
 def test_openapi_describes_what_there_is(client: httpx.Client) -> None:
     described = client.get("/openapi.json").json()
     assert {"/v1/{model}", "/v2/models/{model}/infer", "/v2/health/ready", "/metrics"} <= set(described["paths"])
@@ -452,7 +467,7 @@ JSON = {"Content-Type": "application/json"}
 def test_refused(client: httpx.Client, path: str, content: bytes, headers: Any, status: int, says: str) -> None:
     response = client.post(path, content=content, headers=headers)
     assert response.status_code == status
-    assert says in json.dumps(response.json())
+    assert says in response.json()["error"]
     assert client.post("/v1/echo", content=b"as before").json()["bytes"] == 9
 
 

@@ -150,3 +150,4 @@ def test_charts_move(page: Any, server: Server) -> None:
         server.ask("garments", buffer.getvalue(), headers={"Authorization": "Bearer letmein"}).raise_for_status()
     page.wait_for_function(r"/garments.*healthy.*\d+ answered/s.test(document.getElementById('counts').innerText)")
     page.wait_for_function("document.getElementById('charts').innerText.includes('items a second: ')")
+    page.wait_for_function("document.getElementById('timeline').naturalWidth == 900", timeout=20_000)

@@ -3,5 +3,15 @@
 from nbvision.batching.batcher import Batcher, BatcherStats
 from nbvision.batching.latency import LatencyCurve
 from nbvision.batching.simulator import Simulation, goodput, simulate
+from nbvision.batching.timeline import BatcherTimeline, BatchRecord
 
-__all__ = ["Batcher", "BatcherStats", "LatencyCurve", "Simulation", "goodput", "simulate"]
+__all__ = [
+    "BatchRecord",
+    "Batcher",
+    "BatcherStats",
+    "BatcherTimeline",
+    "LatencyCurve",
+    "Simulation",
+    "goodput",
+    "simulate",
+]

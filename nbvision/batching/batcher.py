@@ -18,12 +18,14 @@ import numpy as np
 
 from nbvision.batching.latency import LatencyCurve
 from nbvision.batching.policy import Reason, Release, Request, RequestQueue, hold_until_s, next_batch
+from nbvision.batching.timeline import BatcherTimeline, BatchRecord
 from nbvision.errors import DeadlineError, InputError, NbvisionError, OverloadError
 from nbvision.runtime.device import Device, array_module, own_stream, resolve_device, synchronize
 
 __all__ = ["Batcher", "BatcherStats"]
 
 _REMEMBERED = 1000  # requests whose times in the queue are kept
+_RECORDED = 10_000  # batches that are kept for the timeline
 _PROBE_S = 1.0  # without a batch, though requests come: then one is run whatever the curve says, which may be wrong
 _ATTEMPTS = 4  # calls to find one bad item, for each halving that it may take
 
@@ -171,8 +173,10 @@ class Batcher:
         self._reasons: collections.Counter[Reason] = collections.Counter()
         self._queue_times_s: collections.deque[float] = collections.deque(maxlen=_REMEMBERED)
         self._queue_s = 0.0
+        self._records: collections.deque[BatchRecord] = collections.deque(maxlen=_RECORDED)
+        self._given_up: collections.deque[tuple[float, int]] = collections.deque(maxlen=_RECORDED)
         self._threads = [
-            threading.Thread(target=self._work, name=f"nbvision-batcher-{number}", daemon=True)
+            threading.Thread(target=self._work, args=(number,), name=f"nbvision-batcher-{number}", daemon=True)
             for number in range(in_flight)
         ]
         self._ran_s = time.monotonic()  # when a batch ended last
@@ -265,6 +269,32 @@ class Batcher:
                 queue_s=self._queue_s,
             )
 
+    def timeline(self, *, seconds: float = 60.0) -> BatcherTimeline:
+        """What ran in the last while; of more than 10,000 batches the last 10,000.
+
+        Parameters
+        ----------
+        seconds : float
+            How much of the time until now.
+
+        Raises
+        ------
+        InputError
+            If that is not positive.
+        """
+        if not 0 < seconds < math.inf:
+            raise InputError(f"seconds is {seconds!r}; expected a positive number")
+        with self._changed:
+            now_s = time.monotonic()
+            return BatcherTimeline(
+                batches=[batch for batch in self._records if batch.began_s + batch.seconds > now_s - seconds],
+                given_up=[(moment_s, count) for moment_s, count in self._given_up if moment_s > now_s - seconds],
+                until_s=now_s,
+                seconds=seconds,
+                max_batch=self.max_batch,
+                threads=len(self._threads),
+            )
+
     def close(self, *, drain: bool = True) -> None:
         """Take no more requests, end the threads, and let go of the function.
 
@@ -294,14 +324,15 @@ class Batcher:
     def __exit__(self, *exception: object) -> None:
         self.close()
 
-    def _work(self) -> None:
+    def _work(self, thread: int) -> None:
         """The life of a thread: wait for requests, choose some, run them."""
         while True:
             with self._changed:
                 self._wait_for_work()
                 if not len(self._queue):
                     return
-                batch, late, has_more = self._choose()
+                batch, late, reason = self._choose()
+                has_more = len(self._queue) > 0
                 self._busy += bool(batch)
                 if has_more:
                     self._changed.notify()
@@ -310,7 +341,7 @@ class Batcher:
                     DeadlineError("the request was given up: it could not be answered before its deadline")
                 )
             if batch:
-                self._run(batch)
+                self._run(batch, reason, thread)
 
     def _wait_for_work(self) -> None:
         """Until requests shall run, or none will come any more."""
@@ -329,8 +360,8 @@ class Batcher:
             return -math.inf
         return hold_until_s(waiting, self.latency, max_batch=self.max_batch)
 
-    def _choose(self) -> tuple[list[Request], list[Request], bool]:
-        """The next batch and those that are given up, taken out of the queue; and whether requests are left."""
+    def _choose(self) -> tuple[list[Request], list[Request], Reason]:
+        """The next batch and those that are given up, taken out of the queue; and why the batch is no larger."""
         now_s = time.monotonic()
         waiting, typical = self._queue.first(now_s), self.latency.typical
         release = next_batch(waiting, now_s, self.latency, max_batch=self.max_batch, typical=typical)
@@ -343,19 +374,21 @@ class Batcher:
         late = [request for request in release.late if request.future.set_running_or_notify_cancel()]
         self._counts["cancelled"] += len(release.batch) + len(release.late) - len(batch) - len(late)
         self._counts["late"] += len(late)
+        if late:
+            self._given_up.append((now_s, len(late)))
         if batch:
             self._sizes[len(batch)] += 1
             self._reasons[release.reason] += 1
             times_s = [now_s - request.arrived_s for request in batch]
             self._queue_times_s.extend(times_s)
             self._queue_s += sum(times_s)
-        return batch, late, len(self._queue) > 0
+        return batch, late, release.reason
 
     def _take_out(self, requests: list[Request]) -> None:
         self._queue.remove(requests)
         self._queued_bytes -= sum(request.size_bytes for request in requests)
 
-    def _run(self, batch: list[Request]) -> None:
+    def _run(self, batch: list[Request], reason: Reason, thread: int) -> None:
         started_s = time.monotonic()
         attempts = [_ATTEMPTS * (len(batch).bit_length() + 1)]
         most = attempts[0]
@@ -364,10 +397,16 @@ class Batcher:
         with self._changed:
             self._ran_s = ended_s
             self._busy -= 1
-            for request, outcome in zip(batch, outcomes, strict=True):
-                failed = isinstance(outcome, BaseException)
-                self._counts["failed" if failed else "answered"] += 1
-                self._counts["missed"] += not failed and ended_s > request.deadline_s
+            failed = sum(isinstance(outcome, BaseException) for outcome in outcomes)
+            missed = sum(
+                ended_s > request.deadline_s and not isinstance(outcome, BaseException)
+                for request, outcome in zip(batch, outcomes, strict=True)
+            )
+            self._counts.update(answered=len(batch) - failed, failed=failed, missed=missed)
+            waited_s = started_s - min(request.arrived_s for request in batch)
+            self._records.append(
+                BatchRecord(started_s, ended_s - started_s, thread, len(batch), reason, waited_s, missed, failed)
+            )
         for request, outcome in zip(batch, outcomes, strict=True):
             if isinstance(outcome, BaseException):
                 request.future.set_exception(outcome)

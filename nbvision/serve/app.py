@@ -8,6 +8,7 @@ import binascii
 import contextlib
 import hmac
 import importlib.resources
+import io
 import json
 import logging
 import time
@@ -24,7 +25,8 @@ from nbvision.serve.status import CLIENT_GONE, RefusedError, UnknownModelError, 
 
 try:
     import anyio
-    from fastapi import FastAPI, Request
+    from fastapi import FastAPI, Query, Request
+    from fastapi.exceptions import RequestValidationError
     from starlette.datastructures import Headers, UploadFile
     from starlette.exceptions import HTTPException
     from starlette.formparsers import MultiPartException, MultiPartParser
@@ -105,6 +107,13 @@ def make_app(service: Service) -> FastAPI:
         return JSONResponse({"error": str(error.detail)}, error.status_code, headers=error.headers)
 
     app.add_exception_handler(HTTPException, not_found)
+
+    async def not_valid(request: Request, error: Exception) -> Response:
+        assert isinstance(error, RequestValidationError)
+        wrong = error.errors()[0]
+        return JSONResponse({"error": f"{wrong['loc'][-1]} is {wrong.get('input')!r}: {wrong['msg']}"}, 422)
+
+    app.add_exception_handler(RequestValidationError, not_valid)
 
     async def body_of(request: Request) -> bytes:
         """All of a request's body, if it is small enough and comes in time."""
@@ -286,6 +295,14 @@ def make_app(service: Service) -> FastAPI:
     @app.get("/v1/stats", tags=["operations"])
     async def stats() -> dict[str, Any]:
         return metrics.described(service)
+
+    @app.get("/v1/{model}/timeline", tags=["operations"], response_class=Response)
+    async def timeline(model: str, seconds: float = Query(60.0, gt=0, le=3600)) -> Response:
+        """A picture (PNG) of the batches of the last while: their sizes and times, what waited, what was lost."""
+        shown = service.get(model).batcher.timeline(seconds=seconds)
+        buffer = io.BytesIO()
+        await asyncio.to_thread(lambda: shown.draw().save(buffer, "png"))
+        return Response(buffer.getvalue(), media_type="image/png")
 
     @app.get("/", include_in_schema=False)
     async def page() -> Response:

@@ -20,6 +20,7 @@ from types import FrameType
 from typing import Any, cast
 
 from nbvision.errors import InputError, MissingExtraError
+from nbvision.serve import heap
 from nbvision.serve.config import read_config
 
 __all__ = ["serve"]
@@ -132,6 +133,7 @@ def run_worker(
     from nbvision.serve.connections import Connection
     from nbvision.serve.service import Service
 
+    heap.share_arenas()
     service = Service(path, worker=worker)
     app = make_app(service)
     config = uvicorn.Config(

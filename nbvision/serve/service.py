@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import collections
 import contextlib
-import ctypes
 import json
 import logging
 import os
@@ -17,6 +16,7 @@ from typing import Any
 import numpy as np
 
 from nbvision.errors import DecodeError, InputError, NbvisionError
+from nbvision.serve import heap
 from nbvision.serve.cache import ResultCache, key_of
 from nbvision.serve.config import Config, PipelineConfig, read_config
 from nbvision.serve.pipelines import PIPELINES, Served, texts
@@ -265,14 +265,9 @@ class Service:
 
 
 def _close(served: Served) -> None:
-    """Close a pipeline that was replaced, and give its memory back to the system.
-
-    glibc keeps what was freed in each thread's arena, and each version has threads of its own: a service whose models
-    are loaded anew would seem to grow.
-    """
+    """Close a pipeline that was replaced, and give its memory back to the system."""
     served.close()
-    with contextlib.suppress(OSError, AttributeError):  # another system
-        ctypes.CDLL("libc.so.6").malloc_trim(0)
+    heap.give_back()
 
 
 def _made(config: PipelineConfig) -> Served:
