@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import hashlib
+import math
 import os
+import threading
 import time
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from nbvision.errors import DecodeError, EngineError
 
@@ -48,6 +52,40 @@ def breaking(images: list[bytes]) -> list[Any]:
     if SWITCH.exists():
         raise EngineError("the engine failed")
     return echo(images)
+
+
+class SlowAtFirst:
+    """Whose first call in each thread takes half a second, as one that compiles does."""
+
+    def __init__(self) -> None:
+        self._warm = threading.local()
+
+    def __call__(self, images: list[bytes]) -> list[Any]:
+        if not hasattr(self._warm, "done"):
+            time.sleep(0.5)
+            self._warm.done = True
+        return echo(images)
+
+
+def unsendable(images: list[bytes]) -> list[Any]:
+    """Results that are no JSON where an item says so."""
+    results = {b"nan": math.nan, b"float32": np.float32(1), b"object": object()}
+    return [{"value": results.get(data, 1)} for data in images]
+
+
+def a_dict(images: list[bytes]) -> Any:
+    """One answer, not a list of them."""
+    return {"images": len(images)}
+
+
+def raising(images: list[bytes]) -> list[Any]:
+    """Never works."""
+    raise KeyError("weights")
+
+
+def exiting(images: list[bytes]) -> list[Any]:
+    """Never works, and wants to take the process with it."""
+    raise SystemExit(5)
 
 
 class Versioned:

@@ -656,3 +656,49 @@ def test_a_timeline_of_no_time(seconds: float) -> None:
 def test_an_empty_timeline_is_a_picture_too() -> None:
     with Batcher(lambda items: items) as batcher:
         assert batcher.timeline().draw().size == (900, 320)
+
+
+# --- warming up -------------------------------------------------------------------------------------------------------
+
+
+def test_every_thread_warms_up_and_nothing_counts_it() -> None:
+    threads: list[int] = []
+
+    def run(items: list[int]) -> list[int]:
+        if threading.get_ident() not in threads:
+            threads.append(threading.get_ident())
+            time.sleep(0.2)  # what it does at first
+        return items
+
+    with Batcher(run, in_flight=3, deadline_ms=100) as batcher:
+        batcher.warm_up([1, 2])
+        assert len(threads) == 3
+        stats = batcher.stats()
+        assert (stats.submitted, stats.batches, batcher.latency(1)) == (0, 0, 0.0)
+        assert batcher.timeline().batches == []
+        futures = [batcher.submit(item) for item in range(50)]
+        assert [future.result() for future in futures] == list(range(50))
+
+
+def test_a_warm_up_that_fails_says_so() -> None:
+    def raising(items: list[int]) -> list[int]:
+        raise KeyError("no such model")
+
+    with Batcher(raising) as batcher, pytest.raises(KeyError, match="no such model"):
+        batcher.warm_up([1])
+    with Batcher(lambda items: [ValueError("not this one") for _ in items]) as batcher:
+        with pytest.raises(ValueError, match="not this one"):
+            batcher.warm_up([1, 2])
+        with pytest.raises(ValueError, match="not this one"):  # and it goes on as before
+            batcher(3)
+    with pytest.raises(InputError, match="closed"):
+        batcher.warm_up([1])
+
+
+def test_a_warm_up_while_requests_come() -> None:
+    with Batcher(lambda items: [item + 1 for item in items], in_flight=2) as batcher:
+        asking = [batcher.submit(item) for item in range(200)]
+        batcher.warm_up([0])
+        asking += [batcher.submit(item) for item in range(200)]
+        assert [future.result() for future in asking] == [*range(1, 201), *range(1, 201)]
+        assert batcher.stats().answered == 400

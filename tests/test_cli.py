@@ -86,9 +86,12 @@ def test_info(capsys: pytest.CaptureFixture[str]) -> None:
         "polygons",
         "parquet",
         "bfloat16",
+        "serve",
+        "grpc",
+        "tracing",
         "cli",
+        "plot",
     ]
-    named.append("plot")
     assert [line.split()[0] for line in extras] == named
 
 

@@ -361,6 +361,23 @@ def metric(client: httpx.Client, name: str, **labels: str) -> float:
     return sum(values)
 
 
+def test_triton_over_grpc_says_what_it_says_over_http(triton: Any, triton_grpc: Any) -> None:
+    config = triton_grpc.get_model_config("affine", as_json=True)["config"]
+    over_http = triton.get_model_config("affine")
+    assert config["name"] == over_http["name"] == "affine"
+    assert config["max_batch_size"] == over_http["max_batch_size"]
+    assert [tensor["name"] for tensor in config["input"]] == ["x", "y"]
+    assert [int(length) for length in config["input"][0]["dims"]] == over_http["input"][0]["dims"]
+    (stats,) = triton_grpc.get_inference_statistics("affine", as_json=True)["model_stats"]
+    (also,) = triton.get_inference_statistics("affine")["model_stats"]
+    assert int(stats["inference_count"]) == also["inference_count"]
+    index = triton_grpc.get_model_repository_index(as_json=True)["models"]
+    assert sorted(model["name"] for model in index) == sorted(
+        model["name"] for model in triton.get_model_repository_index()
+    )
+    assert len(triton_grpc.get_inference_statistics(as_json=True)["model_stats"]) == len(index)
+
+
 def test_prometheus(client: httpx.Client) -> None:
     names = ("nv_inference_request_success", "nv_inference_request_failure", "nv_inference_count")
     before = [metric(client, name, model="echo") for name in names]

@@ -10,6 +10,7 @@ import hashlib
 import os
 import signal
 import socket
+import subprocess
 import threading
 import time
 from collections.abc import Iterator
@@ -18,7 +19,7 @@ from typing import Any
 
 import httpx
 import pytest
-from serving import Server
+from serving import COMMAND, Server
 
 from nbvision.errors import InputError
 
@@ -370,3 +371,108 @@ def test_a_service_needs_its_file(tmp_path: Path) -> None:
     (tmp_path / "serve.yaml").write_text(config("echo"))
     with pytest.raises(InputError, match="workers is 0"):
         serve(tmp_path / "serve.yaml", workers=0)
+
+
+# --- the start, and the end -------------------------------------------------------------------------------------------
+
+
+def test_the_first_requests_are_in_time(tmp_path: Path) -> None:
+    """Neither do they wait for what is done at first, nor are they given up because that took long."""
+    with Server(config("SlowAtFirst", deadline_ms=300), tmp_path) as server:
+        given = [b"%d" % index for index in range(8)]
+        answers = at_once(server, "slowatfirst", given, threads=8)
+        assert all(right(answer, data) for answer, data in zip(answers, given, strict=True))
+        stats = server.stats("slowatfirst")
+        assert (stats["items"], stats["given_up"], stats["missed"]) == (8, 0, 0)
+
+
+def run_to_its_end(tmp_path: Path, text: str, *options: str) -> subprocess.CompletedProcess[str]:
+    path = tmp_path / "serve.yaml"
+    path.write_text(text)
+    here = os.environ | {"PYTHONPATH": str(Path(__file__).parent)}
+    command = [*COMMAND, str(path), "--port", "0", *options]
+    return subprocess.run(command, capture_output=True, text=True, timeout=60, env=here, check=False)
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+@pytest.mark.parametrize(
+    ("function", "says"),
+    [
+        ("raising", "KeyError: 'weights'"),
+        ("exiting", "SystemExit: 5"),
+        ("a_dict", "expected a list"),
+        ("nothing_here", "expected 'module:name'"),
+        ("SWITCH", "expected one, or a class"),
+    ],
+)
+def test_what_cannot_start_ends(tmp_path: Path, workers: int, function: str, says: str) -> None:
+    """With a line that names the pipeline, and not again and again."""
+    done = run_to_its_end(tmp_path, config("echo", function), "--workers", str(workers))
+    assert done.returncode == 1
+    assert "Traceback" not in done.stderr
+    (*_, said) = [line for line in done.stderr.splitlines() if says in line]
+    assert f"pipeline '{function.lower()}'" in said
+    assert done.stderr.count(says) <= workers
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_a_port_for_grpc_that_is_taken(tmp_path: Path, workers: int) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = str(taken.getsockname()[1])
+        done = run_to_its_end(tmp_path, config("echo"), "--grpc-port", port, "--workers", str(workers))
+    assert done.returncode == 1
+    assert "cannot be had for gRPC" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_a_module_beside_the_file(tmp_path: Path) -> None:
+    (tmp_path / "my_module.py").write_text("def sizes(files):\n    return [len(data) for data in files]\n")
+    text = "pipelines: {mine: {kind: python, device: cpu, function: 'my_module:sizes'}}"
+    with Server(text, tmp_path) as server:
+        assert server.ask("mine", b"12345").json() == 5
+    (tmp_path / "my_module.py").write_text("import no_such_package\n")
+    done = run_to_its_end(tmp_path, text)
+    assert done.returncode == 1
+    assert "No module named 'no_such_package'" in done.stderr
+    assert "module:name" not in done.stderr
+
+
+def test_results_that_cannot_be_sent(tmp_path: Path) -> None:
+    with Server(config("unsendable", top=""), tmp_path) as server:
+        for _ in range(2):  # it is not kept
+            for data in (b"nan", b"float32", b"object"):
+                answer = server.ask("unsendable", data)
+                assert answer.status_code == 500
+                assert "no JSON" in answer.json()["error"]
+        assert server.ask("unsendable", b"good").json() == {"value": 1}
+        stats = server.stats("unsendable")
+        assert (stats["success"], stats["failure"]) == (1, 6)
+
+
+def test_a_file_that_serves_less_and_limits_that_change(tmp_path: Path) -> None:
+    with Server(config("echo", "slow", top="token: one"), tmp_path, wait=False) as server:
+        token = {"Authorization": "Bearer one"}
+        server.wait_for("ready")
+        assert server.ask("slow", b"x", headers=token).status_code == 200
+        server.rewrite(config("echo", top="token: two"))
+        server.process.send_signal(signal.SIGHUP)
+        assert server.wait_for("no longer served")["model"] == "slow"
+        (changed,) = [line for line in server.log if "fields" in line] or [
+            server.wait_for("changed in the file, but taken over only when the service starts anew")
+        ]
+        assert changed["fields"] == ["token"]
+        assert server.ask("slow", b"x", headers=token).status_code == 404
+        assert right(server.ask("echo", b"y", headers=token), b"y")
+        assert server.stop() == 0
+
+
+def test_what_is_not_answered_when_the_time_to_drain_is_over(tmp_path: Path) -> None:
+    with Server(config("sleeping", top="drain_s: 1"), tmp_path) as server:
+        with concurrent.futures.ThreadPoolExecutor(1) as pool:
+            asked = pool.submit(server.ask, "sleeping", b"4000 ms")
+            server.until(lambda: server.stats("sleeping")["running"] == 1)
+            assert server.stop() == 0
+            answer = asked.result()
+        assert answer.status_code == 503
+        assert "ending" in answer.json()["error"]
+        assert "Retry-After" in answer.headers

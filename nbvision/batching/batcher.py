@@ -181,6 +181,8 @@ class Batcher:
         ]
         self._ran_s = time.monotonic()  # when a batch ended last
         self._busy = 0  # threads that run one
+        self._warm_ups: dict[int, tuple[list[Any], Future[list[Any]]]] = {}  # by thread
+        self._warming = threading.Lock()
         self._owner = os.getpid()
         for thread in self._threads:
             thread.start()
@@ -225,8 +227,7 @@ class Batcher:
             Future(),
         )
         with self._changed:
-            if self._closing or os.getpid() != self._owner:
-                raise InputError("this Batcher is closed, or of another process; make one here")
+            self._refuse_if_closed()
             if len(self._queue) >= self._max_items or self._queued_bytes + request.size_bytes > self._max_bytes:
                 self._counts["rejected"] += 1
                 raise OverloadError(
@@ -248,6 +249,35 @@ class Batcher:
     async def answer(self, item: Any, *, deadline_ms: float | None = None, priority: int = 0) -> Any:
         """Hand an item in and await its result; a task that is cancelled takes its request back if it still waits."""
         return await asyncio.wrap_future(self.submit(item, deadline_ms=deadline_ms, priority=priority))
+
+    def warm_up(self, items: Sequence[Any]) -> None:
+        """Run the function on some items in each of the batcher's threads, one thread after another.
+
+        So what it compiles, loads or allocates at first is there before requests come. It counts nowhere, and how long
+        it takes is not taken for what a batch takes.
+
+        Parameters
+        ----------
+        items : sequence
+            One batch.
+
+        Raises
+        ------
+        InputError
+            If the batcher is closed.
+        Exception
+            What the function raises, or gives as a result.
+        """
+        with self._warming:
+            for thread in range(len(self._threads)):
+                done: Future[list[Any]] = Future()
+                with self._changed:
+                    self._refuse_if_closed()
+                    self._warm_ups[thread] = list(items), done
+                    self._changed.notify_all()
+                for outcome in done.result():
+                    if isinstance(outcome, BaseException):
+                        raise outcome
 
     def stats(self) -> BatcherStats:
         """What has happened so far."""
@@ -324,18 +354,27 @@ class Batcher:
     def __exit__(self, *exception: object) -> None:
         self.close()
 
+    def _refuse_if_closed(self) -> None:
+        if self._closing or os.getpid() != self._owner:
+            raise InputError("this Batcher is closed, or of another process; make one here")
+
     def _work(self, thread: int) -> None:
         """The life of a thread: wait for requests, choose some, run them."""
         while True:
             with self._changed:
-                self._wait_for_work()
-                if not len(self._queue):
-                    return
-                batch, late, reason = self._choose()
-                has_more = len(self._queue) > 0
-                self._busy += bool(batch)
-                if has_more:
+                self._wait_for_work(thread)
+                warm_up = self._warm_ups.pop(thread, None)
+                if warm_up is None:
+                    if not len(self._queue):
+                        return
+                    batch, late, reason = self._choose()
+                    self._busy += bool(batch)
+                if len(self._queue):
                     self._changed.notify()
+            if warm_up is not None:
+                items, done = warm_up
+                done.set_result(self._outcomes(items, [1]))
+                continue
             for request in late:
                 request.future.set_exception(
                     DeadlineError("the request was given up: it could not be answered before its deadline")
@@ -343,9 +382,9 @@ class Batcher:
             if batch:
                 self._run(batch, reason, thread)
 
-    def _wait_for_work(self) -> None:
-        """Until requests shall run, or none will come any more."""
-        while not (self._closing and not len(self._queue)):
+    def _wait_for_work(self, thread: int) -> None:
+        """Until requests shall run, or none will come any more, or this thread shall warm up."""
+        while thread not in self._warm_ups and not (self._closing and not len(self._queue)):
             left_s = None
             if len(self._queue):
                 waiting = self._queue.first(now_s := time.monotonic())

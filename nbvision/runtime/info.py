@@ -35,7 +35,11 @@ _EXTRAS: dict[str, tuple[tuple[str, ...], tuple[str, ...], str]] = {
     ),
     "grpc": (("grpc", "tritonclient"), ("grpcio", "tritonclient"), "no gRPC beside HTTP in `nbvision serve`"),
     "tracing": (("opentelemetry",), ("opentelemetry-api",), "no OpenTelemetry spans from `nbvision serve`"),
-    "cli": (("rich",), ("rich",), "no progress bars and tables: of `nbvision`'s commands only `info` starts"),
+    "cli": (
+        ("rich",),
+        ("rich",),
+        "no progress bars and tables: of `nbvision`'s commands only `info` and `serve` start",
+    ),
     "plot": (("matplotlib",), ("matplotlib",), "no picture from `nbvision profile-engine`"),
 }
 

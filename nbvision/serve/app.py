@@ -18,8 +18,7 @@ from typing import Any
 
 import nbvision
 from nbvision.errors import InputError, MissingExtraError, NbvisionError
-from nbvision.serve import metrics, protocol
-from nbvision.serve.pipelines import Served, TensorInfo
+from nbvision.serve import metrics, protocol, triton
 from nbvision.serve.service import MOST_ITEMS, Service
 from nbvision.serve.status import CLIENT_GONE, RefusedError, UnknownModelError, described, status_of
 
@@ -42,6 +41,7 @@ __all__ = ["make_app"]
 _OPEN = {"/healthz", "/v2/health/live", "/v2/health/ready", "/", "/docs", "/openapi.json"}
 
 _WATCH_AFTER_S = 0.01
+_LINE = "nbvision.line"  # of the log, in a request's scope
 
 logger = logging.getLogger("nbvision.serve")
 
@@ -58,7 +58,8 @@ class _Admission:
             await self._app(scope, receive, send)
             return
         started_s = time.perf_counter()
-        line: dict[str, Any] = {"method": scope["method"], "path": scope["path"]}
+        line: dict[str, Any] = {"method": scope["method"], "path": scope["path"], "worker": self._service.worker}
+        scope[_LINE] = line
 
         async def noting(message: Message) -> None:
             line.setdefault("status", message.get("status"))
@@ -67,7 +68,12 @@ class _Admission:
         refused = self._refused(scope)
         self._active += 1
         try:
-            await (self._app if refused is None else _refusal(refused))(scope, receive, noting)
+            await (self._app if refused is None else _refusal(refused, line))(scope, receive, noting)
+        except asyncio.CancelledError:  # by the server, whose time to drain is over
+            if "status" in line:
+                raise
+            ending = RefusedError("the service is ending; ask another one", 503, retry_after_s=1.0)
+            await _refusal(ending, line)(scope, receive, noting)
         finally:
             self._active -= 1
             logger.info("request", extra=line | {"ms": round((time.perf_counter() - started_s) * 1e3, 3)})
@@ -75,8 +81,8 @@ class _Admission:
     def _refused(self, scope: Scope) -> RefusedError | None:
         expected = self._service.config.token
         if expected and scope["path"] not in _OPEN:
-            given = Headers(scope=scope).get("authorization", "").removeprefix("Bearer ")
-            if not hmac.compare_digest(given.encode(), expected.encode()):
+            scheme, _, given = Headers(scope=scope).get("authorization", "").partition(" ")
+            if scheme.lower() != "bearer" or not hmac.compare_digest(given.strip().encode(), expected.encode()):
                 return RefusedError("a token is expected, as Authorization: Bearer", 401)
         if self._active >= self._service.config.concurrency:
             message = f"{self._active} requests are under way; come again later"
@@ -97,7 +103,7 @@ def make_app(service: Service) -> FastAPI:
     app.add_middleware(_Admission, service=service)
 
     async def refuse(request: Request, error: Exception) -> Response:
-        return _refusal(error)
+        return _refusal(error, request.scope[_LINE])
 
     app.add_exception_handler(NbvisionError, refuse)
     app.add_exception_handler(Exception, refuse)  # a bug of ours: the log has it
@@ -111,7 +117,8 @@ def make_app(service: Service) -> FastAPI:
     async def not_valid(request: Request, error: Exception) -> Response:
         assert isinstance(error, RequestValidationError)
         wrong = error.errors()[0]
-        return JSONResponse({"error": f"{wrong['loc'][-1]} is {wrong.get('input')!r}: {wrong['msg']}"}, 422)
+        message = f"{wrong['loc'][-1]} is {wrong.get('input')!r}: {wrong['msg']}"
+        return _refusal(RefusedError(message, 422), request.scope[_LINE])
 
     app.add_exception_handler(RequestValidationError, not_valid)
 
@@ -181,7 +188,7 @@ def make_app(service: Service) -> FastAPI:
 
     @app.get("/v2/models/stats", tags=["Open Inference Protocol"])
     async def all_stats() -> dict[str, Any]:
-        return {"model_stats": [_triton_stats(service, served) for served in service.served.values()]}
+        return {"model_stats": [triton.stats_of(service, served) for served in service.served.values()]}
 
     @app.get("/v2/models/{model}", tags=["Open Inference Protocol"])
     @app.get("/v2/models/{model}/versions/{version}", tags=["Open Inference Protocol"])
@@ -203,12 +210,12 @@ def make_app(service: Service) -> FastAPI:
     @app.get("/v2/models/{model}/versions/{version}/config", tags=["Open Inference Protocol"])
     async def model_config(model: str, version: str | None = None) -> dict[str, Any]:
         served = service.get(model, version)
-        return _triton_config(served)
+        return triton.config_of(served)
 
     @app.get("/v2/models/{model}/stats", tags=["Open Inference Protocol"])
     @app.get("/v2/models/{model}/versions/{version}/stats", tags=["Open Inference Protocol"])
     async def model_stats(model: str, version: str | None = None) -> dict[str, Any]:
-        return {"model_stats": [_triton_stats(service, service.get(model, version))]}
+        return {"model_stats": [triton.stats_of(service, service.get(model, version))]}
 
     @app.post("/v2/models/{model}/infer", tags=["Open Inference Protocol"])
     @app.post("/v2/models/{model}/versions/{version}/infer", tags=["Open Inference Protocol"])
@@ -349,62 +356,16 @@ def _base64_of(body: bytes) -> list[bytes]:
         raise InputError(f'the body is not {{"images": [base64, ...]}}: {type(error).__name__} {error}') from None
 
 
-def _refusal(error: BaseException) -> Response:
+def _refusal(error: BaseException, line: dict[str, Any]) -> Response:
+    """What a client is told of an error; the line of the log has it too."""
+    line["error"] = str(error) or type(error).__name__
     headers = {}
     retry_after_s = getattr(error, "retry_after_s", None)
     if retry_after_s is not None:
         headers["Retry-After"] = str(max(1, round(retry_after_s)))
     status = status_of(error)
+    if status == 401:
+        headers["WWW-Authenticate"] = "Bearer"
     if status in (408, 413):
         headers["Connection"] = "close"  # the rest of the body is not waited for
     return JSONResponse(described(error), status, headers=headers)
-
-
-def _triton_stats(service: Service, served: Served) -> dict[str, Any]:
-    stats, counts = served.stats(), service.counts[served.name]
-
-    def took(count: int, seconds: float) -> dict[str, int]:
-        return {"count": count, "ns": int(seconds * 1e9)}
-
-    items = stats.answered + stats.failed
-    return {
-        "name": served.name,
-        "version": served.version,
-        "last_inference": served.last_answer_ms,
-        "inference_count": items,
-        "execution_count": stats.batches,
-        "inference_stats": {
-            "success": took(counts.success, counts.duration_s),
-            "fail": took(counts.failure, 0),
-            "queue": took(items, stats.queue_s),
-            "compute_input": took(items, 0),
-            "compute_infer": took(items, served.compute_s),
-            "compute_output": took(items, 0),
-            "cache_hit": took(service.cache.hits, 0),
-            "cache_miss": took(service.cache.misses, 0),
-        },
-        "batch_stats": [
-            {"batch_size": size, "compute_infer": took(count, 0)} for size, count in sorted(stats.sizes.items())
-        ],
-    }
-
-
-def _triton_config(served: Served) -> dict[str, Any]:
-    def described(infos: tuple[TensorInfo, ...]) -> list[dict[str, Any]]:
-        return [
-            {
-                "name": info.name,
-                "data_type": "TYPE_STRING" if info.datatype == "BYTES" else f"TYPE_{info.datatype}",
-                "dims": list(info.shape[1:]) or [1],
-            }
-            for info in infos
-        ]
-
-    return {
-        "name": served.name,
-        "platform": "nbvision",
-        "backend": "nbvision",
-        "max_batch_size": served.batcher.max_batch,
-        "input": described(served.pipeline.inputs),
-        "output": described(served.pipeline.outputs),
-    }

@@ -96,11 +96,11 @@ def read_config(path: str | os.PathLike[str]) -> Config:
 
 def _config(written: Any) -> Config:
     given = _mapping(written, "the file")
+    known = {each.name: each for each in fields(Config)}
+    _refuse_unknown(given, known, "the file")
     pipelines = _mapping(given.pop("pipelines", None), "pipelines")
     if not pipelines:
         raise InputError("pipelines are none; expected a name and a kind of at least one")
-    known = {each.name: each for each in fields(Config) if each.name != "pipelines"}
-    _refuse_unknown(given, known, "the file")
     _check(given, get_type_hints(Config), "the file")
     if given.get("token") == "":
         raise InputError("token is empty; expected what clients shall send, or no token at all")
@@ -118,11 +118,12 @@ def _pipeline(name: Any, described: Any) -> PipelineConfig:
     _check(limits, get_type_hints(Limits), f"pipeline {name!r}")
     for limit, value in limits.items():
         if value == 0:
-            raise InputError(f"pipeline {name!r}: {limit} is 0; expected more")
+            raise InputError(f"pipeline {name!r}: {limit} is 0; expected a positive number")
     known = dict(inspect.signature(PIPELINES[kind]).parameters)
+    of_any_kind = {each.name: each for each in fields(Limits)}
+    _refuse_unknown(options, known | of_any_kind, f"pipeline {name!r} of kind {kind!r}")
     if "max_batch" in known:
         options["max_batch"] = limits.get("max_batch", Limits.max_batch)
-    _refuse_unknown(options, known, f"pipeline {name!r} of kind {kind!r}")
     _check(options, get_type_hints(PIPELINES[kind].__init__), f"pipeline {name!r}")
     missing = [option for option, how in known.items() if how.default is how.empty and option not in options]
     if missing:
@@ -140,12 +141,13 @@ def _check(given: dict[str, Any], types: dict[str, Any], what: str) -> None:
         except ValidationError as error:
             raise InputError(f"{what}: {name} is {value!r}; {error.errors()[0]['msg']}") from None
         if isinstance(value, (int, float)) and not 0 <= value < math.inf:
-            raise InputError(f"{what}: {name} is {value!r}; expected 0 or more")
+            raise InputError(f"{what}: {name} is {value!r}; expected a finite number of 0 or more")
 
 
 def _mapping(value: Any, what: str) -> dict[str, Any]:
     if not isinstance(value, dict):
-        raise InputError(f"{what} is a {type(value).__name__}; expected names and values")
+        got = "empty" if value is None else f"a {type(value).__name__}"
+        raise InputError(f"{what} is {got}; expected names and values")
     return dict(value)
 
 

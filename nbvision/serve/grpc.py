@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import hmac
+import logging
+import time
 from collections.abc import AsyncIterator
 from typing import Any
 
@@ -10,19 +13,22 @@ import numpy as np
 
 import nbvision
 from nbvision.errors import InputError, MissingExtraError
-from nbvision.serve import protocol
+from nbvision.serve import protocol, triton
 from nbvision.serve.pipelines import TensorInfo
 from nbvision.serve.service import Service
-from nbvision.serve.status import described, status_of
+from nbvision.serve.status import RefusedError, described, status_of
 from nbvision.serve.tracing import span
 
 try:
     import grpc
+    from google.protobuf import json_format
     from tritonclient.grpc import service_pb2, service_pb2_grpc
 except ImportError as error:
     raise MissingExtraError(str(error.name), extra="grpc", needed_for="gRPC") from error
 
 __all__ = ["serve_grpc"]
+
+logger = logging.getLogger("nbvision.serve")
 
 # What a JSON-like field of the protocol keeps each type of number in.
 _CONTENTS = {
@@ -97,6 +103,31 @@ class _Servicer(service_pb2_grpc.GRPCInferenceServiceServicer):  # type: ignore[
                 answer.raw_output_contents.append(protocol.tensor_to_bytes(array))
             return answer
 
+    async def ModelConfig(self, request: Any, context: Any) -> Any:
+        async with self._refusing(request, context):
+            served = self._service.get(request.name, request.version)
+            answer = service_pb2.ModelConfigResponse()
+            json_format.ParseDict(triton.config_of(served), answer.config)
+            return answer
+
+    async def ModelStatistics(self, request: Any, context: Any) -> Any:
+        async with self._refusing(request, context):
+            names = [request.name] if request.name else list(self._service.served)
+            answer = service_pb2.ModelStatisticsResponse()
+            for name in names:
+                served = self._service.get(name, request.version)
+                json_format.ParseDict(triton.stats_of(self._service, served), answer.model_stats.add())
+            return answer
+
+    async def RepositoryIndex(self, request: Any, context: Any) -> Any:
+        async with self._refusing(request, context):
+            answer = service_pb2.RepositoryIndexResponse()
+            for name, served in self._service.served.items():
+                answer.models.add(
+                    name=name, version=served.version, state="READY" if served.is_healthy else "UNAVAILABLE"
+                )
+            return answer
+
     async def RepositoryModelLoad(self, request: Any, context: Any) -> Any:
         async with self._refusing(request, context):
             await self._service.load(request.model_name)
@@ -104,17 +135,24 @@ class _Servicer(service_pb2_grpc.GRPCInferenceServiceServicer):  # type: ignore[
 
     @contextlib.asynccontextmanager
     async def _refusing(self, request: Any, context: Any) -> AsyncIterator[None]:
-        """The token, and errors as gRPC says them."""
+        """The token, errors as gRPC says them, and a line in the log."""
+        started_s = time.perf_counter()
+        line = {"method": "gRPC", "path": type(request).__name__.removesuffix("Request"), "status": "OK"}
         token = self._service.config.token
         given = dict(context.invocation_metadata() or ()).get("authorization", "")
-        if token and given != f"Bearer {token}":
-            await context.abort(grpc.StatusCode.UNAUTHENTICATED, "a token is expected, as authorization: Bearer")
         try:
+            if token and not hmac.compare_digest(given.encode(), f"Bearer {token}".encode()):
+                raise RefusedError("a token is expected, as authorization: Bearer", 401)
             yield
         except grpc.aio.AbortError:
             raise
         except Exception as error:
-            await context.abort(_CODES.get(status_of(error), grpc.StatusCode.INTERNAL), described(error)["error"])
+            code = _CODES.get(status_of(error), grpc.StatusCode.INTERNAL)
+            line |= {"status": code.name, "error": str(error)}
+            await context.abort(code, described(error)["error"])
+        finally:
+            ms = round((time.perf_counter() - started_s) * 1e3, 3)
+            logger.info("request", extra=line | {"worker": self._service.worker, "ms": ms})
 
 
 def _read(request: Any) -> protocol.InferRequest:
@@ -165,9 +203,15 @@ async def serve_grpc(service: Service, host: str, port: int) -> AsyncIterator[No
     options = [("grpc.max_receive_message_length", limit), ("grpc.max_send_message_length", -1)]
     server = grpc.aio.server(options=options, maximum_concurrent_rpcs=service.config.concurrency)
     service_pb2_grpc.add_GRPCInferenceServiceServicer_to_server(_Servicer(service), server)
-    if not server.add_insecure_port(f"{host}:{port}"):
-        raise InputError(f"{host}:{port} cannot be had for gRPC; choose another port")
+    where = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+    try:
+        bound = server.add_insecure_port(where)
+    except RuntimeError:  # newer versions of gRPC raise, older ones give 0
+        bound = 0
+    if not bound:
+        raise InputError(f"{where} cannot be had for gRPC; choose another port")
     await server.start()
+    logger.info("serving gRPC", extra={"address": where})
     try:
         yield
     finally:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -135,8 +136,8 @@ def described(service: Service) -> dict[str, Any]:
             "missed": stats.missed,
             "compute_s": served.compute_s,
             "queue_s": stats.queue_s,
-            "p50_ms": recent[len(recent) // 2] if recent else None,
-            "p99_ms": recent[int(0.99 * (len(recent) - 1))] if recent else None,
+            "p50_ms": recent[math.ceil(0.5 * len(recent)) - 1] if recent else None,
+            "p99_ms": recent[math.ceil(0.99 * len(recent)) - 1] if recent else None,
         }
     devices = sorted({served.pipeline.device for served in service.served.values()})
     return {

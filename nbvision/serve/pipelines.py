@@ -7,7 +7,6 @@ import contextlib
 import hashlib
 import importlib
 import json
-import math
 import threading
 import time
 import uuid
@@ -32,6 +31,7 @@ from nbvision.recognizer import Recognition, Recognizer, StageTimes
 from nbvision.runtime.device import Device, resolve_device
 from nbvision.search import Index
 from nbvision.serve.protocol import DATATYPES, datatype_of
+from nbvision.serve.status import PipelineError
 from nbvision.serve.tracing import span
 
 __all__ = [
@@ -83,6 +83,10 @@ class Pipeline(ABC):
     @abstractmethod
     def probe(self) -> Any:
         """An item to see with whether it works."""
+
+    def warm_up(self, items: list[Any]) -> list[Any]:
+        """What :meth:`run` gives, once all has been run that items may need."""
+        return self.run(items)
 
     def close(self) -> None:
         """Let go of models and their memory, whoever still holds the pipeline: an error's traceback, perhaps."""
@@ -221,6 +225,14 @@ class RecognizerPipeline(Pipeline):
                 if isinstance(result, dict):
                     result["batch"] = {"images": len(items), "times_ms": times_ms}
         return results
+
+    def warm_up(self, items: list[bytes]) -> list[Any]:
+        """With objects, whatever is in the pictures, or what is done to objects would first be done for a client."""
+        threshold, self._recognizer.score_threshold = self._recognizer.score_threshold, 0.0
+        try:
+            return self.run(items)
+        finally:
+            self._recognizer.score_threshold = threshold
 
     def _crop_box(self, found: Recognition, index: int) -> list[int]:
         row = found.crop_geometry.regions[index]
@@ -362,13 +374,14 @@ class EnginePipeline(Pipeline):
 
 
 class PythonPipeline(Pipeline):
-    """A function of a list of compressed images that gives a JSON object, or an exception, for each.
+    """A function of a list of compressed images that gives a JSON value, or an exception, for each.
 
     Parameters
     ----------
     function : str
-        ``"module:name"``. If it is a class it is made with each load, without arguments, and called. Its attribute
-        ``version``, a text, says which loads answer the same; without one none does.
+        ``"module:name"``; the module may lie beside the service's file. If it is a class it is made with each load,
+        without arguments, and called. Its attribute ``version``, a text, says which loads answer the same; without one
+        none does. With each load it is called with a gray picture first, once in each thread.
     device : {"cpu", "cuda"}, optional
         Where it works: on ``"cuda"`` it is called with a stream of its own as CuPy's current one.
     """
@@ -377,8 +390,15 @@ class PythonPipeline(Pipeline):
         module, _, name = function.partition(":")
         try:
             found = getattr(importlib.import_module(module), name)
-        except (ImportError, AttributeError, ValueError) as error:
+        except ImportError as error:
+            if error.name is None or error.name != module.partition(".")[0]:
+                raise  # it is there, and lacks something itself
             raise InputError(f"function {function!r} is not found ({error}); expected 'module:name'") from error
+        except (AttributeError, ValueError) as error:
+            raise InputError(f"function {function!r} is not found ({error}); expected 'module:name'") from error
+        if not callable(found):
+            raise InputError(f"function {function!r} is a {type(found).__name__}; expected one, or a class of them")
+        self._name = function
         self._function: Callable[[list[bytes]], Sequence[Any]] = found() if isinstance(found, type) else found
         self.device = resolve_device(device)
         self.digest = hashlib.sha256(str(getattr(self._function, "version", uuid.uuid4())).encode()).hexdigest()
@@ -386,7 +406,19 @@ class PythonPipeline(Pipeline):
         self.outputs = (TensorInfo("RESULT", "BYTES", (-1,)),)
 
     def run(self, items: list[bytes]) -> list[Any]:
-        return list(self._function(items))
+        results = self._function(items)
+        if not isinstance(results, (list, tuple)):
+            raise PipelineError(f"{self._name} gives a {type(results).__name__}; expected a list of results")
+        return [self._checked(result) for result in results]
+
+    def _checked(self, result: Any) -> Any:
+        """A result that can be sent, or the error that it cannot."""
+        if not isinstance(result, Exception):
+            try:
+                json.dumps(result, allow_nan=False)
+            except (TypeError, ValueError, RecursionError) as error:
+                return PipelineError(f"{self._name} gives a result that is no JSON: {error}")
+        return result
 
     def probe(self) -> Any:
         return encode(np.full((32, 32, 3), 127, np.uint8), "jpeg")
@@ -441,6 +473,7 @@ class Served:
     def __init__(self, name: str, version: str, pipeline: Pipeline, limits: Limits) -> None:
         self.name, self.version, self.pipeline = name, version, pipeline
         self.is_healthy = True
+        self._is_warm = False
         self.compute_s = 0.0  # of all batches
         self.last_answer_ms = 0  # of the clock
         self.batcher = Batcher(
@@ -456,6 +489,8 @@ class Served:
         self._lock = threading.Lock()
 
     def _run(self, items: list[Any]) -> list[Any]:
+        if not self._is_warm:
+            return self.pipeline.warm_up(items)
         started_s = time.perf_counter()
         try:
             with span("batch", model=self.name, version=self.version, items=len(items)):
@@ -470,14 +505,17 @@ class Served:
         return results
 
     def warm_up(self) -> None:
-        """Answer once, so that the first client does not wait for what is compiled or loaded then.
+        """Answer in each thread, so that no client waits for what is compiled, loaded or allocated at first.
 
         Raises
         ------
-        NbvisionError
+        Exception
             If it cannot.
         """
-        self.batcher(self.pipeline.probe(), deadline_ms=math.inf)
+        sizes = {1, self.batcher.max_batch} if self.pipeline.device == "cuda" else {1}
+        for size in sorted(sizes):
+            self.batcher.warm_up([self.pipeline.probe()] * size)
+        self._is_warm = True
 
     def stats(self) -> BatcherStats:
         return self.batcher.stats()

@@ -94,7 +94,7 @@ def serve(
         raise InputError(f"workers is {workers}; expected 1 or more")
     log_as_json()
     listening = _listen(host, port)
-    url = f"http://{host}:{listening.getsockname()[1]}"
+    url = f"http://{f'[{host}]' if ':' in host else host}:{listening.getsockname()[1]}"
     if workers == 1:
         logger.info("serving", extra={"url": url, "pid": os.getpid()})
         return run_worker(path, listening, worker=0, grpc=None if grpc_port is None else (host, grpc_port))
@@ -109,7 +109,10 @@ def _listen(host: str, port: int) -> socket.socket:
     listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
         listening.bind((host, port))
-    except OSError as error:
+    except socket.gaierror as error:
+        listening.close()
+        raise InputError(f"host {host!r} is not found: {error}; expected an address of this machine") from None
+    except (OSError, OverflowError) as error:
         listening.close()
         raise InputError(f"{host}:{port} cannot be had: {error}; choose another port") from None
     listening.listen(1024)
@@ -133,7 +136,9 @@ def run_worker(
     from nbvision.serve.connections import Connection
     from nbvision.serve.service import Service
 
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)  # while there is nothing yet to load anew
     heap.share_arenas()
+    sys.path.insert(0, str(Path(path).resolve().parent))  # for functions of one's own
     service = Service(path, worker=worker)
     app = make_app(service)
     config = uvicorn.Config(
@@ -143,7 +148,7 @@ def run_worker(
         h11_max_incomplete_event_size=_HEADER_BYTES,
         http=type("_Connection", (Connection,), {"header_s": service.config.header_s}),
         timeout_keep_alive=30,
-        timeout_graceful_shutdown=int(service.config.drain_s),
+        timeout_graceful_shutdown=math.ceil(service.config.drain_s),
         lifespan="on",
     )
     server = uvicorn.Server(config)
@@ -162,12 +167,12 @@ def run_worker(
 
         loop.add_signal_handler(signal.SIGHUP, load)
         async with contextlib.AsyncExitStack() as stack:
-            if supervisor is not None:
-                stack.enter_context(_told_by(supervisor, service, load, server))
             if grpc is not None:
                 from nbvision.serve.grpc import serve_grpc
 
                 await stack.enter_async_context(serve_grpc(service, *grpc))
+            if supervisor is not None:
+                stack.enter_context(_told_by(supervisor, service, load, server))
             await server.serve(sockets=[listening])
 
     asyncio.run(run())
@@ -176,7 +181,10 @@ def run_worker(
 
 @contextlib.contextmanager
 def _told_by(supervisor: socket.socket, service: Any, load: Any, server: Any) -> Iterator[None]:
-    """Tell the supervisor what was loaded here, load what was elsewhere, and end when the supervisor has."""
+    """Tell the supervisor of a start and of what was loaded, load what was elsewhere, and end when the supervisor has.
+
+    Either side sends lines: ``loaded NAME``, and the worker ``started``.
+    """
     loop = asyncio.get_running_loop()
     supervisor.setblocking(False)
     lines = b""
@@ -187,12 +195,13 @@ def _told_by(supervisor: socket.socket, service: Any, load: Any, server: Any) ->
         if not heard:
             loop.remove_reader(supervisor)
             server.should_exit = True
-        *names, lines = (lines + heard).split(b"\n")
-        for name in names:
-            load(name.decode())
+        *said, lines = (lines + heard).split(b"\n")
+        for line in said:
+            load(line.decode().removeprefix("loaded "))
 
     loop.add_reader(supervisor, hear)
-    service.on_load = lambda name: supervisor.send(name.encode() + b"\n")
+    service.on_load = lambda name: supervisor.send(f"loaded {name}\n".encode())
+    supervisor.send(b"started\n")
     try:
         yield
     finally:
@@ -200,7 +209,10 @@ def _told_by(supervisor: socket.socket, service: Any, load: Any, server: Any) ->
 
 
 class _Supervisor:
-    """Starts the workers, starts those again that die, and passes on signals, and what a worker says it has loaded."""
+    """Starts the workers, starts those again that die, and passes on signals, and what a worker says it has loaded.
+
+    A worker that ends before it has ever started would do so again: then all end.
+    """
 
     def __init__(
         self,
@@ -216,6 +228,9 @@ class _Supervisor:
         self._gpus, self._host, self._grpc_port = gpus, host, grpc_port
         self._processes: dict[int, subprocess.Popen[bytes]] = {}
         self._started_s = [-math.inf] * workers
+        self._started: set[int] = set()  # workers that did, at least once
+        self._lines: dict[int, bytes] = {}  # of each worker, as far as it has come
+        self._status = 0
         self._workers = selectors.DefaultSelector()  # their sockets, by number
         self._ending = False
 
@@ -228,14 +243,21 @@ class _Supervisor:
                 if process.poll() is not None:
                     logger.error("a worker died", extra={"worker": worker, "status": process.returncode})
                     del self._processes[worker]
+                    if worker not in self._started:
+                        self._status = 1
+                        self._pass_on(signal.SIGTERM, None)
             for worker, started_s in enumerate(self._started_s):
-                if worker not in self._processes and time.monotonic() - started_s > _RESTART_AFTER_S:
+                if (
+                    not self._ending
+                    and worker not in self._processes
+                    and time.monotonic() - started_s > _RESTART_AFTER_S
+                ):
                     self._start(worker)
             for key, _ in self._workers.select(timeout=0.1):
                 self._hear(key)
         for process in self._processes.values():
             process.wait()
-        return 0
+        return self._status
 
     def _start(self, worker: int) -> None:
         environment = dict(os.environ)
@@ -250,19 +272,25 @@ class _Supervisor:
         with theirs:
             self._processes[worker] = subprocess.Popen(command, env=environment, pass_fds=descriptors)
         self._workers.register(ours, selectors.EVENT_READ, worker)
+        self._lines[worker] = b""
 
     def _hear(self, key: selectors.SelectorKey) -> None:
-        """Pass on what a worker has loaded to all others."""
+        """Note that a worker has started, and pass on to all others what it has loaded."""
         speaker = cast("socket.socket", key.fileobj)
         heard = speaker.recv(4096)
         if not heard:
             self._workers.unregister(speaker)
             speaker.close()
             return
-        for other in self._workers.get_map().values():
-            if other.fileobj is not speaker:
-                with contextlib.suppress(OSError):
-                    cast("socket.socket", other.fileobj).sendall(heard)
+        *said, self._lines[key.data] = (self._lines[key.data] + heard).split(b"\n")
+        for line in said:
+            if line == b"started":
+                self._started.add(key.data)
+                continue
+            for other in self._workers.get_map().values():
+                if other.fileobj is not speaker:
+                    with contextlib.suppress(OSError):
+                        cast("socket.socket", other.fileobj).sendall(line + b"\n")
 
     def _pass_on(self, number: int, frame: FrameType | None) -> None:
         self._ending = self._ending or number != signal.SIGHUP

@@ -10,7 +10,7 @@ import logging
 import os
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 import numpy as np
@@ -62,7 +62,14 @@ class Service:
         self._path = path
         self.worker = worker
         self.config: Config = read_config(path)
-        self.served: dict[str, Served] = {name: _made(each) for name, each in self.config.pipelines.items()}
+        self.served: dict[str, Served] = {}
+        try:
+            for name, each in self.config.pipelines.items():
+                self.served[name] = _made(each)
+        except BaseException:
+            for served in self.served.values():
+                served.close()
+            raise
         self.counts: dict[str, Counts] = {name: Counts() for name in self.served}
         self.cache = ResultCache(self.config.cache_bytes, _size_of)
         self.started_s = time.time()
@@ -195,7 +202,7 @@ class Service:
         try:
             await self._load(name)
         except NbvisionError as error:
-            logger.error("not loaded", extra={"model": name, "error": str(error)})
+            logger.error("not loaded", extra={"model": name, "error": str(error), "worker": self.worker})
 
     async def _load(self, name: str) -> Served:
         """Load a pipeline anew, as the file says now, without losing a request.
@@ -211,11 +218,11 @@ class Service:
             config = await asyncio.to_thread(read_config, self._path)
             if name not in config.pipelines:
                 raise UnknownModelError(f"model {name!r} is not in {self._path}; expected {sorted(config.pipelines)}")
-            served = await asyncio.to_thread(_warm, config.pipelines[name])
+            served = await asyncio.to_thread(_made, config.pipelines[name])
             before = self.served.get(name)
             self.served[name] = served
             self.counts.setdefault(name, Counts())
-        logger.info("loaded", extra={"model": name, "version": served.version})
+        logger.info("loaded", extra={"model": name, "version": served.version, "worker": self.worker})
         if before is not None:
             if before.version != served.version:
                 self.cache.forget(before.version)
@@ -232,18 +239,34 @@ class Service:
             closing.add_done_callback(self._closing.discard)
 
     async def load_all(self) -> None:
-        """Load every pipeline of the file anew; what fails is logged and goes on as it was."""
+        """Load every pipeline of the file anew, and end those that it has no more.
+
+        What fails is logged and goes on as it was. So do the limits of the service itself.
+        """
         try:
-            names = list((await asyncio.to_thread(read_config, self._path)).pipelines)
+            config = await asyncio.to_thread(read_config, self._path)
         except NbvisionError as error:
-            logger.error("not loaded", extra={"error": str(error)})
+            logger.error("not loaded", extra={"error": str(error), "worker": self.worker})
             return
-        for name in names:
+        for name in config.pipelines:
             await self.follow(name)
+        for name in [name for name in self.served if name not in config.pipelines]:
+            served = self.served.pop(name)
+            self.cache.forget(served.version)
+            self._replaced.append(served)
+            logger.info("no longer served", extra={"model": name, "worker": self.worker})
+        self._close_what_was_replaced()
+        changed = [
+            each.name
+            for each in fields(Config)
+            if each.name != "pipelines" and getattr(config, each.name) != getattr(self.config, each.name)
+        ]
+        if changed:
+            said = {"fields": changed, "worker": self.worker}
+            logger.warning("changed in the file, but taken over only when the service starts anew", extra=said)
 
     async def start(self) -> None:
-        """Answer once with every pipeline, and from then on look after those that fail."""
-        await asyncio.gather(*(asyncio.to_thread(served.warm_up) for served in self.served.values()))
+        """From now on look after pipelines that fail."""
         self._prober = asyncio.create_task(self._probe_the_sick())
         logger.info("ready", extra={"worker": self.worker, "pid": os.getpid(), "models": sorted(self.served)})
 
@@ -271,19 +294,18 @@ def _close(served: Served) -> None:
 
 
 def _made(config: PipelineConfig) -> Served:
+    """A pipeline that has answered."""
     try:
         pipeline = PIPELINES[config.kind](**config.options)
     except Exception as error:  # anybody's code may be in it
         raise InputError(f"pipeline {config.name!r} does not load: {type(error).__name__}: {error}") from error
     version = f"{config.fingerprint}-{pipeline.digest[:12]}"
-    return Served(config.name, version, pipeline, config.limits)
-
-
-def _warm(config: PipelineConfig) -> Served:
-    served = _made(config)
+    served = Served(config.name, version, pipeline, config.limits)
     try:
         served.warm_up()
-    except Exception as error:
+    except KeyboardInterrupt:
+        raise
+    except BaseException as error:  # whatever it is that anybody's code raises
         served.close()
         raise InputError(f"pipeline {config.name!r} does not answer: {type(error).__name__}: {error}") from error
     return served
