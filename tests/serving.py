@@ -79,17 +79,17 @@ class Server:
 
     def status(self, path: str) -> int:
         try:
-            return httpx.get(self.url + path, timeout=5).status_code
+            return httpx.get(self.url + path, timeout=5, verify=False).status_code
         except httpx.TransportError:
             return 0
 
     def stats(self, model: str) -> dict[str, Any]:
-        stats: dict[str, Any] = httpx.get(f"{self.url}/v1/stats").json()["models"][model]
+        stats: dict[str, Any] = httpx.get(f"{self.url}/v1/stats", verify=False).json()["models"][model]
         return stats
 
     def ask(self, model: str, content: bytes, **options: Any) -> httpx.Response:
-        """One image to ``POST /v1/{model}``."""
-        return httpx.post(f"{self.url}/v1/{model}", content=content, timeout=60, **options)
+        """One image to ``POST /v1/{model}``, over a connection of its own; without certificates, which take 50 ms."""
+        return httpx.post(f"{self.url}/v1/{model}", content=content, timeout=60, verify=False, **options)
 
     def rewrite(self, config: str) -> None:
         self.path.write_text(config)

@@ -13,7 +13,8 @@ from pathlib import Path
 from typing import Any, get_type_hints
 
 from nbvision.errors import InputError, MissingExtraError
-from nbvision.serve.pipelines import PIPELINES, Limits
+from nbvision.serve.pipelines import PIPELINES
+from nbvision.serve.served import Limits
 
 __all__ = ["Config", "PipelineConfig", "read_config"]
 

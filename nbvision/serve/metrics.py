@@ -9,7 +9,7 @@ from typing import Any
 from nbvision.batching import BatcherStats
 from nbvision.errors import MissingExtraError
 from nbvision.runtime import memory
-from nbvision.serve.pipelines import Served
+from nbvision.serve.served import Served
 from nbvision.serve.service import Counts, Service
 
 __all__ = ["as_text", "described"]

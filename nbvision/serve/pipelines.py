@@ -1,4 +1,4 @@
-"""What is served: pipelines by name, each behind a deadline batcher."""
+"""What can be served: a function on a list of items, and how items and results are tensors."""
 
 from __future__ import annotations
 
@@ -7,8 +7,6 @@ import contextlib
 import hashlib
 import importlib
 import json
-import threading
-import time
 import uuid
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
@@ -20,10 +18,9 @@ import numpy as np
 import numpy.typing as npt
 from nbvision_kernels.codes import HEIGHT, WIDTH, X, Y
 
-from nbvision.batching import Batcher, BatcherStats
 from nbvision.codecs import decode, encode
 from nbvision.engines import Engine
-from nbvision.errors import DeviceError, EngineError, InputError
+from nbvision.errors import InputError
 from nbvision.image import to_device
 from nbvision.ops.crop import crop
 from nbvision.ops.rle import mask_to_rle
@@ -32,16 +29,13 @@ from nbvision.runtime.device import Device, resolve_device
 from nbvision.search import Index
 from nbvision.serve.protocol import DATATYPES, datatype_of
 from nbvision.serve.status import PipelineError
-from nbvision.serve.tracing import span
 
 __all__ = [
     "PIPELINES",
     "EnginePipeline",
-    "Limits",
     "Pipeline",
     "PythonPipeline",
     "RecognizerPipeline",
-    "Served",
     "texts",
 ]
 
@@ -432,95 +426,3 @@ PIPELINES: dict[str, type[Pipeline]] = {
     "engine": EnginePipeline,
     "python": PythonPipeline,
 }
-
-
-# --- behind a batcher -------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Limits:
-    """Of one pipeline's queue.
-
-    Attributes
-    ----------
-    max_batch : int
-    deadline_ms : float or None
-        Of a request that says none.
-    max_queue_items, max_queue_bytes : int
-    in_flight : int
-    """
-
-    max_batch: int = 16
-    deadline_ms: float | None = 10_000.0
-    max_queue_items: int = 1024
-    max_queue_bytes: int = 512 << 20
-    in_flight: int = 2
-
-
-class Served:
-    """One version of a pipeline, ready to answer.
-
-    Attributes
-    ----------
-    name, version : str
-        The version says what answers depend on: models, and options.
-    pipeline : Pipeline
-    batcher : Batcher
-    is_healthy : bool
-        False from a batch in which the engine or the device failed until one in which it did not.
-    """
-
-    def __init__(self, name: str, version: str, pipeline: Pipeline, limits: Limits) -> None:
-        self.name, self.version, self.pipeline = name, version, pipeline
-        self.is_healthy = True
-        self._is_warm = False
-        self.compute_s = 0.0  # of all batches
-        self.last_answer_ms = 0  # of the clock
-        self.batcher = Batcher(
-            self._run,
-            max_batch=limits.max_batch,
-            deadline_ms=limits.deadline_ms,
-            max_queue_items=limits.max_queue_items,
-            max_queue_bytes=limits.max_queue_bytes,
-            in_flight=limits.in_flight,
-            size_of=lambda item: len(item) if isinstance(item, bytes) else sum(row.nbytes for row in item.values()),
-            device=pipeline.device,
-        )
-        self._lock = threading.Lock()
-
-    def _run(self, items: list[Any]) -> list[Any]:
-        if not self._is_warm:
-            return self.pipeline.warm_up(items)
-        started_s = time.perf_counter()
-        try:
-            with span("batch", model=self.name, version=self.version, items=len(items)):
-                results = self.pipeline.run(items)
-        except (EngineError, DeviceError):
-            self.is_healthy = False
-            raise
-        with self._lock:
-            self.compute_s += time.perf_counter() - started_s
-            self.last_answer_ms = int(time.time() * 1e3)
-        self.is_healthy = True
-        return results
-
-    def warm_up(self) -> None:
-        """Answer in each thread, so that no client waits for what is compiled, loaded or allocated at first.
-
-        Raises
-        ------
-        Exception
-            If it cannot.
-        """
-        sizes = {1, self.batcher.max_batch} if self.pipeline.device == "cuda" else {1}
-        for size in sorted(sizes):
-            self.batcher.warm_up([self.pipeline.probe()] * size)
-        self._is_warm = True
-
-    def stats(self) -> BatcherStats:
-        return self.batcher.stats()
-
-    def close(self) -> None:
-        """Answer what waits, then take no more, and let go of the models."""
-        self.batcher.close()
-        self.pipeline.close()

@@ -19,8 +19,9 @@ from nbvision.errors import DecodeError, InputError, NbvisionError
 from nbvision.serve import heap
 from nbvision.serve.cache import ResultCache, key_of
 from nbvision.serve.config import Config, PipelineConfig, read_config
-from nbvision.serve.pipelines import PIPELINES, Served, texts
+from nbvision.serve.pipelines import PIPELINES, texts
 from nbvision.serve.protocol import InferRequest, Tensors
+from nbvision.serve.served import Served
 from nbvision.serve.status import PipelineError, RefusedError, UnknownModelError, described
 from nbvision.serve.tracing import span
 

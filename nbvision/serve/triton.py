@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from nbvision.serve.pipelines import Served, TensorInfo
+from nbvision.serve.pipelines import TensorInfo
+from nbvision.serve.served import Served
 from nbvision.serve.service import Service
 
 __all__ = ["config_of", "stats_of"]
