@@ -31,15 +31,14 @@ from nbvision.recognizer import BATCHES
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent
-# Builders of code that need no GPU, and what looks at sources; CI runs them.
-LEFT_OUT = {"test_benchmarks.py", "test_house_rules.py", "test_tensorrt.py"}
+# Builders and simulators of code that need no GPU, and what looks at sources; CI runs them.
+LEFT_OUT = {"test_benchmarks.py", "test_house_rules.py", "test_simulator.py", "test_tensorrt.py"}
 # Files that take longest, in how many parts, the longest first.
 PARTS = {
     "test_recognizer.py": 3,
     "test_sources.py": 4,
     "test_warp_plan.py": 3,
     "test_docs.py": 2,
-    "test_simulator.py": 2,
 }
 PARTS |= {"test_window.py": 2, "test_warp.py": 2, "test_nv12.py": 2, "test_boxes.py": 1, "test_preprocess.py": 2}
 KERNELS = (

@@ -31,6 +31,7 @@ CASES = [
 CASES += ["warp", "move", "pointwise"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", CASES)
 def test_kernels_stay_in_range(case):
     environment = dict(os.environ, NUMBA_ENABLE_CUDASIM="1", NUMBA_DISABLE_JIT="1", NBVISION_DEVICE="cpu")
