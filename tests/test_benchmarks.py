@@ -143,6 +143,7 @@ def _drawn_at(files, count, directory, monkeypatch):
     return drawn
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "module",
     ["preprocess", "nv12", "masks", "draw", "warp", "eager", "decode", "encode", "memory", "pipeline", "serve"],
