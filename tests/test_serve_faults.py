@@ -22,6 +22,7 @@ import pytest
 from serving import COMMAND, Server
 
 from nbvision.errors import InputError
+from nbvision.serve import service as service_module
 
 FUNCTIONS = ("echo", "poisonable", "slow", "sleeping", "breaking")
 
@@ -478,3 +479,32 @@ def test_what_is_not_answered_when_the_time_to_drain_is_over(tmp_path: Path) -> 
         assert answer.status_code == 503
         assert "ending" in answer.json()["error"]
         assert "Retry-After" in answer.headers
+
+
+def test_who_looks_after_failing_pipelines_goes_on_while_others_come_and_go(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "serve.yaml"
+    path.write_text(config("echo", "slow"))
+    monkeypatch.setattr(service_module, "_PROBE_EVERY_S", 0.01)
+
+    async def run() -> None:
+        service = service_module.Service(path)
+        asked, may_answer = asyncio.Event(), asyncio.Event()
+
+        async def answer(item: object, *, deadline_ms: float) -> None:
+            asked.set()
+            await may_answer.wait()
+
+        monkeypatch.setattr(service.served["echo"].batcher, "answer", answer)
+        service.served["echo"].is_healthy = False
+        await service.start()
+        await asked.wait()
+        gone = service.served.pop("slow")
+        asked.clear()
+        may_answer.set()
+        await asyncio.wait_for(asked.wait(), 5)  # it asks again
+        gone.close()
+        await service.close()
+
+    asyncio.run(run())

@@ -13,8 +13,6 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, fields
 from typing import Any
 
-import numpy as np
-
 from nbvision.errors import DecodeError, InputError, NbvisionError
 from nbvision.serve import heap
 from nbvision.serve.cache import ResultCache, key_of
@@ -73,7 +71,6 @@ class Service:
             raise
         self.counts: dict[str, Counts] = {name: Counts() for name in self.served}
         self.cache = ResultCache(self.config.cache_bytes, _size_of)
-        self.started_s = time.time()
         self.is_draining = False
         self.on_load: Callable[[str], object] = lambda name: None
         self._loading = asyncio.Lock()
@@ -274,7 +271,7 @@ class Service:
     async def _probe_the_sick(self) -> None:
         while True:
             await asyncio.sleep(_PROBE_EVERY_S)
-            for served in self.served.values():
+            for served in list(self.served.values()):  # which change while it waits
                 if not served.is_healthy:
                     with contextlib.suppress(Exception):  # which is what it is being watched for
                         await served.batcher.answer(served.pipeline.probe(), deadline_ms=10_000)
@@ -315,4 +312,4 @@ def _made(config: PipelineConfig) -> Served:
 def _size_of(result: Any) -> int:
     if isinstance(result, Exception):
         return len(str(result))
-    return len(json.dumps(result, default=lambda array: np.asarray(array).tolist()))
+    return len(json.dumps(result))
