@@ -159,6 +159,7 @@ def versions() -> dict[str, str]:
         "numba",
         "cupy-cuda13x",
         "nvidia-nvimgcodec-cu13",
+        "nvidia-dali-cuda130",
         "tensorrt",
         "onnxruntime",
         "torch",

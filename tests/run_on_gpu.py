@@ -31,8 +31,8 @@ from nbvision.recognizer import BATCHES
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent
-# Builders and simulators of code that need no GPU, and what looks at sources; CI runs them.
-LEFT_OUT = {"test_benchmarks.py", "test_house_rules.py", "test_simulator.py", "test_tensorrt.py"}
+# Builders and simulators of code that need no GPU, what looks at sources, and a browser's page; CI runs them.
+LEFT_OUT = {f"test_{name}.py" for name in ("benchmarks", "house_rules", "serve_page", "simulator", "tensorrt")}
 # Files that take longest, in how many parts, the longest first.
 PARTS = {
     "test_recognizer.py": 3,
@@ -64,12 +64,12 @@ class Job:
 
 def interpreter_of(file: str, pythons: list[str]) -> str:
     """The first that has what the file needs."""
-    needed = _NEEDS.get(file, "numpy")
-    code = f"import importlib.util, sys; sys.exit(importlib.util.find_spec({needed!r}) is None)"
+    needed = _NEEDS.get(file, ())
+    code = f"import importlib.util, sys; sys.exit(any(importlib.util.find_spec(name) is None for name in {needed!r}))"
     for python in pythons:
         if subprocess.run([python, "-c", code], check=False).returncode == 0:
             return python
-    raise SystemExit(f"{file} needs {needed}, and none of {pythons} has it; name another with --python")
+    raise SystemExit(f"{file} needs {', '.join(needed)}; none of {pythons} has all; name another with --python")
 
 
 def jobs_of(pythons: list[str], sanitizers: list[str], only: str, sanitized: str) -> list[Job]:

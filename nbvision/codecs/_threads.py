@@ -12,7 +12,9 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, TypeVar
 
-__all__ = ["Turns", "ahead", "available_cores", "in_background", "map_all", "run_all"]
+from nbvision.runtime.device import available_cores
+
+__all__ = ["Turns", "ahead", "in_background", "map_all", "run_all"]
 
 T = TypeVar("T")
 R = TypeVar("R")
@@ -20,11 +22,6 @@ R = TypeVar("R")
 _HANDOVER_S = 0.01  # should the next one be held up
 
 AHEAD = 2  # batches that are decoded while one is used: with one, threads idle while its last image is decoded
-
-
-def available_cores() -> int:
-    """Cores that this process may use."""
-    return len(os.sched_getaffinity(0))
 
 
 @functools.cache

@@ -9,11 +9,11 @@ from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
-from nbvision.codecs._threads import ahead, available_cores
+from nbvision.codecs._threads import ahead
 from nbvision.codecs.decode import LIMIT_PIXELS, Source, as_items, check_options, decode
 from nbvision.errors import InputError
 from nbvision.image import Color, ImageBatch
-from nbvision.runtime.device import Device, array_module, own_stream, resolve_device
+from nbvision.runtime.device import Device, array_module, available_cores, own_stream, resolve_device
 
 __all__ = ["Decoder"]
 

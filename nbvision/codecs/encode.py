@@ -20,13 +20,13 @@ import numpy.typing as npt
 import simplejpeg
 from PIL import Image, ImageFile, features
 
-from nbvision.codecs._threads import available_cores, map_all
+from nbvision.codecs._threads import map_all
 from nbvision.codecs.gpu_encode import encode_jpegs
 from nbvision.codecs.host import imagecodecs_module
 from nbvision.errors import InputError
 from nbvision.image import CHANNELS, Color, ImageBatch, as_batch, image_offsets, interleaved_color
 from nbvision.runtime import memory
-from nbvision.runtime.device import Device, array_module, device_of
+from nbvision.runtime.device import Device, array_module, available_cores, device_of
 
 __all__ = ["Format", "Subsampling", "encode"]
 

@@ -20,11 +20,11 @@ from typing import Any
 
 from nbvision.codecs._balance import Balance, Measured, cost_of
 from nbvision.codecs._nvimgcodec import SAMPLES, DecoderHandle
-from nbvision.codecs._threads import Turns, available_cores
+from nbvision.codecs._threads import Turns
 from nbvision.codecs.headers import Header
 from nbvision.errors import DeviceError
 from nbvision.image import Color
-from nbvision.runtime.device import CUDA_EXTRA, array_module
+from nbvision.runtime.device import CUDA_EXTRA, array_module, available_cores
 
 __all__ = ["decode_into", "takes"]
 

@@ -8,10 +8,10 @@ from collections.abc import Sequence
 from typing import Any
 
 from nbvision.codecs._nvimgcodec import SAMPLES, Pixels, nvimgcodec
-from nbvision.codecs._threads import Turns, available_cores
+from nbvision.codecs._threads import Turns
 from nbvision.errors import DeviceError
 from nbvision.image import Color
-from nbvision.runtime.device import CUDA_EXTRA, array_module
+from nbvision.runtime.device import CUDA_EXTRA, array_module, available_cores
 
 __all__ = ["encode_jpegs"]
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import itertools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -375,7 +376,7 @@ def _rank_and_suppress(keys: Any, boxes: Any, scores: Any, labels: Any, options:
 
 def _kept_arrays(device: Device, images: int, most: int) -> list[Any]:
     """Zeroed boxes, scores, labels, indices and counts."""
-    kept = _arrays(
+    return _arrays(
         device,
         [
             ((images, most, 4), np.float32),
@@ -384,10 +385,8 @@ def _kept_arrays(device: Device, images: int, most: int) -> list[Any]:
             ((images, most), np.int32),
             ((images,), np.int32),
         ],
+        zeroed=True,
     )
-    for array in kept:
-        array.fill(0)
-    return kept
 
 
 def _grid_parts(images: int) -> list[slice]:
@@ -406,11 +405,15 @@ def _checked_predictions(predictions: Any, geometry: Geometry) -> Any:
     return array_module(geometry.device).ascontiguousarray(array, dtype=np.float32)
 
 
-def _arrays(device: Device, wanted: Sequence[tuple[tuple[int, ...], npt.DTypeLike]]) -> list[Any]:
-    """Uninitialised arrays in one buffer of the memory manager."""
+def _arrays(
+    device: Device, wanted: Sequence[tuple[tuple[int, ...], npt.DTypeLike]], *, zeroed: bool = False
+) -> list[Any]:
+    """Arrays in one buffer of the memory manager, which is zeroed at once or not at all."""
     sizes = [math.prod(shape) * np.dtype(dtype).itemsize for shape, dtype in wanted]
-    starts = np.cumsum([0] + [-(-size // 256) * 256 for size in sizes]).tolist()
+    starts = list(itertools.accumulate((-(-size // 256) * 256 for size in sizes), initial=0))
     buffer = memory.acquire(starts[-1], device=device)
+    if zeroed:
+        buffer.view((starts[-1],)).fill(0)
     return [
         buffer.view(shape, dtype=dtype, offset_bytes=start)
         for (shape, dtype), start in zip(wanted, starts, strict=False)

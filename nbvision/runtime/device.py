@@ -21,6 +21,7 @@ from nbvision.errors import DeviceError, InputError, MissingExtraError
 __all__ = [
     "Device",
     "array_module",
+    "available_cores",
     "compute_capability",
     "cuda_unavailable_because",
     "device_of",
@@ -34,6 +35,11 @@ __all__ = [
 Device = Literal["cpu", "cuda"]
 
 CUDA_EXTRA = "cuda13"  # the extra that error messages recommend
+
+
+def available_cores() -> int:
+    """Cores that this process may use."""
+    return len(os.sched_getaffinity(0))
 
 
 @functools.cache

@@ -18,7 +18,7 @@ import numpy as np
 import numpy.typing as npt
 from nbvision_kernels.codes import HEIGHT, WIDTH, X, Y
 
-from nbvision.codecs import decode, encode
+from nbvision.codecs import HostImage, decode, decode_host, encode
 from nbvision.engines import Engine
 from nbvision.errors import InputError
 from nbvision.image import to_device
@@ -62,6 +62,8 @@ class Pipeline(ABC):
         Of what answers depend on beside the options: models, an index, code.
     takes_images : bool
         Whether an item is the bytes of one compressed image.
+    prepare : callable or None
+        What an item goes through by itself, before it joins a batch.
     """
 
     inputs: tuple[TensorInfo, ...]
@@ -69,6 +71,7 @@ class Pipeline(ABC):
     device: Device
     digest: str
     takes_images = True
+    prepare: Callable[[Any], Any] | None = None
 
     @abstractmethod
     def run(self, items: list[Any]) -> list[Any]:
@@ -176,7 +179,11 @@ class RecognizerPipeline(Pipeline):
             TensorInfo("VECTORS", "FP32", (-1, dimension)),
         )
 
-    def run(self, items: list[bytes]) -> list[Any]:
+    def prepare(self, item: bytes) -> HostImage:
+        """The host's part of decoding."""
+        return decode_host(item, device=self.device, limit_pixels=self._limit_pixels)
+
+    def run(self, items: list[HostImage]) -> list[Any]:
         times = StageTimes() if self._stage_times else None
         stage = (lambda name, count: times.stage(name, self.device, items=count)) if times else _not_timed
         with stage("decode", len(items)):
@@ -215,12 +222,13 @@ class RecognizerPipeline(Pipeline):
                 self._add_crops(images, results)
         if times:
             times_ms = {name: round(seconds * 1e3, 3) for name, seconds in times.seconds.items()}
-            for result in results:
+            for item, result in zip(items, results, strict=True):
                 if isinstance(result, dict):
-                    result["batch"] = {"images": len(items), "times_ms": times_ms}
+                    own_ms = {"decode_host": round(item.host_s * 1e3, 3)}
+                    result["batch"] = {"images": len(items), "times_ms": own_ms | times_ms}
         return results
 
-    def warm_up(self, items: list[bytes]) -> list[Any]:
+    def warm_up(self, items: list[HostImage]) -> list[Any]:
         """With objects, whatever is in the pictures, or what is done to objects would first be done for a client."""
         threshold, self._recognizer.score_threshold = self._recognizer.score_threshold, 0.0
         try:
