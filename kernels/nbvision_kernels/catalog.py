@@ -70,6 +70,7 @@ class NumbaKernel:
     make: Callable[[], Callable[..., None]] = field(hash=False, compare=False)
     arguments: tuple[str, ...]
     float64: bool = False  # allowed only where one thread does the work of a whole output
+    calls: Callable[[], DeviceFunctions] = field(default=dict, hash=False, compare=False)  # what is linked besides
 
     @property
     def defines(self) -> dict[str, int | str]:
@@ -77,7 +78,7 @@ class NumbaKernel:
 
     def device_functions(self) -> DeviceFunctions:
         """The body as a device function: what links with :meth:`source_text`."""
-        return {f"nbv_{self.entry}": (self.make(), void, self.arguments)}
+        return {f"nbv_{self.entry}": (self.make(), void, self.arguments), **self.calls()}
 
     def roomier(self) -> None:
         """There is no version with more registers."""
@@ -289,14 +290,23 @@ def image_regions_kernel() -> NumbaKernel:
     """Regions of whole images."""
     arguments = (i64_pointer, i32, i32_pointer, i64_pointer, f32_pointer, *(i32,) * 8)
     make = _imported("regions_cuda", "fill_image_regions")
-    return NumbaKernel("image-regions", "fill_image_regions", make, arguments, float64=True)
+    return NumbaKernel("image-regions", "fill_image_regions", make, arguments, float64=True, calls=_write_region)
 
 
 def box_regions_kernel() -> NumbaKernel:
     """Regions of boxes that live on the device."""
     tables = (i64_pointer, i64_pointer, f32_pointer, i32, f32, i32_pointer, i64_pointer, f32_pointer)
     make = _imported("regions_cuda", "fill_box_regions")
-    return NumbaKernel("box-regions", "fill_box_regions", make, (*tables, *(i32,) * 8), float64=True)
+    arguments = (*tables, *(i32,) * 8)
+    return NumbaKernel("box-regions", "fill_box_regions", make, arguments, float64=True, calls=_write_region)
+
+
+def _write_region() -> DeviceFunctions:
+    from nbvision_kernels.regions import write_region
+    from nbvision_kernels.regions_cuda import WRITE_REGION
+
+    tables = (i32_pointer, i64_pointer, f32_pointer)
+    return {WRITE_REGION: (write_region, void, (*tables, *(i64,) * 6, *(i32,) * 8))}
 
 
 def head_candidates_kernel() -> NumbaKernel:

@@ -33,6 +33,8 @@ from nbvision_kernels.pixel import pixel_function, rint64
 __all__ = [
     "fill_box_regions_cpu",
     "fill_regions_cpu",
+    "region_of_box",
+    "write_region",
 ]
 
 
@@ -138,27 +140,11 @@ def write_region(
 
 
 @pixel_function
-def write_box_region(
-    regions,
-    steps,
-    scales,
-    index,
-    sources,
-    images,
-    boxes,
-    margin,
-    out_height,
-    out_width,
-    fit,
-    cover_height,
-    cover_width,
-    scaleup,
-    center,
-    linear,
-):
-    """Row ``index`` for box ``index``: enlarged by ``margin`` of its size on each side, to whole pixels, clipped.
+def region_of_box(sources, images, boxes, index, margin):
+    """Image, x, y, width and height of box ``index``: enlarged by ``margin`` of its size on each side, to whole pixels,
+    clipped.
 
-    ``boxes`` holds x1, y1, x2, y2 float32; a box that is NaN, outside its image or of no area gives an empty row.
+    ``boxes`` holds x1, y1, x2, y2 float32; a box that is NaN, outside its image or of no area has no width or height.
     """
     image = np.int64(images[index])
     image_height = np.float32(sources[image * 4 + 2])
@@ -178,25 +164,7 @@ def write_box_region(
         y = np.int64(math.floor(max(y1 - margin_y, np.float32(0))))
         width = np.int64(math.ceil(min(x2 + margin_x, image_width))) - x
         height = np.int64(math.ceil(min(y2 + margin_y, image_height))) - y
-    write_region(
-        regions,
-        steps,
-        scales,
-        index,
-        image,
-        x,
-        y,
-        width,
-        height,
-        out_height,
-        out_width,
-        fit,
-        cover_height,
-        cover_width,
-        scaleup,
-        center,
-        linear,
-    )
+    return image, x, y, width, height
 
 
 def fill_regions_cpu(
@@ -255,15 +223,17 @@ def fill_box_regions_cpu(
 ):
     """One region per box, on the host."""
     for index in range(images.size):
-        write_box_region(
+        image, x, y, width, height = region_of_box(sources, images, boxes, index, margin)
+        write_region(
             regions,
             steps,
             scales,
             index,
-            sources,
-            images,
-            boxes,
-            margin,
+            image,
+            x,
+            y,
+            width,
+            height,
             out_height,
             out_width,
             fit,

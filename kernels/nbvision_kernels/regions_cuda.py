@@ -3,11 +3,19 @@
 from __future__ import annotations
 
 import numpy as np
-from numba import cuda
+from numba import cuda, types
 
-from nbvision_kernels.regions import write_box_region, write_region
+from nbvision_kernels.regions import region_of_box, write_region
 
-__all__ = ["fill_box_regions", "fill_image_regions"]
+__all__ = ["WRITE_REGION", "fill_box_regions", "fill_image_regions"]
+
+# A function of its own, linked into both kernels: inlined by Numba it would take twice as long to compile, and in each.
+_TABLES = (types.CPointer(types.int32), types.CPointer(types.int64), types.CPointer(types.float32))
+WRITE_REGION = "nbv_write_region"
+_linked_write_region = cuda.declare_device(
+    WRITE_REGION, types.void(*_TABLES, *(types.int64,) * 6, *(types.int32,) * 8), abi="c"
+)
+_write_region = _linked_write_region or write_region  # the simulator declares nothing
 
 
 def fill_image_regions(
@@ -29,14 +37,14 @@ def fill_image_regions(
     index = cuda.grid(1)
     if index < count:
         image = np.int64(index)
-        write_region(
+        _write_region(
             regions,
             steps,
             scales,
             image,
             image,
-            0,
-            0,
+            np.int64(0),
+            np.int64(0),
             sources[image * 4 + 3],
             sources[image * 4 + 2],
             out_height,
@@ -68,18 +76,20 @@ def fill_box_regions(
     center,
     linear,
 ):
-    """One region per box; see :func:`nbvision_kernels.regions.write_box_region`."""
+    """One region per box; see :func:`nbvision_kernels.regions.region_of_box`."""
     index = cuda.grid(1)
     if index < count:
-        write_box_region(
+        image, x, y, width, height = region_of_box(sources, images, boxes, index, margin)
+        _write_region(
             regions,
             steps,
             scales,
-            index,
-            sources,
-            images,
-            boxes,
-            margin,
+            np.int64(index),
+            image,
+            x,
+            y,
+            width,
+            height,
             out_height,
             out_width,
             fit,

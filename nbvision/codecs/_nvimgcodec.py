@@ -6,14 +6,15 @@ these times costs up to 5 ms until it has the lock again.  Here a batch lets go 
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import functools
 import importlib.util
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from types import ModuleType
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -22,7 +23,7 @@ from nbvision.errors import MissingExtraError
 from nbvision.image import CHANNELS, Color
 from nbvision.runtime.device import CUDA_EXTRA
 
-__all__ = ["SAMPLES", "DecoderHandle", "Pixels", "nvimgcodec"]
+__all__ = ["SAMPLES", "DecoderHandle", "Opened", "Pixels", "nvimgcodec"]
 
 # nvImageCodec's names of the sample format and the colour space, by ours. It cannot add an alpha channel.
 SAMPLES: dict[Color, tuple[str, str]] = {
@@ -217,8 +218,17 @@ def _library() -> _Library:
     raise _missing()
 
 
+class Opened(NamedTuple):
+    """A batch that has been parsed."""
+
+    streams: npt.NDArray[np.uint64]  # handles of the files
+    images: npt.NDArray[np.uint64]  # of where their pixels shall be
+    known: npt.NDArray[np.int64]  # which files these are, of the batch
+    files: int  # of the batch
+
+
 class DecoderHandle:
-    """A decoder of one backend; not to be used by two threads at once.
+    """A decoder of one backend; no two threads may decode at once.
 
     Parameters
     ----------
@@ -251,7 +261,8 @@ class DecoderHandle:
             raise RuntimeError(f"nvimgcodecDecoderCreate({backend}) says {status}")
         self._device = "cpu" if device_id == CPU_ONLY_DEVICE else "cuda"
 
-    def decode(
+    @contextlib.contextmanager
+    def open(
         self,
         datas: Sequence[bytes],
         sizes: Sequence[tuple[int, int]],
@@ -259,10 +270,9 @@ class DecoderHandle:
         addresses: Sequence[int],
         *,
         color: Color,
-        apply_orientation: bool,
         stream: int,
-    ) -> npt.NDArray[np.bool_]:
-        """Decode a batch and wait for it on the host.
+    ) -> Iterator[Opened]:
+        """Parse a batch and say where its pixels shall be: all that can be done while another thread decodes.
 
         Parameters
         ----------
@@ -272,15 +282,8 @@ class DecoderHandle:
         addresses : sequence of int
             Where each image of its upright size starts, without gaps between its lines.
         color : {"rgb", "bgr", "gray"}
-        apply_orientation : bool
-            Whether the EXIF is looked into.
         stream : int
             The CUDA stream with which the work is ordered; of no meaning on the host.
-
-        Returns
-        -------
-        (N,) bool array
-            Which were decoded. Refused is also what nvImageCodec takes for another size than ``sizes`` says.
 
         Raises
         ------
@@ -289,24 +292,45 @@ class DecoderHandle:
         """
         streams, images = np.zeros(len(datas), np.uint64), np.zeros(len(datas), np.uint64)
         try:
-            parsed, agrees = self._open(datas, sizes, streams)
+            parsed, agrees = self._parse(datas, sizes, streams)
             known = np.flatnonzero(agrees)
-            done = np.zeros(len(datas), bool)
-            if len(known):
-                infos = _image_infos(len(known))
-                infos["orientation"] = parsed["orientation"][known]  # from which it is turned, if that is asked for
-                infos["buffer"] = np.array(addresses, np.uint64)[known]
-                infos["buffer_kind"], infos["cuda_stream"] = _BUFFER_KINDS[self._device], stream
-                self._describe(infos, np.array(upright_sizes, np.uint32)[known], color, images)
-                done[known] = self._run(np.ascontiguousarray(streams[known]), images[: len(known)], apply_orientation)
-            return done
+            infos = _image_infos(len(known))
+            infos["orientation"] = parsed["orientation"][known]  # from which it is turned, if that is asked for
+            infos["buffer"] = np.array(addresses, np.uint64)[known]
+            infos["buffer_kind"], infos["cuda_stream"] = _BUFFER_KINDS[self._device], stream
+            self._describe(infos, np.array(upright_sizes, np.uint32)[known], color, images)
+            yield Opened(np.ascontiguousarray(streams[known]), images[: len(known)], known, len(datas))
         finally:
             for handle in images[images != 0].tolist():
                 self._library.quick.nvimgcodecImageDestroy(handle)
             for handle in streams[streams != 0].tolist():
                 self._library.quick.nvimgcodecCodeStreamDestroy(handle)
 
-    def _open(
+    def decode(self, opened: Opened, *, apply_orientation: bool) -> npt.NDArray[np.bool_]:
+        """Decode a batch and wait for it on the host.
+
+        Parameters
+        ----------
+        opened : Opened
+        apply_orientation : bool
+            Whether the EXIF is looked into.
+
+        Returns
+        -------
+        (N,) bool array
+            Which were decoded. Refused is also what nvImageCodec takes for another size than the header says.
+
+        Raises
+        ------
+        RuntimeError
+            If the batch fails as a whole.
+        """
+        done = np.zeros(opened.files, bool)
+        if len(opened.known):
+            done[opened.known] = self._run(opened.streams, opened.images, apply_orientation)
+        return done
+
+    def _parse(
         self, datas: Sequence[bytes], sizes: Sequence[tuple[int, int]], streams: npt.NDArray[np.uint64]
     ) -> tuple[npt.NDArray[Any], npt.NDArray[np.bool_]]:
         """Parse the files: what nvImageCodec reads in them, and whether that is what the headers say."""

@@ -11,15 +11,16 @@ and as much of the baseline ones as makes the batch faster.
 from __future__ import annotations
 
 import collections
+import contextlib
 import functools
 import threading
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
 from nbvision.codecs._balance import Balance, Measured, cost_of
-from nbvision.codecs._nvimgcodec import SAMPLES, DecoderHandle
+from nbvision.codecs._nvimgcodec import SAMPLES, DecoderHandle, Opened
 from nbvision.codecs._threads import Turns
 from nbvision.codecs.headers import Header
 from nbvision.errors import DeviceError
@@ -103,7 +104,7 @@ class _Decoders:
     """The two decoders of one device, for all threads of the process.
 
     Threads take turns: of small images, an engine fed by two threads decodes fewer than one fed by one.  While one
-    thread has its turn, others read headers and prepare.
+    thread has its turn, others read headers and open files.
     """
 
     def __init__(self, device_id: int) -> None:
@@ -219,29 +220,34 @@ class _Lane:
         # orientation.
         upright = [job for job in jobs if job.header.orientation == 1]
         turned = [job for job in jobs if job.header.orientation != 1]
-        with self._turns:
-            begin = self.stream.record()
-            for group, apply_orientation in ((upright, False), (turned, True)):
-                self._decode_batch(group, color, apply_orientation)
-            return _Turn(begin, self.stream.record(), sum(job.cost for job in jobs))
+        with contextlib.ExitStack() as opened, _as_device_error(len(jobs)):
+            groups = [(group, opened.enter_context(self._open(group, color))) for group in (upright, turned) if group]
+            with self._turns:
+                begin = self.stream.record()
+                for group, batch in groups:
+                    done = self._decoder.decode(batch, apply_orientation=group is turned)
+                    for job, is_done in zip(group, done.tolist(), strict=True):
+                        job.done = is_done
+                end = self.stream.record()
+        return _Turn(begin, end, sum(job.cost for job in jobs))
 
-    def _decode_batch(self, jobs: list[_Job], color: Color, apply_orientation: bool) -> None:
-        if not jobs:
-            return
-        try:
-            done = self._decoder.decode(
-                [job.data for job in jobs],
-                [(job.header.height, job.header.width) for job in jobs],
-                [job.header.oriented_size for job in jobs],
-                [job.address for job in jobs],
-                color=color,
-                apply_orientation=apply_orientation,
-                stream=self.stream.ptr,
-            )
-        except RuntimeError as error:
-            raise DeviceError(f"nvImageCodec failed on {len(jobs)} images as a whole: {error}") from error
-        for job, is_done in zip(jobs, done.tolist(), strict=True):
-            job.done = is_done
+    def _open(self, jobs: list[_Job], color: Color) -> contextlib.AbstractContextManager[Opened]:
+        return self._decoder.open(
+            [job.data for job in jobs],
+            [(job.header.height, job.header.width) for job in jobs],
+            [job.header.oriented_size for job in jobs],
+            [job.address for job in jobs],
+            color=color,
+            stream=self.stream.ptr,
+        )
+
+
+@contextlib.contextmanager
+def _as_device_error(count: int) -> Iterator[None]:
+    try:
+        yield
+    except RuntimeError as error:
+        raise DeviceError(f"nvImageCodec failed on {count} images as a whole: {error}") from error
 
 
 @dataclass(frozen=True, slots=True)

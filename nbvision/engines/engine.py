@@ -216,13 +216,18 @@ class Engine:
             self._refuse_names("input", inputs, self.inputs)
         if not out.keys() <= self._output_names:
             self._refuse_names("out", out, self.outputs)
+        if stream is None or self.device == "cpu":
+            return self._run(inputs, out)
         with self._on_stream(stream):
-            if not self._has_passed(inputs):
-                inputs = {spec.name: self._checked_input(spec, inputs[spec.name]) for spec in self.inputs}
-                if self._batch_of(inputs) == 0:
-                    return self._empty_outputs(out)
-                self._passed.add(_signature(inputs))
-            return self._executor.run(inputs, out)
+            return self._run(inputs, out)
+
+    def _run(self, inputs: Mapping[str, Any], out: Mapping[str, Any]) -> dict[str, Any]:
+        if not self._has_passed(inputs):
+            inputs = {spec.name: self._checked_input(spec, inputs[spec.name]) for spec in self.inputs}
+            if self._batch_of(inputs) == 0:
+                return self._empty_outputs(out)
+            self._passed.add(_signature(inputs))
+        return self._executor.run(inputs, out)
 
     def _has_passed(self, inputs: Mapping[str, Any]) -> bool:
         """Whether arrays of these dtypes and shapes were taken before, and these need no copy."""
@@ -233,8 +238,6 @@ class Engine:
 
     def _on_stream(self, stream: Any) -> contextlib.AbstractContextManager[Any]:
         """Make ``stream`` CuPy's current one."""
-        if stream is None or self.device == "cpu":
-            return contextlib.nullcontext()
         cuda = require_cupy("a CUDA stream").cuda
         if isinstance(stream, (cuda.Stream, cuda.ExternalStream)):
             return stream  # type: ignore[no-any-return]

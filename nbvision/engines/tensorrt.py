@@ -31,6 +31,8 @@ _STAGE_AFTER = 8  # calls with other arrays than before: then the graph gets mem
 
 Shapes: TypeAlias = tuple[tuple[int, ...], ...]
 OutputShapes: TypeAlias = tuple[tuple[int, ...] | None, ...]  # None: it depends on the data
+# What a call runs on: the shapes of the inputs, the addresses of inputs and outputs, and scratch memory.
+Known: TypeAlias = "tuple[Shapes, tuple[int, ...], memory.Buffer]"
 
 logger = logging.getLogger("nbvision")
 
@@ -59,7 +61,7 @@ class TensorRTExecutor:
         cuda_graphs: bool = False,
     ) -> None:
         cupy = require_cupy("a TensorRT engine")
-        cuda = cupy.cuda
+        self._cuda = cuda = cupy.cuda
         self._array_type = cupy.ndarray
         self._trt = trt
         self._file_name = model.path.name
@@ -88,42 +90,59 @@ class TensorRTExecutor:
 
     def run(self, inputs: Mapping[str, Any], out: Mapping[str, Any]) -> dict[str, Any]:
         """Run; see :class:`nbvision.engines.engine.Executor`."""
-        caller = require_cupy("a TensorRT engine").cuda.get_current_stream()
-        arrays = [_aligned(inputs[spec.name]) for spec in self.inputs]
+        # The host queues many calls a millisecond: loops, for a list comprehension costs a call of a function.
+        caller = self._cuda.get_current_stream()
+        arrays, addresses = [], []
+        for spec in self.inputs:
+            array = inputs[spec.name]
+            address = array.data.ptr
+            if address % _ADDRESS_ALIGNMENT_BYTES:  # TensorRT cannot read there, as where a slice of a batch starts
+                array = array.copy()
+                address = array.data.ptr
+            arrays.append(array)
+            addresses.append(address)
         shapes = tuple([array.shape for array in arrays])
         stream = caller if caller.ptr > _LAST_DEFAULT_STREAM else self._stream
         with self._lock:
             lanes, output_shapes = self._known.get(shapes) or self._infer(shapes)
             slab = self._slabs.of(stream)
-            results = [
-                self._output(spec, shape, out.get(spec.name))
-                for spec, shape in zip(self.outputs, output_shapes, strict=True)
-            ]
-            addresses = tuple([array.data.ptr for array in (*arrays, *results) if array is not None])
-            lane = lanes[0] if len(lanes) == 1 else _lane_for(lanes, (shapes, addresses, slab.address))
-            stage = lane.stage_for(stream, shapes, addresses, slab)
+            results = []
+            for spec, shape in zip(self.outputs, output_shapes, strict=True):
+                result = self._output(spec, shape, out.get(spec.name))
+                results.append(result)
+                if result is not None:
+                    addresses.append(result.data.ptr)
+            known = shapes, tuple(addresses), slab
+            lane = lanes[0] if len(lanes) == 1 else _lane_for(lanes, known)
+            stage = lane.stage_for(stream, known)
             if stream is not caller:  # after the outputs were taken, whose last readers the caller's stream waits for
                 caller.record(self._inputs_ready)
                 stream.wait_event(self._inputs_ready)
             lane.follow(stream)
             if stage is None:
-                queued = lane.run(stream, shapes, addresses, slab)
+                queued = lane.run(stream, known)
             else:
                 stage.take(arrays, stream)
-                queued = lane.run(stream, stage.shapes, stage.addresses, slab)
+                queued = lane.run(stream, (stage.shapes, stage.addresses, slab))
                 stage.give(results, stream)
             if stream is not caller:
                 stream.record(self._outputs_ready)
                 caller.wait_event(self._outputs_ready)
             if lane.deferred:
                 results = lane.take_deferred(self.outputs, results)
-        given = [array for array in (*arrays, *results) if array is not None]
-        for array in given:
+        given = {}
+        for array in arrays:
             memory.record_use(array, caller)
-        if not queued or len(given) < len(arrays) + len(results):
+        for spec, result in zip(self.outputs, results, strict=True):
+            given[spec.name] = result
+            if result is None:
+                queued = False
+            else:
+                memory.record_use(result, caller)
+        if not queued:
             self._allocations.raise_failure()
             raise EngineError(f"{self._file_name}: {self._trt} refuses to run: {self._trt.take_reason()}")
-        return {spec.name: array for spec, array in zip(self.outputs, results, strict=True)}
+        return given
 
     def _profile_of(self, shapes: Shapes) -> int:
         """The first optimisation profile that takes this batch."""
@@ -236,10 +255,10 @@ class _Lane:
         self._max_batch = max_batch
         self._changes = 0
 
-    @property
-    def state(self) -> tuple[Shapes, tuple[int, ...], int]:
-        """What the next call would run on."""
-        return self._shapes, self._addresses, self._slab.address if self._slab else 0
+    def knows(self, known: Known) -> bool:
+        """Whether the next call would run on this, as it stands."""
+        shapes, addresses, slab = known
+        return self._addresses == addresses and self._shapes == shapes and self._slab is slab
 
     def infer(self, shapes: Shapes) -> OutputShapes:
         """The shapes of the outputs for those of the inputs."""
@@ -271,7 +290,7 @@ class _Lane:
             for spec, array in zip(specs, results, strict=True)
         ]
 
-    def stage_for(self, stream: Any, shapes: Shapes, addresses: tuple[int, ...], slab: memory.Buffer) -> Stage | None:
+    def stage_for(self, stream: Any, known: Known) -> Stage | None:
         """The memory that this call shall be copied through, so that it can be a graph; None if it need not or may not.
 
         It has room for the largest batch so far, rounded up, and a graph computes all of it.
@@ -279,10 +298,10 @@ class _Lane:
         if not self._may_stage or self._capture_stream is None or stream.is_capturing():
             return None
         if self.stage is None:
-            self._changes += self.state != (shapes, addresses, slab.address)
+            self._changes += not self.knows(known)
             if self._changes <= _STAGE_AFTER:
                 return None
-        batch = shapes[0][0]
+        batch = known[0][0][0]
         if self.stage is None or self.stage.batch < batch:
             try:
                 self.stage = Stage(*self._specs, min(batch_class(batch), self._max_batch), stream)
@@ -298,15 +317,19 @@ class _Lane:
             stream.wait_event(self._event)
         self._stream = stream
 
-    def run(self, stream: Any, shapes: Shapes, addresses: tuple[int, ...], slab: memory.Buffer) -> bool:
+    def run(self, stream: Any, known: Known) -> bool:
         """Queue one call on ``stream``, which follows; False if TensorRT refuses."""
-        if self.state != (shapes, addresses, slab.address):
+        if not self.knows(known):
+            shapes, addresses, slab = known
             self._tell_shapes(shapes)
             self._tell_addresses(addresses, slab)
         if self._graph is not None and not stream.is_capturing():
             self._graph.launch(stream)
             return True
-        with stream if self.deferred else contextlib.nullcontext():  # who asks for memory asks for that stream
+        if self.deferred:
+            with stream:  # who asks for memory asks for that stream
+                queued = bool(self._context.execute_async_v3(stream.ptr))
+        else:
             queued = bool(self._context.execute_async_v3(stream.ptr))
         self._calls += 1
         if queued and self._calls == _GRAPH_AFTER and self._capture_stream is not None and not stream.is_capturing():
@@ -351,14 +374,9 @@ class _Lane:
         return graph
 
 
-def _lane_for(lanes: list[_Lane], state: tuple[Shapes, tuple[int, ...], int]) -> _Lane:
-    """The lane that is in this state, else the one that was used longest ago; the last in the list is the latest."""
-    index = next((index for index, lane in enumerate(lanes) if lane.state == state), 0)
+def _lane_for(lanes: list[_Lane], known: Known) -> _Lane:
+    """The lane that knows this, else the one that was used longest ago; the last in the list is the latest."""
+    index = next((index for index, lane in enumerate(lanes) if lane.knows(known)), 0)
     lane = lanes.pop(index)
     lanes.append(lane)
     return lane
-
-
-def _aligned(array: Any) -> Any:
-    """``array``, copied if it starts where TensorRT cannot read it, as a slice of a batch may."""
-    return array.copy() if array.data.ptr % _ADDRESS_ALIGNMENT_BYTES else array
