@@ -18,6 +18,12 @@ START_S = 120.0
 COMMAND = [sys.executable, "-m", "nbvision", "serve"]
 
 
+def surroundings() -> dict[str, str]:
+    """The environment of a service: it finds ``serve_functions`` here, and nbvision where this process found it."""
+    here = str(Path(__file__).parent)
+    return os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, [here, os.environ.get("PYTHONPATH")]))}
+
+
 class Server:
     """A service that runs until :meth:`stop`; use it as a context manager.
 
@@ -32,13 +38,11 @@ class Server:
         self.path = directory / "serve.yaml"
         self.path.write_text(config)
         self.log: list[dict[str, Any]] = []
-        here = str(Path(__file__).parent)
-        path = os.pathsep.join(filter(None, [here, os.environ.get("PYTHONPATH")]))
         self.process = subprocess.Popen(
             [*COMMAND, str(self.path), "--port", "0", *options],
             stderr=subprocess.PIPE,
             text=True,
-            env=os.environ | {"PYTHONPATH": path, "PYTHONUNBUFFERED": "1"} | environment,
+            env=surroundings() | {"PYTHONUNBUFFERED": "1"} | environment,
         )
         self._reader = threading.Thread(target=self._read, daemon=True)
         self._reader.start()

@@ -29,7 +29,7 @@ def test_every_format_is_as_without(device: Any, name: str) -> None:
 def test_what_is_left_to_the_gpu(device: Any) -> None:
     """Baseline JPEG, and nothing else; without a GPU nothing is left."""
     left = {name for name, data in FILES.items() if not nbv.decode_host(data, device=device).is_decoded}
-    slivers = {"1x1", "1x40", "37x3", "37x3 4:2:2", "37x4"}
+    slivers = {"1x1", "37x3", "37x3 4:2:2", "37x4"}  # of fewer than five columns
     baseline = set(JPEGS) - {"progressive"} - slivers
     assert left == (baseline if device == "cuda" else set())
 

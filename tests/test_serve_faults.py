@@ -19,7 +19,7 @@ from typing import Any
 
 import httpx
 import pytest
-from serving import COMMAND, Server
+from serving import COMMAND, Server, surroundings
 
 from nbvision.errors import InputError
 from nbvision.serve import service as service_module
@@ -392,9 +392,8 @@ def test_the_first_requests_are_in_time(tmp_path: Path) -> None:
 def run_to_its_end(tmp_path: Path, text: str, *options: str) -> subprocess.CompletedProcess[str]:
     path = tmp_path / "serve.yaml"
     path.write_text(text)
-    here = os.environ | {"PYTHONPATH": str(Path(__file__).parent)}
     command = [*COMMAND, str(path), "--port", "0", *options]
-    return subprocess.run(command, capture_output=True, text=True, timeout=60, env=here, check=False)
+    return subprocess.run(command, capture_output=True, text=True, timeout=60, env=surroundings(), check=False)
 
 
 @pytest.mark.parametrize(
