@@ -31,7 +31,7 @@ from benchmarks.serve import CONFIG, PICTURE_BYTES, Client, nbvision_service, on
 from nbvision.batching.simulator import arrivals
 from nbvision.runtime.device import resolve_device
 from nbvision.serve.config import read_config
-from nbvision.serve.pipelines import PIPELINES
+from nbvision.serve.pipelines import RecognizerPipeline
 
 IN_TIME = 0.99
 STEP = 1.25  # from one rate to the next
@@ -92,9 +92,9 @@ def overhead(device: str, files: Sequence[bytes], *, rounds: int, count: int) ->
     differences: list[float] = []
     with nbvision_service(GARMENTS.format(device=device, max_batch=1, in_flight=1)) as (port, path):
         config = read_config(path).pipelines["garments"]
-        pipeline = PIPELINES[config.kind](**config.options)
+        pipeline = RecognizerPipeline(**config.options)
         for data in files[:8]:
-            pipeline.run([data])
+            pipeline.run([pipeline.prepare(data)])
         asyncio.run(one_after_another(port, "/v1/garments", files, 8))
         for number in range(rounds):
             start = number * count
@@ -103,7 +103,7 @@ def overhead(device: str, files: Sequence[bytes], *, rounds: int, count: int) ->
             bare_ms = []
             for data in pictures:
                 started_s = time.perf_counter()
-                pipeline.run([data])
+                pipeline.run([pipeline.prepare(data)])
                 bare_ms.append((time.perf_counter() - started_s) * 1e3)
             served += times_ms
             alone += bare_ms
@@ -124,7 +124,7 @@ def overhead(device: str, files: Sequence[bytes], *, rounds: int, count: int) ->
 def highest_rate(
     port: int, files: Sequence[bytes], *, first: float, seconds: float, deadline_ms: float
 ) -> tuple[float, list[Any]]:
-    """The highest rate of which 99 % came in time, and all that was tried: up to well beyond, then between."""
+    """The highest rate of which 99 % came in time, and all that was tried: up to well beyond, or down, then between."""
     runs = []
 
     def met(rate: float) -> bool:
@@ -140,10 +140,12 @@ def highest_rate(
         is_too_high = not met(rate) or is_too_high
         low = low if is_too_high else rate
         rate *= STEP
-    if not low:
-        return 0.0, runs
     high = low * STEP
-    for _ in range(2):
+    rate = first
+    while not low and rate > first / 100:
+        high, rate = rate, rate / STEP**2
+        low = rate if met(rate) else 0.0
+    for _ in range(2 if low else 0):
         middle = math.sqrt(low * high)
         low, high = (middle, high) if met(middle) else (low, middle)
     return low, sorted(runs, key=lambda run: float(run["rate_per_s"]))

@@ -87,7 +87,7 @@ class Pipeline(ABC):
 
     def close(self) -> None:
         """Let go of models and their memory, whoever still holds the pipeline: an error's traceback, perhaps."""
-        for name in [name for name in vars(self) if name.startswith("_")]:
+        for name in [name for name in vars(self) if name.startswith("_") or name == "prepare"]:
             delattr(self, name)
 
     def items_of(self, tensors: Tensors) -> list[Any]:
@@ -383,7 +383,8 @@ class PythonPipeline(Pipeline):
     function : str
         ``"module:name"``; the module may lie beside the service's file. If it is a class it is made with each load,
         without arguments, and called. Its attribute ``version``, a text, says which loads answer the same; without one
-        none does. With each load it is called with a gray picture first, once in each thread.
+        none does. Its attribute ``prepare``, a function of one compressed image, is what each goes through first, by
+        itself. With each load it is called with a gray picture first, once in each thread.
     device : {"cpu", "cuda"}, optional
         Where it works: on ``"cuda"`` it is called with a stream of its own as CuPy's current one.
     """
@@ -402,6 +403,7 @@ class PythonPipeline(Pipeline):
             raise InputError(f"function {function!r} is a {type(found).__name__}; expected one, or a class of them")
         self._name = function
         self._function: Callable[[list[bytes]], Sequence[Any]] = found() if isinstance(found, type) else found
+        self.prepare = getattr(self._function, "prepare", None)
         self.device = resolve_device(device)
         self.digest = hashlib.sha256(str(getattr(self._function, "version", uuid.uuid4())).encode()).hexdigest()
         self.inputs = (TensorInfo("IMAGE", "BYTES", (-1,)),)
