@@ -3,17 +3,16 @@
     python asv_bench/load.py --out load.json [--device cuda] [--deadline-ms 40] [--seconds 3] [--picture load.png]
 
 Compressed photographs of the demo's shop come one by one (Poisson), or in bursts of 8 and 16, whether or not earlier
-ones are answered.  The host does its part of decoding each as it comes, and the demo's recognizer answers them through
-``nbv.Batcher``, and through the same batcher without its policy: as many as wait as soon as a thread is free ("eager"),
-and that once the batch is full or the oldest has waited 10 ms ("fixed delay").  Rates are shares of the capacity: what
-is answered while there is always more to do.  The bound is what an ideal server of that capacity would answer in time,
-which works on one request after another, needs no time for a single one, and turns away who cannot be in time.
+ones are answered.  The demo's recognizer answers them through ``nbv.Batcher``, and through the same batcher without its
+policy: as many as wait as soon as a thread is free ("eager"), and that once the batch is full or the oldest has waited
+10 ms ("fixed delay").  Rates are shares of the capacity: what is answered while there is always more to do.  The bound
+is what an ideal server of that capacity would answer in time, which works on one request after another, needs no time
+for a single one, and turns away who cannot be in time.
 """
 
 from __future__ import annotations
 
 import argparse
-import functools
 import json
 import sys
 import threading
@@ -185,7 +184,7 @@ def main() -> int:
     files = catalogue_files(arguments.images)
     recognizer = Recognizer.load(models_directory(), device=device)
 
-    def recognize(items: list[Any]) -> list[Any]:
+    def recognize(items: list[bytes]) -> list[Any]:
         found = recognizer.recognize(items)
         return [error or found.vectors[found.of_image(index)] for index, error in enumerate(found.errors)]
 
@@ -196,7 +195,6 @@ def main() -> int:
         deadline_ms = arguments.deadline_ms if policy is nbv.Batcher else None
         return policy(
             recognize,
-            prepare=functools.partial(nbv.decode_host, device=device),
             max_batch=arguments.max_batch,
             deadline_ms=deadline_ms,
             latency=given,
@@ -207,9 +205,8 @@ def main() -> int:
     with make(Eager):
         for size in [1, 2, 4, 8, 16, 32, 64]:
             for start in range(WARM_UP_CALLS if size <= arguments.max_batch else 0):
-                items = [nbv.decode_host(data, device=device) for data in files[start : start + size]]
                 started_s = time.perf_counter()
-                recognize(items)
+                recognize(files[start : start + size])
                 if start:
                     curve.update(size, time.perf_counter() - started_s)
     capacity(make, files, 1.0)

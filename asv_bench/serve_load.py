@@ -31,7 +31,7 @@ from benchmarks.serve import CONFIG, PICTURE_BYTES, Client, nbvision_service, on
 from nbvision.batching.simulator import arrivals
 from nbvision.runtime.device import resolve_device
 from nbvision.serve.config import read_config
-from nbvision.serve.pipelines import RecognizerPipeline
+from nbvision.serve.pipelines import PIPELINES
 
 IN_TIME = 0.99
 STEP = 1.25  # from one rate to the next
@@ -92,9 +92,9 @@ def overhead(device: str, files: Sequence[bytes], *, rounds: int, count: int) ->
     differences: list[float] = []
     with nbvision_service(GARMENTS.format(device=device, max_batch=1, in_flight=1)) as (port, path):
         config = read_config(path).pipelines["garments"]
-        pipeline = RecognizerPipeline(**config.options)
+        pipeline = PIPELINES[config.kind](**config.options)
         for data in files[:8]:
-            pipeline.run([pipeline.prepare(data)])
+            pipeline.run([data])
         asyncio.run(one_after_another(port, "/v1/garments", files, 8))
         for number in range(rounds):
             start = number * count
@@ -103,7 +103,7 @@ def overhead(device: str, files: Sequence[bytes], *, rounds: int, count: int) ->
             bare_ms = []
             for data in pictures:
                 started_s = time.perf_counter()
-                pipeline.run([pipeline.prepare(data)])
+                pipeline.run([data])
                 bare_ms.append((time.perf_counter() - started_s) * 1e3)
             served += times_ms
             alone += bare_ms

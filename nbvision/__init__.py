@@ -26,7 +26,7 @@ from nbvision.errors import (
 
 if TYPE_CHECKING:
     from nbvision.batching import Batcher, LatencyCurve
-    from nbvision.codecs import Decoder, HostImage, decode, decode_frames, decode_host, encode, read_parquet, read_tar
+    from nbvision.codecs import Decoder, decode, decode_frames, encode, read_parquet, read_tar
     from nbvision.engines import Engine, EngineProfile, QuantizationReport, profile_engine, quantize
     from nbvision.image import ImageBatch, as_batch
     from nbvision.ops.arithmetic import add_weighted, blend, convert, lut, normalize, threshold
@@ -63,7 +63,6 @@ __all__ = [
     "EngineProfile",
     "FrozenMemoryError",
     "Geometry",
-    "HostImage",
     "ImageBatch",
     "Index",
     "InputError",
@@ -93,7 +92,6 @@ __all__ = [
     "cvt_color",
     "decode",
     "decode_frames",
-    "decode_host",
     "draw",
     "encode",
     "errors",
@@ -132,7 +130,6 @@ _ROOM_OF = {
     "Engine": "nbvision.engines",
     "EngineProfile": "nbvision.engines",
     "Geometry": "nbvision.ops.geometry",
-    "HostImage": "nbvision.codecs",
     "ImageBatch": "nbvision.image",
     "Index": "nbvision.search",
     "LatencyCurve": "nbvision.batching",
@@ -156,7 +153,6 @@ _ROOM_OF = {
     "cvt_color": "nbvision.ops.color",
     "decode": "nbvision.codecs",
     "decode_frames": "nbvision.codecs",
-    "decode_host": "nbvision.codecs",
     "draw": "nbvision.ops.draw",
     "encode": "nbvision.codecs",
     "flip": "nbvision.ops.warp",

@@ -88,19 +88,6 @@ def exiting(images: list[bytes]) -> list[Any]:
     raise SystemExit(5)
 
 
-class Prepared:
-    """Gives the first bytes of each file, which are taken before the batch."""
-
-    @staticmethod
-    def prepare(data: bytes) -> str:
-        if data == b"bad":
-            raise ValueError("it is bad")
-        return data[:4].decode("latin-1")
-
-    def __call__(self, beginnings: list[str]) -> list[Any]:
-        return [{"begins": beginning} for beginning in beginnings]
-
-
 class Versioned:
     """Answers with what a file held when it was loaded; does not load without it."""
 

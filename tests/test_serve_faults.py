@@ -439,16 +439,6 @@ def test_a_module_beside_the_file(tmp_path: Path) -> None:
     assert "module:name" not in done.stderr
 
 
-def test_a_function_that_prepares_each_file(tmp_path: Path) -> None:
-    with Server(config("Prepared"), tmp_path) as server:
-        assert server.ask("prepared", b"12345").json() == {"begins": "1234"}
-        answer = server.ask("prepared", b"bad")
-        assert answer.status_code == 500
-        assert "ValueError" in answer.json()["error"]
-        stats = server.stats("prepared")
-        assert (stats["success"], stats["failure"]) == (1, 1)
-
-
 def test_results_that_cannot_be_sent(tmp_path: Path) -> None:
     with Server(config("unsendable", top=""), tmp_path) as server:
         for _ in range(2):  # it is not kept

@@ -18,24 +18,16 @@ import numpy as np
 
 from nbvision.batching.latency import LatencyCurve
 from nbvision.batching.policy import Reason, Release, Request, RequestQueue, hold_until_s, next_batch
-from nbvision.batching.preparation import GIVEN_UP, PROBE_S, Preparation
 from nbvision.batching.timeline import BatcherTimeline, BatchRecord
 from nbvision.errors import DeadlineError, InputError, NbvisionError, OverloadError
-from nbvision.runtime.device import (
-    Device,
-    array_module,
-    available_cores,
-    own_stream,
-    resolve_device,
-    synchronize,
-)
+from nbvision.runtime.device import Device, array_module, own_stream, resolve_device, synchronize
 
 __all__ = ["Batcher", "BatcherStats"]
 
 _REMEMBERED = 1000  # requests whose times in the queue are kept
 _RECORDED = 10_000  # batches that are kept for the timeline
+_PROBE_S = 1.0  # without a batch, though requests come: then one is run whatever the curve says, which may be wrong
 _ATTEMPTS = 4  # calls to find one bad item, for each halving that it may take
-_AHEAD = 4  # batches that may wait prepared; what comes later waits as it came, and may be given up without that work
 
 
 @dataclass(frozen=True)
@@ -46,7 +38,7 @@ class BatcherStats:
     ----------
     submitted : int
         Requests that were let in; each is one of ``answered``, ``failed``, ``late``, ``cancelled`` and ``waiting``, or
-        is prepared or runs now (``running``).
+        runs now (``running``).
     rejected : int
         Turned away at the door.
     answered, failed : int
@@ -106,19 +98,14 @@ class Batcher:
     function : callable
         Takes a list of items and returns as many results, in their order; a result that is an exception is raised for
         its item alone. If it raises, the batch is halved again and again until only the items that cause it fail.
-    prepare : callable, optional
-        What each item goes through by itself as soon as it comes, such as :func:`nbvision.decode_host`: the function
-        is given what it returns, and no batch waits for it. What it raises is its item's exception.
-    prepare_threads : int, optional
-        In so many threads; default: one for each core of this process.
     max_batch : int
         Items of a batch.
     deadline_ms : float, optional
         Of a request that does not say its own; default: none.
     bucket : callable, optional
-        Gives what a prepared item has to share with others in its batch, such as its shape.
+        Gives what an item has to share with others in its batch, such as its shape after preprocessing.
     size_of : callable, optional
-        Gives an item's bytes as it comes, for ``max_queue_bytes``.
+        Gives an item's bytes, for ``max_queue_bytes``.
     max_queue_items, max_queue_bytes : int
         Of requests that wait; more are turned away.
     latency : LatencyCurve, optional
@@ -129,8 +116,8 @@ class Batcher:
     aging_s : float
         A request that has waited so long goes before all others, whatever its priority.
     device : {"cpu", "cuda"}, optional
-        Where the functions work; default as everywhere. On ``"cuda"`` each thread has a stream of its own, which is
-        CuPy's current one in the functions and is waited for, on the host, before anybody gets a result.
+        Where the function works; default as everywhere. On ``"cuda"`` each thread has a stream of its own, which is
+        CuPy's current one in the function and is waited for, on the host, before anybody gets a result.
 
     Raises
     ------
@@ -141,7 +128,7 @@ class Batcher:
 
     Examples
     --------
-    >>> with nbv.Batcher(recognize_all, prepare=nbv.decode_host, deadline_ms=40) as batcher:   # doctest: +SKIP
+    >>> with nbv.Batcher(recognize_all, max_batch=32, deadline_ms=40) as batcher:   # doctest: +SKIP
     ...     answer = batcher(image_bytes)
     """
 
@@ -149,8 +136,6 @@ class Batcher:
         self,
         function: Callable[[list[Any]], Sequence[Any]],
         *,
-        prepare: Callable[[Any], Any] | None = None,
-        prepare_threads: int | None = None,
         max_batch: int = 64,
         deadline_ms: float | None = None,
         bucket: Callable[[Any], Hashable] | None = None,
@@ -164,11 +149,8 @@ class Batcher:
     ) -> None:
         if not callable(function):
             raise InputError(f"function is a {type(function).__name__}; expected a callable that takes a list")
-        if prepare is not None and not callable(prepare):
-            raise InputError(f"prepare is a {type(prepare).__name__}; expected a callable that takes an item")
-        prepare_threads = available_cores() if prepare_threads is None else prepare_threads
         counts = {"max_batch": max_batch, "max_queue_items": max_queue_items, "in_flight": in_flight}
-        for name, value in (counts | {"prepare_threads": prepare_threads}).items():
+        for name, value in counts.items():
             if not isinstance(value, int) or value < 1:
                 raise InputError(f"{name} is {value!r}; expected a positive integer")
         for name, limit in {"deadline_ms": deadline_ms, "max_queue_bytes": max_queue_bytes, "aging_s": aging_s}.items():
@@ -185,18 +167,6 @@ class Batcher:
         self._queue = RequestQueue(aging_s=aging_s)
         self._queued_bytes = 0
         self._changed = threading.Condition()
-        self._prepare = prepare
-        self._preparation: Preparation | None = None
-        if prepare:
-            self._preparation = Preparation(
-                self._prepare_request,
-                threads=prepare_threads,
-                aging_s=aging_s,
-                lock=self._changed,
-                has_room=lambda others: len(self._queue) + others < max(_AHEAD * max_batch, prepare_threads),
-                time_after_s=lambda: self.latency.typical(1),
-                settle=self._settle,
-            )
         self._closing = False
         self._counts: collections.Counter[str] = collections.Counter()
         self._sizes: collections.Counter[int] = collections.Counter()
@@ -252,27 +222,23 @@ class Batcher:
             now_s,
             math.inf if allowed_ms is None else now_s + allowed_ms / 1e3,
             priority,
-            self._bucket(item) if self._bucket and not self._prepare else None,
+            self._bucket(item) if self._bucket else None,
             self._size_of(item) if self._size_of else 0,
             Future(),
         )
         with self._changed:
             self._refuse_if_closed()
-            waiting = self._waiting()
-            if waiting >= self._max_items or self._queued_bytes + request.size_bytes > self._max_bytes:
+            if len(self._queue) >= self._max_items or self._queued_bytes + request.size_bytes > self._max_bytes:
                 self._counts["rejected"] += 1
                 raise OverloadError(
-                    f"{waiting} requests of {self._queued_bytes} bytes wait; the limit is {self._max_items} "
+                    f"{len(self._queue)} requests of {self._queued_bytes} bytes wait; the limit is {self._max_items} "
                     f"and {self._max_bytes} bytes. Come again later, or raise max_queue_items or max_queue_bytes",
-                    retry_after_s=self.latency(self.max_batch) * max(waiting / self.max_batch, 1.0),
+                    retry_after_s=self.latency(self.max_batch) * max(len(self._queue) / self.max_batch, 1.0),
                 )
             self._counts["submitted"] += 1
+            self._queue.add(request)
             self._queued_bytes += request.size_bytes
-            if self._preparation is not None:
-                self._preparation.add(request)
-            else:
-                self._queue.add(request)
-                self._changed.notify()
+            self._changed.notify()
         future: Future[Any] = request.future
         return future
 
@@ -285,7 +251,7 @@ class Batcher:
         return await asyncio.wrap_future(self.submit(item, deadline_ms=deadline_ms, priority=priority))
 
     def warm_up(self, items: Sequence[Any]) -> None:
-        """Prepare some items and run the function on them in each of the batcher's threads, one thread after another.
+        """Run the function on some items in each of the batcher's threads, one thread after another.
 
         So what it compiles, loads or allocates at first is there before requests come. It counts nowhere, and how long
         it takes is not taken for what a batch takes.
@@ -307,10 +273,7 @@ class Batcher:
                 done: Future[list[Any]] = Future()
                 with self._changed:
                     self._refuse_if_closed()
-                prepared = [self._prepared(item) for item in items]
-                with self._changed:
-                    self._refuse_if_closed()
-                    self._warm_ups[thread] = prepared, done
+                    self._warm_ups[thread] = list(items), done
                     self._changed.notify_all()
                 for outcome in done.result():
                     if isinstance(outcome, BaseException):
@@ -326,8 +289,8 @@ class Batcher:
             names = ("submitted", "rejected", "answered", "failed", "late", "missed", "cancelled")
             return BatcherStats(
                 **{name: counts[name] for name in names},
-                waiting=self._waiting(),
-                running=counts["submitted"] - ended - self._waiting(),
+                waiting=len(self._queue),
+                running=counts["submitted"] - ended - len(self._queue),
                 batches=sum(self._sizes.values()),
                 sizes=dict(self._sizes),
                 reasons=dict(self._reasons),
@@ -373,12 +336,9 @@ class Batcher:
         with self._changed:
             self._closing = True
             if not drain:
-                waiting = self._preparation.take_all() if self._preparation is not None else []
-                self._queued_bytes -= sum(request.size_bytes for request in waiting)
-                for request in self._queue.all():
-                    self._take_out([request])
-                    waiting.append(request)
+                waiting = self._queue.all()
                 for request in waiting:
+                    self._take_out([request])
                     self._counts["cancelled"] += 1
                     request.future.cancel()
                     request.future.set_running_or_notify_cancel()
@@ -386,10 +346,7 @@ class Batcher:
         if os.getpid() == self._owner:
             for thread in self._threads:
                 thread.join()
-            if self._preparation is not None:
-                self._preparation.close()
-            # Who holds this batcher does not hold its models and their memory.
-            self._function, self._prepare = _closed, None
+            self._function = _closed  # who holds this batcher does not hold its models and their memory
 
     def __enter__(self) -> Batcher:
         return self
@@ -412,8 +369,6 @@ class Batcher:
                         return
                     batch, late, reason = self._choose()
                     self._busy += bool(batch)
-                    if self._preparation is not None:
-                        self._preparation.go_on()  # there is room
                 if len(self._queue):
                     self._changed.notify()
             if warm_up is not None:
@@ -421,13 +376,15 @@ class Batcher:
                 done.set_result(self._outcomes(items, [1]))
                 continue
             for request in late:
-                request.future.set_exception(DeadlineError(GIVEN_UP))
+                request.future.set_exception(
+                    DeadlineError("the request was given up: it could not be answered before its deadline")
+                )
             if batch:
                 self._run(batch, reason, thread)
 
     def _wait_for_work(self, thread: int) -> None:
         """Until requests shall run, or none will come any more, or this thread shall warm up."""
-        while thread not in self._warm_ups and not (self._closing and self._is_empty()):
+        while thread not in self._warm_ups and not (self._closing and not len(self._queue)):
             left_s = None
             if len(self._queue):
                 waiting = self._queue.first(now_s := time.monotonic())
@@ -435,12 +392,6 @@ class Batcher:
                 if left_s <= 0 or self._closing:
                     return
             self._changed.wait(None if left_s in (None, math.inf) else left_s)
-
-    def _waiting(self) -> int:
-        return len(self._queue) + (len(self._preparation) if self._preparation is not None else 0)
-
-    def _is_empty(self) -> bool:
-        return not len(self._queue) and (self._preparation is None or self._preparation.is_idle)
 
     def _hold_until_s(self, waiting: list[Request]) -> float:
         """Until when others may join, while another thread runs a batch."""
@@ -453,7 +404,7 @@ class Batcher:
         now_s = time.monotonic()
         waiting, typical = self._queue.first(now_s), self.latency.typical
         release = next_batch(waiting, now_s, self.latency, max_batch=self.max_batch, typical=typical)
-        if not release.batch and release.late and now_s - self._ran_s > PROBE_S:
+        if not release.batch and release.late and now_s - self._ran_s > _PROBE_S:
             # Such as after a first call that compiled: who never runs never learns that it has become faster.
             self.latency.forget(1)
             release = Release(release.late[-1:], release.late[:-1], "deadline")
@@ -471,36 +422,6 @@ class Batcher:
             self._queue_times_s.extend(times_s)
             self._queue_s += sum(times_s)
         return batch, late, release.reason
-
-    def _settle(self, request: Request, error: BaseException | None) -> None:
-        """A request is prepared, and waits for its batch; or it has ended."""
-        if error is None:
-            self._queue.add(request)
-            self._changed.notify()
-            return
-        self._queued_bytes -= request.size_bytes
-        if request.future.cancelled():
-            self._counts["cancelled"] += 1
-        elif isinstance(error, DeadlineError):
-            self._counts["late"] += 1
-            self._given_up.append((time.monotonic(), 1))
-        else:
-            self._counts["failed"] += 1
-
-    def _prepare_request(self, request: Request) -> None:
-        request.item = self._prepared(request.item)
-        request.bucket = self._bucket(request.item) if self._bucket else None
-
-    def _prepared(self, item: Any) -> Any:
-        if self._prepare is None:
-            return item
-        with self._on_own_stream():
-            prepared = self._prepare(item)
-            synchronize(self.device)
-        return prepared
-
-    def _on_own_stream(self) -> contextlib.AbstractContextManager[None]:
-        return contextlib.nullcontext() if self._device_id is None else own_stream(self._device_id)
 
     def _take_out(self, requests: list[Request]) -> None:
         self._queue.remove(requests)
@@ -538,7 +459,7 @@ class Batcher:
         """A result or an exception for each item; the function is called no more than ``attempts[0]`` times."""
         attempts[0] -= 1
         try:
-            with self._on_own_stream():
+            with contextlib.nullcontext() if self._device_id is None else own_stream(self._device_id):
                 results = list(self._function(items))
                 synchronize(self.device)
             if len(results) != len(items):

@@ -26,6 +26,7 @@ __all__ = ["LatencyCurve"]
 _WINDOW = 50  # calls that are remembered of sizes near each other: a clock that is throttled shows within half as many
 _FORGET_S = 60.0  # sizes that were not run for so long are as if never run: their last call may have been a bad one
 _QUANTILE = 0.99
+_ENOUGH = 25  # calls that say how much times scatter
 
 _Points: TypeAlias = "tuple[list[int], list[float]]"  # sizes, and their seconds; both rise
 
@@ -35,8 +36,9 @@ class LatencyCurve:
 
     Sizes near each other (1, 2, 3, 4, 5 to 6, 7 to 8, 9 to 12, ...) count together, by the median of their last 50,
     until they have not been run for a minute. How much longer than its median the slowest call in a hundred takes is
-    taken from the calls of all sizes: few are run so often that their own would say it. Between sizes that were seen
-    the curve is linear, beyond them in proportion, and it never falls as batches grow.
+    taken from the calls of all sizes from half to twice as large, or of all, if those are few: one picture may take
+    three times as long as another, of which sixteen together show nothing. Between sizes that were seen the curve is
+    linear, beyond them in proportion, and it never falls as batches grow.
 
     Parameters
     ----------
@@ -120,14 +122,18 @@ class LatencyCurve:
     def _fitted(self) -> tuple[_Points, _Points]:
         """Of the slowest and of the median calls."""
         known = {size: time_s for size, time_s in self._seeds.items() if batch_class(size) not in self._measured}
-        slowest = 1.0
-        if self._measured:
-            ratios = np.sort(np.concatenate([calls.ratios for calls in self._measured.values()]))
-            # Rounded down: of a few calls the slowest, such as one that compiled something, does not count.
-            slowest = max(float(ratios[int(_QUANTILE * (len(ratios) - 1))]), 1.0)
         medians = {group: calls.median_s for group, calls in self._measured.items()}
-        most = {group: slowest * median_s for group, median_s in medians.items()}
+        most = {group: self._scatter_of(group) * median_s for group, median_s in medians.items()}
         return _rising(known | most), _rising(known | medians)
+
+    def _scatter_of(self, group: int) -> float:
+        """How many times its median a call of such a size takes, but for one in a hundred."""
+        near = [calls.ratios for other, calls in self._measured.items() if group <= 2 * other <= 4 * group]
+        if sum(map(len, near)) < _ENOUGH:
+            near = [calls.ratios for calls in self._measured.values()]
+        ratios = np.sort(np.concatenate(near))
+        # Rounded down: of a few calls the slowest, such as one that compiled something, does not count.
+        return max(float(ratios[int(_QUANTILE * (len(ratios) - 1))]), 1.0)
 
 
 class _Calls:

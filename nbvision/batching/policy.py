@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import bisect
-import collections
 import math
 from collections.abc import Callable, Hashable, Iterable
 from dataclasses import dataclass, field
@@ -11,7 +10,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-__all__ = ["QUANTILE_99", "Reason", "Release", "Request", "RequestLine", "RequestQueue", "hold_until_s", "next_batch"]
+__all__ = ["QUANTILE_99", "Reason", "Release", "Request", "RequestQueue", "hold_until_s", "next_batch"]
 
 QUANTILE_99 = 2.326  # of the normal distribution
 
@@ -101,42 +100,6 @@ class RequestQueue:
 
     def all(self) -> list[Request]:
         return [request for waiting in self._buckets.values() for request in waiting]
-
-
-class RequestLine:
-    """Requests that go one by one, in the order of a :class:`RequestQueue`."""
-
-    def __init__(self, *, aging_s: float = 1.0) -> None:
-        self.aging_s = aging_s
-        self._waiting: list[Request] = []  # by rank
-        self._as_they_came: collections.deque[Request] = collections.deque()  # those that have gone among them
-        self._gone: set[Request] = set()
-
-    def __len__(self) -> int:
-        return len(self._waiting)
-
-    def add(self, request: Request) -> None:
-        bisect.insort(self._waiting, request, key=_rank)
-        self._as_they_came.append(request)
-
-    def take(self, now_s: float) -> Request:
-        """Take out the one whose turn it is."""
-        while self._as_they_came[0] in self._gone:
-            self._gone.remove(self._as_they_came.popleft())
-        oldest = self._as_they_came[0]
-        if now_s - oldest.arrived_s >= self.aging_s:
-            self._as_they_came.popleft()
-            self._waiting.remove(oldest)
-            return oldest
-        first = self._waiting.pop(0)
-        self._gone.add(first)
-        return first
-
-    def take_all(self) -> list[Request]:
-        taken, self._waiting = self._waiting, []
-        self._as_they_came.clear()
-        self._gone.clear()
-        return taken
 
 
 def _rank(request: Request) -> tuple[int, float, float]:

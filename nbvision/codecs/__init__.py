@@ -1,6 +1,6 @@
 """Decode: bytes and files in, an ImageBatch out. Encode: the way back."""
 
-from nbvision.codecs.decode import HostImage, decode, decode_host
+from nbvision.codecs.decode import decode
 from nbvision.codecs.decoder import Decoder
 from nbvision.codecs.encode import encode
 from nbvision.codecs.frames import decode_frames
@@ -10,11 +10,9 @@ from nbvision.codecs.readers import NamedBytes, read_parquet, read_tar
 __all__ = [
     "Decoder",
     "Header",
-    "HostImage",
     "NamedBytes",
     "decode",
     "decode_frames",
-    "decode_host",
     "encode",
     "read_header",
     "read_parquet",

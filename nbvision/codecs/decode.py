@@ -6,7 +6,7 @@ import operator
 import os
 import time
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, TypeAlias, get_args
 
 from nbvision.codecs import gpu_decode, host, recovery
@@ -17,12 +17,12 @@ from nbvision.image import CHANNELS, Color, ImageBatch, image_offsets
 from nbvision.runtime import memory
 from nbvision.runtime.device import Device, array_module, available_cores, resolve_device
 
-__all__ = ["LIMIT_PIXELS", "HostImage", "Source", "as_items", "check_options", "decode", "decode_host"]
+__all__ = ["LIMIT_PIXELS", "Source", "as_items", "check_options", "decode"]
 
 LIMIT_PIXELS = 178_956_970  # Pillow's
 _FILE_S, _WAIT_S = 150e-6, 1e-3  # what a file in memory takes at most, and what may be lost before threads help
 
-Source: TypeAlias = "bytes | bytearray | memoryview | str | os.PathLike[str] | HostImage"
+Source: TypeAlias = "bytes | bytearray | memoryview | str | os.PathLike[str]"
 
 
 def decode(
@@ -47,8 +47,8 @@ def decode(
 
     Parameters
     ----------
-    sources : bytes-like, str, os.PathLike, HostImage, or an iterable of them
-        Compressed bytes, paths of files, or what :func:`decode_host` made of them. A single one gives a batch of one.
+    sources : bytes-like, str, os.PathLike, or an iterable of them
+        Compressed bytes, or paths of files. A single one gives a batch of one.
     color : {"rgb", "bgr", "rgba", "bgra", "gray"}
         ``"rgba"`` and ``"bgra"`` are decoded on the host.
     background : (int, int, int), optional
@@ -100,12 +100,9 @@ def decode(
     """
     items = as_items(sources)
     check_options(color, background, limit_pixels, recover, reduce, threads)
-    wanted = _wanted(color, background, srgb, reduce)
+    wanted = host.Wanted(color, background and (background[0], background[1], background[2]), srgb, reduce)
     target = resolve_device(device)
     threads = threads or available_cores()
-    for index, item in enumerate(items):
-        if isinstance(item, HostImage):
-            item.check(wanted, index)
     opened = _open_all(items, limit_pixels, recover, threads)
     sizes = [wanted.size(item.header) if isinstance(item, OpenImage) else (0, 0) for item in opened]
     offsets, total_bytes = image_offsets(sizes, CHANNELS[color])
@@ -124,108 +121,7 @@ def decode(
     return ImageBatch.in_buffer(buffer, sizes, offsets, color=color, device=target, errors=errors, damage=damage)
 
 
-class HostImage:
-    """An image that the host has done its part of, for :func:`decode` to take in place of the source.
-
-    :func:`decode_host` makes it. It may be taken more than once, by any thread.
-
-    Attributes
-    ----------
-    header : Header
-    is_decoded : bool
-        Whether the host has decoded it; else all that is left to do is the GPU's.
-    host_s : float
-        Seconds that this took, the reading of a file included.
-    """
-
-    __slots__ = ("_image", "_wanted", "host_s")
-
-    def __init__(self, image: OpenImage, wanted: host.Wanted, host_s: float) -> None:
-        self._image, self._wanted, self.host_s = image, wanted, host_s
-
-    @property
-    def header(self) -> Header:
-        return self._image.header
-
-    @property
-    def is_decoded(self) -> bool:
-        return self._image.staged is not None
-
-    def check(self, wanted: host.Wanted, index: int) -> None:
-        """Refuse to be another picture than the host has made."""
-        if self.is_decoded and wanted != self._wanted:
-            raise InputError(f"sources[{index}] is decoded on the host as {self._wanted}; expected {wanted}")
-
-    def opened(self) -> OpenImage:
-        """The image, for one batch."""
-        return replace(self._image)
-
-
-def decode_host(
-    source: Source,
-    *,
-    color: Color = "rgb",
-    background: tuple[int, int, int] | None = None,
-    srgb: bool = False,
-    device: Device | None = None,
-    limit_pixels: int = LIMIT_PIXELS,
-    recover: bool = False,
-    reduce: int = 1,
-) -> HostImage:
-    """Do the host's part of decoding one image, in the caller's thread, for a batch that is decoded later.
-
-    A service that puts single requests into batches calls it as soon as a request comes, in threads of its own: see
-    ``prepare`` of :class:`nbvision.Batcher`. So a batch waits for no PNG, whose pixels only the host can unpack. What
-    the GPU decodes in a millisecond, baseline JPEG, is only opened; progressive JPEG, of which the host has most of the
-    work anyway, is decoded here, too.
-
-    Parameters
-    ----------
-    source : bytes-like, str or os.PathLike
-        Compressed bytes, or the path of a file.
-    color, background, srgb, limit_pixels, recover, reduce
-        As for :func:`decode`, which has to be asked for the same.
-    device : {"cpu", "cuda"}, optional
-        Where the image will be needed. For CUDA the pixels are kept in pinned memory, as long as the HostImage lives.
-
-    Returns
-    -------
-    HostImage
-
-    Raises
-    ------
-    DecodeError
-        If the image cannot be decoded.
-    InputError
-        For arguments of a wrong type or range.
-    DeviceError, MissingExtraError
-        If the device cannot be used.
-    """
-    started_s = time.perf_counter()
-    (item,) = as_items([source])
-    check_options(color, background, limit_pixels, recover, reduce, None)
-    wanted = _wanted(color, background, srgb, reduce)
-    target = resolve_device(device)
-    image = open_image(item, limit_pixels, recover)
-    if isinstance(image, DecodeError):
-        raise image
-    is_quick = target == "cuda" and image.damage is None and _is_for_gpu(image.header, wanted)
-    if image.staged is None and (not is_quick or image.header.progressive):
-        shape = (*wanted.size(image.header), CHANNELS[wanted.color])
-        buffer = memory.acquire(shape[0] * shape[1] * shape[2], device="pinned" if target == "cuda" else "cpu")
-        pixels = buffer.view(shape)
-        _decode_on_host(image, pixels, wanted, recover)
-        if image.error is not None:
-            raise image.error
-        image.staged = buffer, pixels
-    return HostImage(image, wanted, time.perf_counter() - started_s)
-
-
 # --- arguments -------------------------------------------------------------------------------------------------------
-
-
-def _wanted(color: Color, background: tuple[int, int, int] | None, srgb: bool, reduce: int) -> host.Wanted:
-    return host.Wanted(color, background and (background[0], background[1], background[2]), srgb, reduce)
 
 
 def as_items(sources: Any) -> list[Any]:
@@ -243,7 +139,7 @@ def as_items(sources: Any) -> list[Any]:
 
 
 def _is_source(item: Any) -> bool:
-    if isinstance(item, (bytes, str, os.PathLike, HostImage)):
+    if isinstance(item, (bytes, str, os.PathLike)):
         return True
     try:
         view = memoryview(item)
@@ -287,7 +183,6 @@ class OpenImage:
     offset_bytes: int = 0  # in the batch's buffer: where the pixels shall be
     error: DecodeError | None = None
     damage: DecodeError | None = None  # of an image that shall be recovered: what is wrong with it
-    staged: tuple[memory.Buffer, Any] | None = None  # pixels on the host, if that has decoded it already
 
 
 def _open_all(sources: Sequence[Any], limit_pixels: int, recover: bool, threads: int) -> list[OpenImage | DecodeError]:
@@ -308,8 +203,6 @@ def _open_all(sources: Sequence[Any], limit_pixels: int, recover: bool, threads:
 
 def open_image(source: Any, limit_pixels: int, recover: bool = False) -> OpenImage | DecodeError:
     """Read a file and its header; what is wrong with them is returned."""
-    if isinstance(source, HostImage):
-        return source.opened()
     is_path = isinstance(source, (str, os.PathLike))
     path = os.fsdecode(source) if is_path else getattr(source, "name", None)
     try:
@@ -360,14 +253,7 @@ def _bare(error: DecodeError, path: str | None) -> DecodeError:
 def _decode_on_cpu(
     images: Sequence[OpenImage], buffer: memory.Buffer, wanted: host.Wanted, recover: bool, threads: int
 ) -> None:
-    def fill(image: OpenImage) -> None:
-        out = _view(image, buffer, wanted)
-        if image.staged is None:
-            _decode_on_host(image, out, wanted, recover)
-        else:
-            out[...] = image.staged[1]
-
-    run_all(fill, images, threads)
+    run_all(lambda image: _decode_on_host(image, _view(image, buffer, wanted), wanted, recover), images, threads)
 
 
 def _view(image: OpenImage, buffer: memory.Buffer, wanted: host.Wanted) -> Any:
@@ -385,9 +271,8 @@ def _decode_on_cuda(
     deterministic: bool,
     threads: int,
 ) -> None:
-    to_do = [image for image in images if image.staged is None]
-    for_gpu = [image for image in to_do if image.damage is None and _is_for_gpu(image.header, wanted)]
-    for_host = [image for image in to_do if image.damage is not None or not _is_for_gpu(image.header, wanted)]
+    for_gpu = [image for image in images if image.damage is None and _is_for_gpu(image.header, wanted)]
+    for_host = [image for image in images if image.damage is not None or not _is_for_gpu(image.header, wanted)]
     staged = _staging_for(for_host, wanted)
 
     def stage(image: OpenImage) -> None:
@@ -421,11 +306,6 @@ def _decode_on_cuda(
         if image.error is None:
             # The memory manager gives the pinned memory out after the copy.
             _view(image, buffer, wanted).set(pixels, stream=stream)
-    for image in images:
-        if image.staged is not None:
-            held, pixels = image.staged
-            _view(image, buffer, wanted).set(pixels, stream=stream)
-            held.record_stream(stream)  # another thread's, perhaps
 
 
 def _is_for_gpu(header: Header, wanted: host.Wanted) -> bool:

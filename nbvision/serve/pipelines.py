@@ -18,7 +18,7 @@ import numpy as np
 import numpy.typing as npt
 from nbvision_kernels.codes import HEIGHT, WIDTH, X, Y
 
-from nbvision.codecs import HostImage, decode, decode_host, encode
+from nbvision.codecs import decode, encode
 from nbvision.engines import Engine
 from nbvision.errors import InputError
 from nbvision.image import to_device
@@ -62,8 +62,6 @@ class Pipeline(ABC):
         Of what answers depend on beside the options: models, an index, code.
     takes_images : bool
         Whether an item is the bytes of one compressed image.
-    prepare : callable or None
-        What an item goes through by itself, before it joins a batch.
     """
 
     inputs: tuple[TensorInfo, ...]
@@ -71,7 +69,6 @@ class Pipeline(ABC):
     device: Device
     digest: str
     takes_images = True
-    prepare: Callable[[Any], Any] | None = None
 
     @abstractmethod
     def run(self, items: list[Any]) -> list[Any]:
@@ -87,7 +84,7 @@ class Pipeline(ABC):
 
     def close(self) -> None:
         """Let go of models and their memory, whoever still holds the pipeline: an error's traceback, perhaps."""
-        for name in [name for name in vars(self) if name.startswith("_") or name == "prepare"]:
+        for name in [name for name in vars(self) if name.startswith("_")]:
             delattr(self, name)
 
     def items_of(self, tensors: Tensors) -> list[Any]:
@@ -179,11 +176,7 @@ class RecognizerPipeline(Pipeline):
             TensorInfo("VECTORS", "FP32", (-1, dimension)),
         )
 
-    def prepare(self, item: bytes) -> HostImage:
-        """The host's part of decoding."""
-        return decode_host(item, device=self.device, limit_pixels=self._limit_pixels)
-
-    def run(self, items: list[HostImage]) -> list[Any]:
+    def run(self, items: list[bytes]) -> list[Any]:
         times = StageTimes() if self._stage_times else None
         stage = (lambda name, count: times.stage(name, self.device, items=count)) if times else _not_timed
         with stage("decode", len(items)):
@@ -222,13 +215,12 @@ class RecognizerPipeline(Pipeline):
                 self._add_crops(images, results)
         if times:
             times_ms = {name: round(seconds * 1e3, 3) for name, seconds in times.seconds.items()}
-            for item, result in zip(items, results, strict=True):
+            for result in results:
                 if isinstance(result, dict):
-                    own_ms = {"decode_host": round(item.host_s * 1e3, 3)}
-                    result["batch"] = {"images": len(items), "times_ms": own_ms | times_ms}
+                    result["batch"] = {"images": len(items), "times_ms": times_ms}
         return results
 
-    def warm_up(self, items: list[HostImage]) -> list[Any]:
+    def warm_up(self, items: list[bytes]) -> list[Any]:
         """With objects, whatever is in the pictures, or what is done to objects would first be done for a client."""
         threshold, self._recognizer.score_threshold = self._recognizer.score_threshold, 0.0
         try:
@@ -383,8 +375,7 @@ class PythonPipeline(Pipeline):
     function : str
         ``"module:name"``; the module may lie beside the service's file. If it is a class it is made with each load,
         without arguments, and called. Its attribute ``version``, a text, says which loads answer the same; without one
-        none does. Its attribute ``prepare``, a function of one compressed image, is what each goes through first, by
-        itself. With each load it is called with a gray picture first, once in each thread.
+        none does. With each load it is called with a gray picture first, once in each thread.
     device : {"cpu", "cuda"}, optional
         Where it works: on ``"cuda"`` it is called with a stream of its own as CuPy's current one.
     """
@@ -403,7 +394,6 @@ class PythonPipeline(Pipeline):
             raise InputError(f"function {function!r} is a {type(found).__name__}; expected one, or a class of them")
         self._name = function
         self._function: Callable[[list[bytes]], Sequence[Any]] = found() if isinstance(found, type) else found
-        self.prepare = getattr(self._function, "prepare", None)
         self.device = resolve_device(device)
         self.digest = hashlib.sha256(str(getattr(self._function, "version", uuid.uuid4())).encode()).hexdigest()
         self.inputs = (TensorInfo("IMAGE", "BYTES", (-1,)),)

@@ -56,7 +56,6 @@ class Served:
         self.last_answer_ms = 0  # of the clock
         self.batcher = Batcher(
             self._run,
-            prepare=pipeline.prepare,
             max_batch=limits.max_batch,
             deadline_ms=limits.deadline_ms,
             max_queue_items=limits.max_queue_items,
