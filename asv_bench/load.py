@@ -165,7 +165,7 @@ def draw(report: dict[str, Any], path: Path) -> None:
         axis.set_title(f"{share:g} of the capacity", fontsize=10)
     axes[0].set_ylabel(f"% in time ({report['deadline_ms']:g} ms)")
     handles, labels = axes[0].get_legend_handles_labels()
-    axes[0].legend(handles[-len(POLICIES) - 1 :], labels[-len(POLICIES) - 1 :], fontsize=8, loc="lower left")
+    axes[1].legend(handles[-len(POLICIES) - 1 :], labels[-len(POLICIES) - 1 :], fontsize=8, loc="upper right")
     figure.savefig(path, dpi=110)
 
 
