@@ -309,26 +309,6 @@ def test_what_comes_while_a_batch_runs_is_the_next() -> None:
     assert "7" in str(stats).splitlines()[0]
 
 
-def test_rare_slow_calls_do_not_make_batches_smaller() -> None:
-    """One call in 25 takes nearly all that the deadline allows; who waits for others does so by what most take."""
-    curve = LatencyCurve()
-    for number in range(100):
-        curve.update(4 if number % 2 else 1, 0.9 if number % 25 == 0 else 0.05)
-    assert curve(1) > 0.8
-    gate = Gate()
-    with Batcher(gate, max_batch=4, deadline_ms=1000, latency=curve, in_flight=2) as batcher:
-        batcher.submit(0, deadline_ms=60_000)
-        assert gate.entered.acquire(timeout=60)
-        second = batcher.submit(1)
-        time.sleep(0.25)
-        assert len(gate.batches) == 1
-        third = batcher.submit(2)
-        for _ in range(3):
-            gate.open.release()
-        assert [second.result(60), third.result(60)] == [10, 20]
-    assert gate.batches == [[0], [1, 2]]
-
-
 def test_two_batches_at_once() -> None:
     meeting = threading.Barrier(2)
 

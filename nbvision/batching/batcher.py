@@ -28,7 +28,6 @@ _REMEMBERED = 1000  # requests whose times in the queue are kept
 _RECORDED = 10_000  # batches that are kept for the timeline
 _PROBE_S = 1.0  # without a batch, though requests come: then one is run whatever the curve says, which may be wrong
 _ATTEMPTS = 4  # calls to find one bad item, for each halving that it may take
-_MARGIN = 1.25  # of what a batch typically takes: so long before its tightest deadline it waits for nobody any more
 
 
 @dataclass(frozen=True)
@@ -398,11 +397,7 @@ class Batcher:
         """Until when others may join, while another thread runs a batch."""
         if not self._busy:
             return -math.inf
-        return hold_until_s(waiting, self._expected_s, max_batch=self.max_batch)
-
-    def _expected_s(self, size: int) -> float:
-        """What a batch takes as a rule. A smaller one stalls as often as a larger one, and costs all others."""
-        return min(self.latency(size), _MARGIN * self.latency.typical(size))
+        return hold_until_s(waiting, self.latency, max_batch=self.max_batch)
 
     def _choose(self) -> tuple[list[Request], list[Request], Reason]:
         """The next batch and those that are given up, taken out of the queue; and why the batch is no larger."""
