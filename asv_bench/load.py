@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import sys
 import threading
 import time
@@ -41,6 +42,9 @@ WARM_UP_CALLS = 8  # of each size
 
 class Eager(nbv.Batcher):
     """All that wait, as soon as a thread is free."""
+
+    def _hold_until_s(self, waiting: list[Request]) -> float:
+        return -math.inf
 
     def _choose(self) -> tuple[list[Request], list[Request], Reason]:
         batch = self._queue.first(time.monotonic())[: self.max_batch]
