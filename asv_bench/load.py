@@ -154,7 +154,7 @@ def draw(report: dict[str, Any], path: Path) -> None:
 
     figure, axes = pyplot.subplots(1, len(SHARES), figsize=(9, 3.2), layout="constrained")
     for axis, share in zip(axes, SHARES, strict=True):
-        for index, policy in enumerate(POLICIES):
+        for index, policy in enumerate(dict.fromkeys(run["policy"] for run in report["runs"])):
             runs = [run for run in report["runs"] if run["policy"] == policy and run["share_of_capacity"] == share]
             places = np.arange(len(runs)) + 0.27 * (index - 1)
             bars = axis.bar(places, [100 * run["share_in_time"] for run in runs], 0.25, label=policy)
@@ -169,7 +169,8 @@ def draw(report: dict[str, Any], path: Path) -> None:
         axis.set_title(f"{share:g} of the capacity", fontsize=10)
     axes[0].set_ylabel(f"% in time ({report['deadline_ms']:g} ms)")
     handles, labels = axes[0].get_legend_handles_labels()
-    axes[1].legend(handles[-len(POLICIES) - 1 :], labels[-len(POLICIES) - 1 :], fontsize=8, loc="upper right")
+    shown = dict(zip(labels, handles, strict=True))
+    axes[1].legend(list(shown.values()), list(shown), fontsize=8, loc="upper right")
     figure.savefig(path, dpi=110)
 
 
@@ -182,6 +183,7 @@ def main() -> int:
     parser.add_argument("--seconds", type=float, default=3.0, help="of each run")
     parser.add_argument("--max-batch", type=int, default=16)
     parser.add_argument("--in-flight", type=int, default=2, help="batches at a time (%(default)s)")
+    parser.add_argument("--policy", action="append", choices=list(POLICIES), help="only this one; may be repeated")
     parser.add_argument("--images", type=int, default=128)
     arguments = parser.parse_args()
     device = resolve_device(arguments.device)
@@ -220,10 +222,12 @@ def main() -> int:
         f"{curve(arguments.max_batch) * 1e3:.1f} ms alone; deadline {arguments.deadline_ms:g} ms",
         flush=True,
     )
+    policies = {name: POLICIES[name] for name in arguments.policy or POLICIES}
     report: dict[str, Any] = {
         "device": device,
         "deadline_ms": arguments.deadline_ms,
         "max_batch": arguments.max_batch,
+        "in_flight": arguments.in_flight,
         "capacity_per_s": most,
         "alone_ms": {size: curve(size) * 1e3 for size in (1, arguments.max_batch)},
         "runs": [],
@@ -233,7 +237,7 @@ def main() -> int:
             count = max(int(share * most * arguments.seconds), 2 * burst)
             arrived_s = arrivals(share * most, count, burst=burst, seed=burst)
             ideal = bound(arrived_s, most, arguments.deadline_ms / 1e3)
-            for name, policy in POLICIES.items():
+            for name, policy in policies.items():
                 with make(policy) as batcher:
                     found = offer(batcher, files, arrived_s, arguments.deadline_ms / 1e3)
                 report["runs"].append(

@@ -179,6 +179,7 @@ def main() -> int:
     parser.add_argument("--seconds", type=float, default=6.0, help="of each rate")
     parser.add_argument("--first", type=float, default=50.0, help="the first rate, a second")
     parser.add_argument("--max-batch", type=int, default=16)
+    parser.add_argument("--in-flight", type=int, default=2, help="batches at a time (%(default)s)")
     parser.add_argument("--images", type=int, default=128)
     arguments = parser.parse_args()
     device = resolve_device(arguments.device)
@@ -193,6 +194,7 @@ def main() -> int:
         "device": device,
         "deadline_ms": arguments.deadline_ms,
         "max_batch": arguments.max_batch,
+        "in_flight": arguments.in_flight,
         "in_time": IN_TIME,
         "overhead": costs,
         "services": {},
@@ -210,7 +212,10 @@ def main() -> int:
         report["services"][name] = {"rate_per_s": rate, "runs": runs}
         arguments.out.write_text(json.dumps(report, indent=1) + "\n")
 
-    for name, max_batch, in_flight in (("nbvision serve", arguments.max_batch, 2), ("one at a time", 1, 1)):
+    for name, max_batch, in_flight in (
+        ("nbvision serve", arguments.max_batch, arguments.in_flight),
+        ("one at a time", 1, 1),
+    ):
         config = GARMENTS.format(device=device, max_batch=max_batch, in_flight=in_flight)
         with nbvision_service(config) as (port, _):
             measure(name, port)

@@ -57,6 +57,10 @@ u32_pointer, u64_pointer, f64_pointer = "uint32*", "uint64*", "float64*"
 _C_TYPES = {i32: "int", i64: "long long", f32: "float"}
 
 
+# What both kernels of regions call; linked in, so that each need not compile it.
+WRITE_REGION = "nbv_write_region"
+WRITE_REGION_ARGUMENTS = (i32_pointer, i64_pointer, f32_pointer, *(i64,) * 6, *(i32,) * 8)
+
 # name -> (function, result, arguments)
 DeviceFunctions = dict[str, tuple[Callable[..., Any], str, tuple[str, ...]]]
 
@@ -111,8 +115,8 @@ class CudaFrame:
 
     def roomier(self) -> CudaFrame | None:
         """The same with more registers a thread, for a pixel function that needs them."""
-        blocks = int(self.defines.get("MIN_BLOCKS", 0)) - 2
-        return replace(self, defines=self.defines | {"MIN_BLOCKS": blocks}) if blocks > 1 else None
+        registers = int(self.defines.get("REGISTERS", 255)) + 32
+        return replace(self, defines=self.defines | {"REGISTERS": registers}) if registers <= 200 else None
 
     def source_text(self) -> str:
         return read_source(self.source)
@@ -132,10 +136,10 @@ _STORES = {
 }
 _REGION_FIELDS = ["IMAGE", "X", "Y", "WIDTH", "HEIGHT", "LEFT", "TOP", "OUT_WIDTH", "OUT_HEIGHT", "FIELDS"]
 _REGION_FIELDS += ["UNIT_X", "UNIT_Y", "SCALES"]
-# sampler -> lines a thread of the frame, and blocks of 128 threads that shall fit on a multiprocessor: what was fastest
-# on sm_90 for three bytes a pixel; the others get two blocks less, or some spill. docs/preprocess.md has more.
-_FRAME_SHAPES = {codes.NEAREST: (4, 8), codes.LINEAR_EXACT: (3, 8), codes.LINEAR_FAST: (4, 8)}
-_NV12_SHAPES = {codes.NEAREST: (4, 8), codes.LINEAR_EXACT: (3, 7), codes.LINEAR_FAST: (3, 7)}
+# sampler -> lines a thread of the frame, and its registers: what was fastest on sm_90 for three bytes a pixel; others
+# get more, or some spill. docs/preprocess.md has the alternatives.
+_FRAME_SHAPES = {codes.NEAREST: (4, 64), codes.LINEAR_EXACT: (3, 56), codes.LINEAR_FAST: (4, 64)}
+_NV12_SHAPES = {codes.NEAREST: (4, 64), codes.LINEAR_EXACT: (3, 72), codes.LINEAR_FAST: (3, 72)}
 
 
 def preprocess_kernel(
@@ -146,6 +150,7 @@ def preprocess_kernel(
     channels: int = 3,
     source_type: int = codes.SOURCE_U8,
     chain: Chain | None = None,
+    line_threads: int = codes.LINE_THREADS[0],
     frame: bool = True,
 ) -> CudaFrame | NumbaKernel:
     """The fused plan of one type: its CUDA C frame, or the plain Numba kernel, which serves every number of
@@ -155,22 +160,24 @@ def preprocess_kernel(
     weight = f32 if sampler == codes.LINEAR_FAST else i32
     name = f"preprocess-{_SAMPLERS[sampler]}-{_LAYOUTS[layout]}-{store_name}"
     if frame:
-        lines, min_blocks = (_NV12_SHAPES if nv12 else _FRAME_SHAPES)[sampler]
+        lines, registers = (_NV12_SHAPES if nv12 else _FRAME_SHAPES)[sampler]
         pixel_bytes = codes.pixel_bytes_of(source_type, channels)
-        min_blocks -= 2 * (pixel_bytes != 3 and not nv12) + 2 * (layout == codes.GRAY)
+        registers += (
+            16 * (pixel_bytes != 3 and not nv12) + 16 * (layout == codes.GRAY) + 8 * (nv12 and layout != codes.NCHW)
+        )
         if source_type == codes.SOURCE_CHW:  # three times the loads of a line
-            lines, min_blocks = 3, 6
+            lines, registers = 3, 80
         gray = channels == 1 and not nv12
         floats = source_type in (codes.SOURCE_F16, codes.SOURCE_F32)
         types_of_plan = {"SOURCE": source_type, "PIXEL_BYTES": pixel_bytes, "GRAY": int(gray), "STORE_TYPE": store}
         types_of_plan |= {"LAYOUT": layout, "PAIRS": int(sampler != codes.NEAREST), "WEIGHT": int(weight == f32)}
         read = f"{channels}-{_SOURCES[source_type]}" if floats else _SOURCES.get(source_type, f"{pixel_bytes}-bytes")
         return CudaFrame(
-            name=f"{name}-{read}-frame" + (f"-{chain.digest}" if chain else ""),
+            name=f"{name}-{read}-frame-{line_threads}" + (f"-{chain.digest}" if chain else ""),
             entry="preprocess",
             source="preprocess.cu",
             defines=types_of_plan
-            | {"LINES": lines, "MIN_BLOCKS": min_blocks}
+            | {"LINES": lines, "REGISTERS": registers, "LINE_THREADS": line_threads}
             | {f"REGION_{name}": getattr(codes, name) for name in _REGION_FIELDS}
             | _chain_defines(chain),
             make=lambda: _plan_functions(sampler, source_type) | _chain_function(chain),
@@ -303,10 +310,8 @@ def box_regions_kernel() -> NumbaKernel:
 
 def _write_region() -> DeviceFunctions:
     from nbvision_kernels.regions import write_region
-    from nbvision_kernels.regions_cuda import WRITE_REGION
 
-    tables = (i32_pointer, i64_pointer, f32_pointer)
-    return {WRITE_REGION: (write_region, void, (*tables, *(i64,) * 6, *(i32,) * 8))}
+    return {WRITE_REGION: (write_region, void, WRITE_REGION_ARGUMENTS)}
 
 
 def head_candidates_kernel() -> NumbaKernel:
@@ -510,6 +515,7 @@ def all_kernels() -> Iterator[Kernel]:
         for layout in layouts:
             yield preprocess_kernel(sampler, layout, codes.STORE_I8)
         yield preprocess_kernel(sampler, codes.NCHW, codes.STORE_BF16)
+        yield preprocess_kernel(sampler, codes.NCHW, codes.STORE_F16, line_threads=codes.LINE_THREADS[1])
         yield preprocess_kernel(sampler, codes.NHWC4, codes.STORE_F16)
         yield preprocess_kernel(sampler, codes.GRAY, codes.STORE_F16, chain=opencvs_gray)
         for store in (codes.STORE_U8, codes.STORE_F16):

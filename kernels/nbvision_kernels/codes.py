@@ -94,7 +94,7 @@ FILTERS = {  # interpolation -> code, and half a window in output pixels
     "lanczos": (FILTER_LANCZOS, 3.0),
 }
 HEADER = 4  # numbers of an entry before its weights, so that these can be read 16 bytes at a time
-TAP_GROUP = 4  # tables are whole groups, which is what the frame reads at once
+TAP_GROUP, PACKED_TAPS = 4, 8  # tables are whole groups, which is what a frame reads at once; of packed ones eight
 
 CV2_AREA, CV2_CUBIC, TORCH_CUBIC = range(3)
 # parity, interpolation -> kind, and half a window in the wider of source and output pixels; None is four source pixels
@@ -128,6 +128,10 @@ DRAW_FIELDS = 15  # of a record, see draw.py
 
 # --- blocks of threads ------------------------------------------------------------------------------------------------
 
+LINE_THREADS = (
+    32,
+    56,
+)  # of the plan's blocks, each for four pixels: for canvases of any width, and of 224 columns or so
 WARP_TILE, WARP_LINES = 32, 8
 RESAMPLE_LINES, RESAMPLE_WARPS = 16, 4
 MOVE_LINES = 8  # lines of threads; each moves four lines of a square tile

@@ -17,6 +17,12 @@ from numba.extending import intrinsic
 pixel_function = njit(inline="always", error_model="numpy")
 
 
+def numba_type(name: str) -> Any:
+    """Of the catalogue's name for it, such as ``"float32"`` or ``"uint8*"``."""
+    plain = getattr(types, name.rstrip("*"))
+    return types.CPointer(plain) if name.endswith("*") else plain
+
+
 def compiled_apart(function: Any) -> Any:
     """A function for CPU loops that is called, not inlined: one that makes a line, or that has several callers.
 

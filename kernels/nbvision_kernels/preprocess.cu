@@ -3,7 +3,8 @@
 //
 // Compiled with -D: SOURCE (0 bytes side by side, 1 planes of bytes, 2 halves, 3 floats, 4 NV12), PIXEL_BYTES of the
 // source (of planes and NV12 1), GRAY (whether that is one channel), PAIRS (whether the sampler reads two neighbouring
-// columns), WEIGHT (0 int, 1 float), LINES and MIN_BLOCKS, the fields of regions.py, and those of frame.cuh.
+// columns), WEIGHT (0 int, 1 float), LINES and REGISTERS of a thread, LINE_THREADS for a line of a block, the fields of
+// regions.py, and those of frame.cuh.
 // No header of CUDA is included, so NVRTC needs no include directory.
 #include "frame.cuh"
 
@@ -40,16 +41,15 @@ extern "C" __device__ void nbv_convert(const Weight *yuv, const Weight *matrix, 
 
 #define COLORS (GRAY ? 1 : 3)  // alpha is dropped
 #define CHANNELS (COLORS / PLANES)  // side by side
-constexpr int THREADS = 128, ROWS = 4;  // blocks of 32 x 4 threads
-// A multiprocessor that holds 2,048 threads takes MIN_BLOCKS; with as many the others would spill registers.
+constexpr int ROWS = 4, THREADS = LINE_THREADS * ROWS;  // of a block, which makes as many columns
 #if __CUDA_ARCH__ == 800 || __CUDA_ARCH__ == 900 || __CUDA_ARCH__ == 1000
-constexpr int BLOCKS = MIN_BLOCKS;
-#else
-constexpr int BLOCKS = MIN_BLOCKS - 1;
+constexpr int MAX_REGISTERS = REGISTERS;
+#else  // a multiprocessor that holds 1,536 threads has registers for a third more each
+constexpr int MAX_REGISTERS = REGISTERS + 16;
 #endif
 // A thread has two pixels side by side, and two more half a block's width further: what a warp loads at once is then half
 // as long, and takes half as many accesses. docs/preprocess.md has the alternatives.
-constexpr int PIXELS = 4, SIDE_BY_SIDE = 2, HALF = 64;
+constexpr int PIXELS = 4, SIDE_BY_SIDE = 2, HALF = SIDE_BY_SIDE * LINE_THREADS;
 
 struct alignas(16) Row {
     int fields[REGION_FIELDS];
@@ -231,7 +231,7 @@ __device__ __forceinline__ void blend_nv12(const int *luma, const int *chroma, c
 
 // `gain`, `bias` and `fill` are in the order of the source's channels; `swap` says that the output's is the reverse.
 // The matrix is NV12's, whose first channel is red. With a chain, `bgr` says that the source's first channel is blue, and the chain's numbers follow.
-extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
+extern "C" __global__ void __maxnreg__(MAX_REGISTERS)
     preprocess(const unsigned char *pixels, const long long *__restrict__ sources, const int *__restrict__ regions,
                const long long *__restrict__ steps, const float *__restrict__ scales, Stored *__restrict__ out,
                int height, int width, int swap, float gain_0, float gain_1, float gain_2,
@@ -245,7 +245,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
     // Taps are clamped to the region, so those of columns and lines outside it are harmless.
     __shared__ Column columns_of_block[THREADS];
     __shared__ Line lines_of_block[ROWS * LINES];
-    const int thread = blockDim.x * threadIdx.y + threadIdx.x;
+    const int thread = LINE_THREADS * threadIdx.y + threadIdx.x;
     {
         const Steps step = reinterpret_cast<const Steps *>(steps)[blockIdx.z];
         const float *scale = scales + (long long)blockIdx.z * REGION_SCALES;
@@ -276,7 +276,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
     }
     __syncthreads();
 
-    const int x_of_block = SIDE_BY_SIDE * threadIdx.x, x_first = 2 * HALF * blockIdx.x + x_of_block;
+    const int x_of_block = SIDE_BY_SIDE * threadIdx.x, x_first = THREADS * blockIdx.x + x_of_block;
     if (x_first >= width) return;
     constexpr int offsets[PIXELS] = {0, 1, HALF, HALF + 1};
     const bool some_inside = x_first < left + out_width && x_first + HALF + 1 >= left;

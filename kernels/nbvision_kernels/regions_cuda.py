@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import numpy as np
-from numba import cuda, types
+from numba import cuda
 
+from nbvision_kernels.catalog import WRITE_REGION, WRITE_REGION_ARGUMENTS
+from nbvision_kernels.pixel import numba_type
 from nbvision_kernels.regions import region_of_box, write_region
 
-__all__ = ["WRITE_REGION", "fill_box_regions", "fill_image_regions"]
+__all__ = ["fill_box_regions", "fill_image_regions"]
 
 # A function of its own, linked into both kernels: inlined by Numba it would take twice as long to compile, and in each.
-_TABLES = (types.CPointer(types.int32), types.CPointer(types.int64), types.CPointer(types.float32))
-WRITE_REGION = "nbv_write_region"
 _linked_write_region = cuda.declare_device(
-    WRITE_REGION, types.void(*_TABLES, *(types.int64,) * 6, *(types.int32,) * 8), abi="c"
+    WRITE_REGION, numba_type("void")(*map(numba_type, WRITE_REGION_ARGUMENTS)), abi="c"
 )
 _write_region = _linked_write_region or write_region  # the simulator declares nothing
 

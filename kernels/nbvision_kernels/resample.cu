@@ -1,6 +1,6 @@
 // The resample family's frame: a block makes 32 columns by LINES lines of one canvas. It brings the lines of the source that
 // it needs into shared memory, some at a time, and while the next are on their way sums along these, and then across them;
-// or, where Pillow does, first across. Weights come from the tap tables of resample.py, along lines as bytes, which is what
+// or, where Pillow does, first across. Weights come from the tap tables of resample.py, packed in bytes, which is what
 // tensor cores multiply exactly; the rounding and the chain are Python functions, linked in.
 //
 // Compiled with -D: PIXEL_BYTES of the source (1 gray, 3, 4), LINES of a canvas that a block makes, WARPS of a block, the
@@ -10,27 +10,45 @@
 extern "C" __device__ int nbv_round_sum(int total);
 extern "C" __device__ int nbv_vertical_first(int width, int height, int out_width, int out_height);
 #define CHANNELS (PIXEL_BYTES == 1 ? 1 : 3)  // alpha is dropped
-// Tensor cores multiply 16 bytes of 16 lines by 8 columns at once. Older cards sum four products an instruction.
+// Tensor cores multiply 32 bytes of 16 lines by 8 columns at once. Older cards sum four products an instruction.
 #define TENSOR (__CUDA_ARCH__ >= 800)
 constexpr int COLUMNS = 32, THREADS = 32 * WARPS;
 constexpr int OWN = LINES / WARPS;  // output lines of a thread
+// Blocks on a multiprocessor: as many as its shared memory holds, or as its registers hold without spilling.
+#if __CUDA_ARCH__ == 900 || __CUDA_ARCH__ == 1000
+constexpr int BLOCKS = PIXEL_BYTES == 4 ? 3 : 4, STAGE_WORDS = 15 * 256;
+#elif TENSOR
+constexpr int BLOCKS = 3, STAGE_WORDS = 15 * 256;
+#else
+constexpr int BLOCKS = 2, STAGE_WORDS = 24 * 256;
+#endif
 // Source lines come in stages: of two, one is summed while the other is on its way, unless both are needed for the lines
 // of one. Older cards cannot load past registers, and have one.
 constexpr int STAGES = TENSOR ? 2 : 1;
-constexpr int STAGE_LINES = TENSOR ? 16 : 32;  // at most: a tile, or a line for each lane
-constexpr int STAGE_WORDS = TENSOR ? 15 * 256 : 24 * 256;
-constexpr int PADDING = 8 * PIXEL_BYTES;  // words that the last window may read behind it
-// Blocks on a multiprocessor: as many as its shared memory holds, or as its registers hold without spilling.
-#if __CUDA_ARCH__ == 800 || __CUDA_ARCH__ == 900 || __CUDA_ARCH__ == 1000
-constexpr int BLOCKS = PIXEL_BYTES == 1 ? 6 : PIXEL_BYTES == 4 || __CUDA_ARCH__ == 1000 ? 4 : 5;
-#else
-constexpr int BLOCKS = TENSOR ? 3 : 2;
-#endif
-constexpr int BETWEEN_PITCH = COLUMNS + 1;
+constexpr int STAGE_LINES = TENSOR ? 16 : 32;    // at most: a tile, or a line for each lane
+constexpr int PADDING = 12 * PIXEL_BYTES;        // words that the last window may read behind a stage
+constexpr int BETWEEN_PITCH = TENSOR ? 16 : 36;  // bytes of a column; a warp reads 32 banks
 
-// Groups of four weights in a packed entry: a window starts at a multiple of four pixels, with zeros before its first.
+// Weights lie in groups of eight: two words of their low bytes, two of the middle ones, two of the high ones, and two that
+// are not used. A window starts at a multiple of eight, with zeros before its first weight.
 __device__ __forceinline__ int groups_of(const int *entry) {
-    return entry[1] == 0 ? 0 : ((entry[0] & 3) + entry[1] + 3) / 4;
+    return entry[1] == 0 ? 0 : ((entry[0] & 7) + entry[1] + 7) / 8;
+}
+
+struct Four {  // the bytes of four weights
+    unsigned low, middle, high;
+};
+// Of an entry's weights, counted from the first of its first group; `tap` is a multiple of four.
+__device__ __forceinline__ Four four_of(const int *entry, unsigned tap) {
+    const unsigned *words = reinterpret_cast<const unsigned *>(entry) + (4 + (tap & ~7u) + (tap >> 2 & 1));
+    return {__ldg(words), __ldg(words + 2), __ldg(words + 4)};
+}
+
+// Adds the sum of four bytes with their weights.
+__device__ __forceinline__ int add_four(int total, unsigned bytes, Four weights) {
+    int high;
+    asm("dp4a.u32.s32 %0, %1, %2, 0;" : "=r"(high) : "r"(bytes), "r"(weights.high));
+    return total + (int)(__dp4a(bytes, weights.low, 0u) + (__dp4a(bytes, weights.middle, 0u) << 8)) + (high << 16);
 }
 
 // Four pixels in words, sorted by channel.
@@ -51,80 +69,120 @@ __device__ __forceinline__ void sort_channels(const unsigned *words, unsigned *c
 }
 
 #if TENSOR
-// What a lane needs of eight neighbouring columns: its column's weights, and where the windows of all begin and end.
-struct Tile {
-    const uint4 *weights;
-    int groups, group, steps;  // the lane's first group is before its column's first if another column begins earlier
-    int word;                  // where the lane's first four pixels are on a line that begins at `left`
+struct alignas(PIXEL_BYTES == 4 ? 16 : 8) Pixels {  // eight
+    unsigned words[2 * PIXEL_BYTES];
 };
-__device__ __forceinline__ Tile tile_of(const int *entry, int lane, int left) {
-    const int begin = entry[0] & ~3, groups = groups_of(entry), quarter = lane % 4;
-    const int stop = __reduce_max_sync(~0u, groups == 0 ? 0 : begin + 4 * groups);
-    const int start = __reduce_min_sync(~0u, groups == 0 ? stop : begin);
-    return {reinterpret_cast<const uint4 *>(entry + 4), groups, (start - begin) / 4 + quarter, (stop - start + 15) / 16,
-            ((start - left) / 4 + quarter) * PIXEL_BYTES};
+
+// What a lane needs of eight neighbouring columns: its column's weights, and how far the windows of all reach together.
+struct Tile {
+    unsigned at;  // bytes from the block's tables to the lane's first weights
+    int tap;      // what number these have in its column's entry; less than 0 if another column begins earlier
+    int steps;
+    int word;  // where the lane's first eight pixels are on a line that begins at `left`
+};
+__device__ __forceinline__ Tile tile_of(const int *entries, int entry, int lane, int left) {
+    const int begin = entries[entry] & ~7, groups = groups_of(entries + entry), quarter = lane % 4;
+    const int stop = __reduce_max_sync(~0u, groups == 0 ? left : begin + 8 * groups);
+    const int start = __reduce_min_sync(~0u, groups == 0 ? stop : begin), tap = start - begin + 8 * quarter;
+    return {4u * (entry + 4 + tap), tap, (stop - start + 31) / 32, ((start - left) / 8 + quarter) * 2 * PIXEL_BYTES};
 }
+
+// Sums of products that lanes hold a part of, as tensor cores lay them out: lines lane / 4 and that + 8, of columns
+// 2 * (lane % 4) and the next, in this order; of the weights' low, middle and high bytes.
+struct Sums {
+    int bytes[3][4];
+};
+__device__ __forceinline__ int total_of(const Sums &sums, int i) {
+    return (int)((unsigned)sums.bytes[0][i] + ((unsigned)sums.bytes[1][i] << 8) + ((unsigned)sums.bytes[2][i] << 16));
+}
+
+// 16 lines of 32 pixels times 32 pixels of 8 columns: the lane's 8 pixels of two lines, and their weights.
+#define ALONG(types, sum, first, second)                                                                                   \
+    asm("mma.sync.aligned.m16n8k32.row.col.s32." types                                                                     \
+        ".s32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"                                             \
+        : "+r"(sum[0]), "+r"(sum[1]), "+r"(sum[2]), "+r"(sum[3])                                                           \
+        : "r"(above[0][c]), "r"(below[0][c]), "r"(above[1][c]), "r"(below[1][c]), "r"(first), "r"(second))
 
 // Sums of 16 lines and 8 columns as one product of matrices, by the warp: pixels times weights, which are zero outside a
-// column's window. Totals: lines lane / 4 and that + 8, of columns 2 * (lane % 4) and the next, in this order.
-__device__ __forceinline__ void sum_tile(const unsigned *upper, const unsigned *lower, const Tile &tile,
-                                         int totals[4][CHANNELS]) {
-    int sums[CHANNELS][3][4] = {};  // of the weights' low, middle and high bytes
+// column's window.
+__device__ __forceinline__ void sum_tile(const unsigned *upper, const unsigned *lower, const Tile &tile, const int *entries,
+                                         int limit, Sums *sums) {
     upper += tile.word;
     lower += tile.word;
-    const uint4 none = {0, 0, 0, 0};
-    uint4 next = (unsigned)tile.group < tile.groups ? __ldg(tile.weights + tile.group) : none;
-#pragma unroll (PIXEL_BYTES == 4 ? 1 : 2)
-    for (int step = 0; step < tile.steps; ++step) {
-        const uint4 weight = next;  // asked for a step before
-        const int group = tile.group + 4 * step + 4;
-        next = (unsigned)group < tile.groups ? __ldg(tile.weights + group) : none;
-        unsigned above[CHANNELS], below[CHANNELS];
-        sort_channels(upper + 4 * PIXEL_BYTES * step, above);
-        sort_channels(lower + 4 * PIXEL_BYTES * step, below);
-#define MULTIPLY(types, sum, weight)                                                                              \
-    asm("mma.sync.aligned.m16n8k16.row.col.s32." types ".s32 {%0, %1, %2, %3}, {%4, %5}, {%6}, {%0, %1, %2, %3};"   \
-        : "+r"(sum[0]), "+r"(sum[1]), "+r"(sum[2]), "+r"(sum[3])                                                   \
-        : "r"(above[c]), "r"(below[c]), "r"(weight))
+#pragma unroll
+    for (int c = 0; c < CHANNELS; ++c) sums[c] = {};
+    unsigned at = tile.at;
+    int tap = tile.tap, steps = tile.steps;
+#pragma unroll 1
+    do {
+        uint4 low_middle = {0, 0, 0, 0};
+        uint2 high = {0, 0};
+        if ((unsigned)tap < limit) {
+            const char *weights = reinterpret_cast<const char *>(entries) + at;
+            low_middle = __ldg(reinterpret_cast<const uint4 *>(weights));
+            high = __ldg(reinterpret_cast<const uint2 *>(weights + 16));
+        }
+        at += 4 * 32;
+        tap += 32;
+        unsigned above[2][CHANNELS], below[2][CHANNELS];
+        const auto sort = [&](const unsigned *line, unsigned eight[2][CHANNELS]) {
+            const Pixels pixels = *reinterpret_cast<const Pixels *>(line);
+            sort_channels(pixels.words, eight[0]);
+            sort_channels(pixels.words + PIXEL_BYTES, eight[1]);
+        };
+        sort(upper, above);
+        sort(lower, below);
+        upper += 8 * PIXEL_BYTES;
+        lower += 8 * PIXEL_BYTES;
 #pragma unroll
         for (int c = 0; c < CHANNELS; ++c) {
-            MULTIPLY("u8.u8", sums[c][0], weight.x);
-            MULTIPLY("u8.u8", sums[c][1], weight.y);
-            MULTIPLY("u8.s8", sums[c][2], weight.z);
+            ALONG("u8.u8", sums[c].bytes[0], low_middle.x, low_middle.y);
+            ALONG("u8.u8", sums[c].bytes[1], low_middle.z, low_middle.w);
+            ALONG("u8.s8", sums[c].bytes[2], high.x, high.y);
         }
-#undef MULTIPLY
-    }
-#pragma unroll
-    for (int i = 0; i < 4; ++i)
-#pragma unroll
-        for (int c = 0; c < CHANNELS; ++c)
-            totals[i][c] = (int)((unsigned)sums[c][0][i] + ((unsigned)sums[c][1][i] << 8) + ((unsigned)sums[c][2][i] << 16));
+    } while (--steps > 0);
+}
+#undef ALONG
+
+// 16 bytes straight into shared memory. Of a line's last block no more is read than belongs to the line, which takes five
+// instructions more.
+__device__ __forceinline__ void fetch_block(unsigned to, const unsigned char *from) {
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(to), "l"(from) : "memory");
+}
+__device__ __forceinline__ void fetch_block(unsigned to, const unsigned char *from, int bytes) {
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(to), "l"(from), "r"(bytes) : "memory");
 }
 
-// Lines of the source straight into shared memory: every so manieth by a warp, and all of them under way at once. Blocks of
-// 16 bytes, from the one with the line's first byte on, so a line starts up to 15 bytes behind its place.
+// Lines of the source: every so manieth by a warp, and all of them under way at once. Blocks start with the one that has
+// the line's first byte, so a line starts up to 15 bytes behind its place. `from`, `to` and `lines` count from the warp's
+// first line; SAME_SHIFT says that all lines start equally far behind a block.
+template <bool SAME_SHIFT>
 __device__ __forceinline__ void fetch_lines(const unsigned char *from, long long pitch, int line_bytes, int lines,
-                                            unsigned *to, int line_words, int lane) {
-    const unsigned shared = (unsigned)__cvta_generic_to_shared(to);
+                                            unsigned to, int line_words, int lane) {
+    const int first_shift = (int)(reinterpret_cast<unsigned long long>(from) & 15);
+    if (SAME_SHIFT) from -= first_shift;
+    const int stop = line_bytes + (SAME_SHIFT ? first_shift : 15), whole = stop & ~15;
+    const unsigned char *at = from + 16 * lane;
+    unsigned at_to = to + 16 * lane;
 #pragma unroll 1
-    for (int byte = 16 * lane; byte < line_bytes + 15; byte += 16 * 32) {
-        const unsigned char *line_from = from;
+    for (int byte = 16 * lane; byte < (SAME_SHIFT ? whole : stop); byte += 16 * 32, at += 16 * 32, at_to += 16 * 32) {
+        const unsigned char *line_at = at;
+        unsigned line_to = at_to;
 #pragma unroll
-        for (int line = 0; line < STAGE_LINES; line += WARPS, line_from += WARPS * pitch) {
-            const int shift = (int)(reinterpret_cast<unsigned long long>(line_from) & 15);
-            const int left = shift + line_bytes - byte;  // nothing behind the line is read, be it within the block
-            if (line < lines && left > 0)
-                asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared + byte + 4 * line * line_words),
-                             "l"(line_from - shift + byte), "r"(min(left, 16))
-                             : "memory");
+        for (int line = 0; line < STAGE_LINES; line += WARPS, line_at += WARPS * pitch, line_to += 4 * WARPS * line_words) {
+            const int shift = (int)(reinterpret_cast<unsigned long long>(line_at) & 15), left = shift + line_bytes - byte;
+            if (SAME_SHIFT && line < lines) fetch_block(line_to, line_at);
+            if (!SAME_SHIFT && line < lines && left > 0) fetch_block(line_to, line_at - shift, min(left, 16));
         }
     }
+    const int line = WARPS * lane;
+    if (SAME_SHIFT && whole < stop && line < STAGE_LINES && line < lines)
+        fetch_block(to + whole + 4 * line * line_words, from + whole + line * pitch, stop - whole);
 }
 
 // Moves fetched lines to their places.
 __device__ __forceinline__ void align_lines(const unsigned char *from, long long pitch, int line_bytes, int lines,
                                             unsigned *to, int line_words, int lane) {
-    if (((reinterpret_cast<unsigned long long>(from) | pitch) & 15) == 0) return;
     const int words = (line_bytes + 3) / 4;
 #pragma unroll 1
     for (int line = 0; line < lines; line += WARPS, from += WARPS * pitch, to += WARPS * line_words) {
@@ -139,28 +197,27 @@ __device__ __forceinline__ void align_lines(const unsigned char *from, long long
         }
     }
 }
+
+// An entry's weights of four source lines, of which the first is a multiple of four.
+__device__ __forceinline__ Four weights_at(const int *entries, unsigned entry, int begin, int limit, int line) {
+    const unsigned tap = line - begin;
+    return tap < limit ? four_of(entries + entry, tap) : Four{0, 0, 0};
+}
 #endif
 
 // The sum of one line and column, four products at once.
 __device__ __forceinline__ void sum_line(const unsigned *words, const int *entry, int *totals) {
-    const uint4 *weights = reinterpret_cast<const uint4 *>(entry + 4);
-    const int groups = groups_of(entry);
-    unsigned low[CHANNELS] = {}, middle[CHANNELS] = {};
-    int high[CHANNELS] = {};
+    const int fours = 2 * groups_of(entry);
+#pragma unroll
+    for (int c = 0; c < CHANNELS; ++c) totals[c] = 0;
 #pragma unroll 2
-    for (int group = 0; group < groups; ++group, words += PIXEL_BYTES) {
+    for (int index = 0; index < fours; ++index, words += PIXEL_BYTES) {
         unsigned four[CHANNELS];
         sort_channels(words, four);
-        const uint4 weight = __ldg(weights + group);
+        const Four weights = four_of(entry, 4 * index);
 #pragma unroll
-        for (int c = 0; c < CHANNELS; ++c) {
-            low[c] = __dp4a(four[c], weight.x, low[c]);
-            middle[c] = __dp4a(four[c], weight.y, middle[c]);
-            asm("dp4a.u32.s32 %0, %1, %2, %0;" : "+r"(high[c]) : "r"(four[c]), "r"(weight.z));
-        }
+        for (int c = 0; c < CHANNELS; ++c) totals[c] = add_four(totals[c], four[c], weights);
     }
-#pragma unroll
-    for (int c = 0; c < CHANNELS; ++c) totals[c] = (int)(low[c] + (middle[c] << 8)) + (high[c] << 16);
 }
 
 // A line of the source into shared memory, by the warp. Whole words, but none without a byte of the window, so nothing
@@ -172,52 +229,24 @@ __device__ __forceinline__ void load_line(const unsigned char *from, int line_by
         to[word] = __funnelshift_r(__ldg(words + word), __ldg(words + min(word + 1, last)), 8 * shift);
 }
 
-// One weight of a packed entry.
-__device__ __forceinline__ int weight_of(const int *entry, int tap) {
-    tap += entry[0] & 3;
-    const int *four = entry + 4 + (tap & ~3);
-    const int shift = 8 * (tap & 3);
-    return (int)((unsigned)four[0] >> shift & 255) | (int)((unsigned)four[1] >> shift & 255) << 8 |
-           (int)(signed char)((unsigned)four[2] >> shift & 255) << 16;
-}
-
-// The same straight from the source, for windows that shared memory does not hold.
-__device__ __forceinline__ void sum_far_line(const unsigned char *line, const int *entry, int *totals) {
-#pragma unroll
-    for (int c = 0; c < CHANNELS; ++c) totals[c] = 0;
+// The sum of any window of bytes that `byte_at` gives, none outside it.
+template <typename ByteAt>
+__device__ __forceinline__ int sum_window(const int *entry, ByteAt byte_at) {
+    const int first = entry[0], last = first + entry[1] - 1, begin = first & ~7;
+    int total = 0;
 #pragma unroll 1
-    for (int tap = 0; tap < entry[1]; ++tap) {
-        const int weight = weight_of(entry, tap);
+    for (int at = first & ~3; at <= last; at += 4) {
+        unsigned bytes = 0;
 #pragma unroll
-        for (int c = 0; c < CHANNELS; ++c) totals[c] += line[(entry[0] + tap) * PIXEL_BYTES + c] * weight;
+        for (int k = 0; k < 4; ++k) bytes |= byte_at(min(max(at + k, first), last)) << 8 * k;  // outside the weight is zero
+        total = add_four(total, bytes, four_of(entry, at - begin));
     }
+    return total;
 }
 
-// And the same where the source is summed across first: as many products as the window has pixels.
-__device__ __forceinline__ void sum_far_column(const unsigned char *origin, long long pitch, const int *x_entry,
-                                               const int *y_entry, int *totals) {
-#pragma unroll
-    for (int c = 0; c < CHANNELS; ++c) totals[c] = 0;
-#pragma unroll 1
-    for (int tap = 0; tap < x_entry[1]; ++tap) {
-        const unsigned char *column = origin + y_entry[0] * pitch + (long long)(x_entry[0] + tap) * PIXEL_BYTES;
-        const int weight = weight_of(x_entry, tap);
-#pragma unroll
-        for (int c = 0; c < CHANNELS; ++c) {
-            int total = 0;
-#pragma unroll 1
-            for (int line = 0; line < y_entry[1]; ++line) total += column[line * pitch + c] * y_entry[4 + line];
-            totals[c] += nbv_round_sum(total) * weight;
-        }
-    }
-}
-
-__device__ __forceinline__ unsigned rounded(const int *totals) {
-    unsigned pixel = nbv_round_sum(totals[0]);
-#if CHANNELS == 3
-    pixel |= nbv_round_sum(totals[1]) << 8 | nbv_round_sum(totals[2]) << 16;
-#endif
-    return pixel;
+// Across the source: the sum of a byte of each line.
+__device__ __forceinline__ int sum_down(const unsigned char *from, long long pitch, const int *entry) {
+    return sum_window(entry, [&](int line) { return (unsigned)from[line * pitch]; });
 }
 
 extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
@@ -226,179 +255,234 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
              Stored *__restrict__ out, int height, int width, int swap, float gain_0, float gain_1, float gain_2,
              float bias_0, float bias_1, float bias_2, float fill_0, float fill_1, float fill_2 CHAIN_PARAMETERS) {
     __shared__ alignas(16) unsigned stages[STAGES * (STAGE_WORDS + PADDING)];
-    __shared__ unsigned between[STAGE_LINES * BETWEEN_PITCH];  // a pixel a word
-    __shared__ int2 line_windows[LINES];                       // where each output line's begins and ends
+    __shared__ alignas(16) unsigned char between[CHANNELS * COLUMNS * BETWEEN_PITCH];  // a column's lines side by side
 
     const int *row = regions + (long long)blockIdx.z * REGION_FIELDS;
     const Source source = reinterpret_cast<const Source *>(sources)[2 * row[REGION_IMAGE]];
-    const unsigned char *origin = pixels + source.address + row[REGION_Y] * source.pitch +
-                                  (long long)(row[REGION_X] * PIXEL_BYTES);
+    const unsigned char *origin =
+        pixels + source.address + row[REGION_Y] * source.pitch + (long long)(row[REGION_X] * PIXEL_BYTES);
     const int lane = threadIdx.x, warp = threadIdx.y, thread = warp * 32 + lane;
-    const int x_first = blockIdx.x * COLUMNS, y_first = blockIdx.y * LINES, x = x_first + lane;
-
+    const int x_first = blockIdx.x * COLUMNS, x = x_first + lane;
     const int x_stride = x_limit + 4, y_stride = y_limit + 4;
     const int *x_entries = x_table + ((long long)blockIdx.z * width + x_first) * x_stride;
-    const int *y_entries = y_table + ((long long)blockIdx.z * height + y_first) * y_stride;
-    const int columns = min(COLUMNS, width - x_first), out_lines = min(LINES, height - y_first);
 
     // What the block needs of the source lies between the windows of its first and last column and line in the region.
-    const int x_begin = max(row[REGION_LEFT] - x_first, 0), y_begin = max(row[REGION_TOP] - y_first, 0);
+    const int columns = min(COLUMNS, width - x_first), x_begin = max(row[REGION_LEFT] - x_first, 0);
     const int x_last = min(row[REGION_LEFT] + row[REGION_OUT_WIDTH] - x_first, columns) - 1;
-    const int y_last = min(row[REGION_TOP] + row[REGION_OUT_HEIGHT] - y_first, out_lines) - 1;
-    const bool anything = x_begin <= x_last && y_begin <= y_last, in_columns = lane >= x_begin && lane <= x_last;
-    int left = 0, right = 0, top = 0, bottom = 0;
-    if (anything) {
+    const bool in_columns = lane >= x_begin && lane <= x_last;
+    int left = 0, right = 0;
+    if (x_begin <= x_last) {
         left = x_entries[x_begin * x_stride] & ~15;
         right = x_entries[x_last * x_stride] + x_entries[x_last * x_stride + 1];
-        top = y_entries[y_begin * y_stride];
-        bottom = y_entries[y_last * y_stride] + y_entries[y_last * y_stride + 1];
     }
     const int line_bytes = (right - left) * PIXEL_BYTES;
-    // Words of a line in shared memory, such that what a warp reads at once, of eight lines or of 32, lies in 32 banks.
+    // Words of a line in shared memory, such that what a warp reads at once, of eight lines or of 32, lies in all banks.
     int line_words = (line_bytes + 15 + 15) / 16 * 4;  // 15 bytes are those of a block before the first
-    if (!TENSOR) line_words |= 1;
-    else if (PIXEL_BYTES == 4) line_words = (line_words + 15) / 32 * 32 + 16;
-    else line_words = (line_words + 3) / 8 * 8 + 4;
-    const bool fits = line_words <= STAGES * STAGE_WORDS;
+    if (!TENSOR)
+        line_words |= 1;
+    else if (PIXEL_BYTES == 4)
+        line_words = (line_words + 3) / 8 * 8 + 4;
+    else
+        line_words = (line_words + 7) / 16 * 16 + 8;
+    const bool fits = 4 * line_words <= STAGES * STAGE_WORDS;  // lines are summed across by fours
     const bool has_two = STAGES == 2 && line_words * STAGE_LINES <= STAGE_WORDS;
-    const int lines_at_once = fits ? min(STAGE_LINES, (has_two ? 1 : STAGES) * STAGE_WORDS / line_words) : STAGE_LINES;
-    if (thread < out_lines) {
-        const int *entry = y_entries + thread * y_stride;
-        line_windows[thread] = make_int2(entry[0], entry[0] + entry[1]);
-    }
-    const bool across_first = anything && !width_first &&
-                              nbv_vertical_first(row[REGION_WIDTH], row[REGION_HEIGHT], row[REGION_OUT_WIDTH],
-                                                 row[REGION_OUT_HEIGHT]);
+    const int lines_at_once = fits ? min(STAGE_LINES, (has_two ? 1 : STAGES) * STAGE_WORDS / line_words & ~3) : STAGE_LINES;
+    const bool across_first = !width_first && nbv_vertical_first(row[REGION_WIDTH], row[REGION_HEIGHT],
+                                                                 row[REGION_OUT_WIDTH], row[REGION_OUT_HEIGHT]);
+#if TENSOR
+    const int tile_column = 8 * warp, line_of_lane = lane / 4, quarter = lane % 4;
+    const Tile tile = tile_of(x_entries, min(tile_column + line_of_lane, columns - 1) * x_stride, lane, left);
+    const unsigned stages_at = (unsigned)__cvta_generic_to_shared(stages);
+#endif
+#pragma unroll 1
+    for (int y_first = blockIdx.y * LINES; y_first < height; y_first += gridDim.y * LINES) {
+        const int *y_entries = y_table + ((long long)blockIdx.z * height + y_first) * y_stride;
+        const int out_lines = min(LINES, height - y_first), y_begin = max(row[REGION_TOP] - y_first, 0);
+        const int y_last = min(row[REGION_TOP] + row[REGION_OUT_HEIGHT] - y_first, out_lines) - 1;
+        const bool anything = x_begin <= x_last && y_begin <= y_last;
+        int top = 0, bottom = 0;
+        if (anything) {
+            top = y_entries[y_begin * y_stride] & ~3;
+            bottom = y_entries[y_last * y_stride] + y_entries[y_last * y_stride + 1];
+        }
+        __syncthreads();  // nobody reads what was made before
 
-    int sums[OWN][CHANNELS] = {};
-    // Adds what `between` has of source lines first .. first + lines to the thread's column of its output lines.
-    const auto sum_across = [&](int first, int lines) {
+        int made[OWN][CHANNELS] = {};  // the thread's column of its output lines
+#if TENSOR
+        if (anything && fits && !across_first) {
+            const int upper_entry = min(line_of_lane, out_lines - 1) * y_stride, upper_begin = y_entries[upper_entry] & ~7;
+            const int lower_entry = min(line_of_lane + 8, out_lines - 1) * y_stride;
+            const int lower_begin = y_entries[lower_entry] & ~7;
+            const unsigned char *from = origin + (top + warp) * source.pitch + (long long)left * PIXEL_BYTES;
+            const bool same_shift = source.pitch % 16 == 0;
+            const bool in_place = same_shift && reinterpret_cast<unsigned long long>(from) % 16 == 0;
+            const auto fetch = [&](int first, int stage) {
+                const int lines = min(lines_at_once, bottom - first) - warp;
+                const unsigned to = stages_at + 4 * (stage * (STAGE_WORDS + PADDING) + warp * line_words);
+                if (same_shift)
+                    fetch_lines<true>(from, source.pitch, line_bytes, lines, to, line_words, lane);
+                else
+                    fetch_lines<false>(from, source.pitch, line_bytes, lines, to, line_words, lane);
+            };
+            // The warp's columns of `between`: what it sums along the lines is all that it sums across them.
+            unsigned char *mine = between + tile_column * BETWEEN_PITCH;
+            unsigned char *to = mine + 2 * quarter * BETWEEN_PITCH + line_of_lane;
+            const auto put = [&](int c, int i, int total) {
+                to[(c * COLUMNS + i % 2) * BETWEEN_PITCH + i / 2 * 8] = (unsigned char)nbv_round_sum(total);
+            };
+            int across[CHANNELS][4] = {};
+            int stage = 0;
+            fetch(top, stage);
+#pragma unroll 1
+            for (int first = top; first < bottom; first += lines_at_once) {
+                const int lines = min(lines_at_once, bottom - first), next = first + lines;
+                const int next_stage = has_two ? stage ^ 1 : stage;
+                unsigned *raw = stages + stage * (STAGE_WORDS + PADDING);
+                asm volatile("cp.async.wait_all;" ::: "memory");
+                __syncwarp();
+                if (!in_place)
+                    align_lines(from, source.pitch, line_bytes, lines - warp, raw + warp * line_words, line_words, lane);
+                __syncthreads();  // these lines are there, and nobody reads the other stage any more
+                from += lines * source.pitch;
+                if (has_two && next < bottom) fetch(next, next_stage);
+                if (tile_column < columns) {
+                    Sums along[CHANNELS];
+                    sum_tile(raw + min(line_of_lane, lines - 1) * line_words,
+                             raw + min(line_of_lane + 8, lines - 1) * line_words, tile, x_entries, x_limit, along);
+                    const int line = 4 * quarter < lines ? first + 4 * quarter : -8;
+                    const Four upper_weights = weights_at(y_entries, upper_entry, upper_begin, y_limit, line);
+                    const Four lower_weights = weights_at(y_entries, lower_entry, lower_begin, y_limit, line);
+#pragma unroll
+                    for (int i = 0; i < 4 * CHANNELS; ++i) put(i / 4, i % 4, total_of(along[i / 4], i % 4));
+                    __syncwarp();
+                    // 16 output lines of 16 source lines times 16 source lines of 8 columns.
+#pragma unroll
+                    for (int c = 0; c < CHANNELS; ++c) {
+                        const unsigned char *column = mine + (c * COLUMNS + line_of_lane) * BETWEEN_PITCH;
+                        const unsigned four = reinterpret_cast<const unsigned *>(column)[quarter];
+#define ACROSS(types, sum, upper, lower)                                                                                   \
+    asm("mma.sync.aligned.m16n8k16.row.col.s32." types ".s32 {%0, %1, %2, %3}, {%4, %5}, {%6}, {%0, %1, %2, %3};"          \
+        : "+r"(sum[0]), "+r"(sum[1]), "+r"(sum[2]), "+r"(sum[3])                                                           \
+        : "r"(upper), "r"(lower), "r"(four))
+                        Sums sums = {};
+                        ACROSS("u8.u8", sums.bytes[0], upper_weights.low, lower_weights.low);
+                        ACROSS("u8.u8", sums.bytes[1], upper_weights.middle, lower_weights.middle);
+                        ACROSS("s8.u8", sums.bytes[2], upper_weights.high, lower_weights.high);
+#pragma unroll
+                        for (int i = 0; i < 4; ++i) across[c][i] += total_of(sums, i);
+#undef ACROSS
+                    }
+                    __syncwarp();
+                }
+                if (!has_two && next < bottom) {
+                    __syncthreads();
+                    fetch(next, stage);
+                }
+                stage = next_stage;
+            }
+            if (tile_column < columns)
+#pragma unroll
+                for (int i = 0; i < 4 * CHANNELS; ++i) put(i / 4, i % 4, across[i / 4][i % 4]);
+            __syncthreads();
+#pragma unroll
+            for (int o = 0; o < OWN; ++o)
+#pragma unroll
+                for (int c = 0; c < CHANNELS; ++c)
+                    made[o][c] = between[(c * COLUMNS + lane) * BETWEEN_PITCH + warp + o * WARPS];
+        } else
+#endif
+        if (anything) {
+            int sums[OWN][CHANNELS] = {};
+            // `first` counts source lines, or the block's own lines where each is summed across the source first.
+            const int stop = across_first ? out_lines : bottom;
+            const unsigned char *corner = origin + (long long)left * PIXEL_BYTES;
+#pragma unroll 1
+            for (int first = across_first ? 0 : top; first < stop; first += lines_at_once) {
+                const int lines = min(lines_at_once, stop - first);
+                if (fits && across_first) {
+                    for (int at = thread; at < lines * line_bytes; at += THREADS) {
+                        const int line = at / line_bytes, byte = at - line * line_bytes;
+                        reinterpret_cast<unsigned char *>(stages + line * line_words)[byte] = (unsigned char)nbv_round_sum(
+                            sum_down(corner + byte, source.pitch, y_entries + (first + line) * y_stride));
+                    }
+                } else if (fits) {
+                    for (int line = warp; line < lines; line += WARPS)
+                        load_line(corner + (first + line) * source.pitch, line_bytes, stages + line * line_words, lane);
+                }
+                __syncthreads();
+                // A lane has a line, so the weights of a column serve the whole warp.
+#pragma unroll 1
+                for (int column = warp; column < columns; column += WARPS) {
+                    const int *entry = x_entries + column * x_stride;
+                    if (entry[1] == 0 || lane >= lines) continue;
+                    int along[CHANNELS];
+                    if (fits) {
+                        sum_line(stages + lane * line_words + ((entry[0] & ~7) - left) / 4 * PIXEL_BYTES, entry, along);
+                    } else {  // straight from the source, each byte summed across it first if need be
+#pragma unroll
+                        for (int c = 0; c < CHANNELS; ++c) {
+                            const unsigned char *channel = origin + c;
+                            along[c] = sum_window(entry, [&](int at) {
+                                const unsigned char *byte = channel + (long long)at * PIXEL_BYTES;
+                                if (!across_first) return (unsigned)byte[(first + lane) * source.pitch];
+                                return (unsigned)nbv_round_sum(
+                                    sum_down(byte, source.pitch, y_entries + (first + lane) * y_stride));
+                            });
+                        }
+                    }
+#pragma unroll
+                    for (int c = 0; c < CHANNELS; ++c)
+                        between[(c * COLUMNS + column) * BETWEEN_PITCH + lane] = (unsigned char)nbv_round_sum(along[c]);
+                }
+                __syncthreads();
+#pragma unroll
+                for (int o = 0; o < OWN; ++o) {
+                    const int line = warp + o * WARPS;
+                    if (!in_columns || line < y_begin || line > y_last) continue;
+                    const unsigned char *column = between + lane * BETWEEN_PITCH;
+                    if (across_first) {  // nothing is left to sum
+                        if (line >= first && line < first + lines)
+#pragma unroll
+                            for (int c = 0; c < CHANNELS; ++c)
+                                sums[o][c] = column[c * COLUMNS * BETWEEN_PITCH + line - first] << 22;
+                        continue;
+                    }
+                    const int *entry = y_entries + line * y_stride;
+                    const int begin = entry[0] & ~7, until = min(entry[0] + entry[1], first + lines);
+#pragma unroll 1
+                    for (int at = max(entry[0] & ~3, first); at < until; at += 4) {
+                        const Four weights = four_of(entry, at - begin);
+#pragma unroll
+                        for (int c = 0; c < CHANNELS; ++c)
+                            sums[o][c] = add_four(
+                                sums[o][c],
+                                *reinterpret_cast<const unsigned *>(column + c * COLUMNS * BETWEEN_PITCH + at - first),
+                                weights);
+                    }
+                }
+                __syncthreads();
+            }
+#pragma unroll
+            for (int o = 0; o < OWN; ++o)
+#pragma unroll
+                for (int c = 0; c < CHANNELS; ++c) made[o][c] = nbv_round_sum(sums[o][c]);
+        }
+        const Shading shading = {{gain_0, gain_1, gain_2}, {bias_0, bias_1, bias_2}, swap};
+        const long long plane = (long long)height * width;
+        Stored *canvas = out + (long long)blockIdx.z * OUT_CHANNELS * plane;
 #pragma unroll
         for (int o = 0; o < OWN; ++o) {
-            const int line = warp + o * WARPS;
-            if (!in_columns || line < y_begin || line > y_last) continue;
-            const int2 window = line_windows[line];
-            const int until = min(window.y, first + lines), *weights = y_entries + line * y_stride + 4 - window.x;
-#pragma unroll 4
-            for (int at = max(window.x, first); at < until; ++at) {
-                const unsigned pixel = between[(at - first) * BETWEEN_PITCH + lane];
+            const int line = warp + o * WARPS, y = y_first + line;
+            if (x >= width || y >= height) break;
+            float values[3] = {fill_0, fill_1, fill_2};
+            if (in_columns && line >= y_begin && line <= y_last)
 #pragma unroll
-                for (int c = 0; c < CHANNELS; ++c) sums[o][c] += (int)(pixel >> 8 * c & 255) * __ldg(weights + at);
-            }
-        }
-    };
-#if TENSOR
-    const int tile_column = 8 * warp;
-    if (anything && fits && !across_first) {
-        const Tile tile = tile_of(x_entries + min(tile_column + lane / 4, columns - 1) * x_stride, lane, left);
-        const unsigned char *from = origin + (top + warp) * source.pitch + (long long)left * PIXEL_BYTES;
-        const int own = warp * line_words;
-        const auto fetch = [&](int first, unsigned *stage) {
-            const int lines = min(lines_at_once, bottom - first);
-            fetch_lines(from, source.pitch, line_bytes, lines - warp, stage + own, line_words, lane);
-        };
-        unsigned *raw = stages, *other = has_two ? stages + STAGE_WORDS + PADDING : stages;
-        fetch(top, raw);
-#pragma unroll 1
-        for (int first = top; first < bottom; first += lines_at_once) {
-            const int lines = min(lines_at_once, bottom - first), next = first + lines;
-            asm volatile("cp.async.wait_all;" ::: "memory");
-            __syncwarp();
-            align_lines(from, source.pitch, line_bytes, lines - warp, raw + own, line_words, lane);
-            __syncthreads();  // these lines are there, and nobody reads `between`, or the other stage, any more
-            from += lines * source.pitch;
-            if (has_two && next < bottom) fetch(next, other);
-            // Along the lines: a warp has a tile.
-            if (tile_column < columns) {
-                const unsigned *upper = raw + min(lane / 4, lines - 1) * line_words;
-                const unsigned *lower = raw + min(lane / 4 + 8, lines - 1) * line_words;
-                int totals[4][CHANNELS];
-                sum_tile(upper, lower, tile, totals);
-                unsigned *to = between + lane / 4 * BETWEEN_PITCH + tile_column + lane % 4 * 2;
-#pragma unroll
-                for (int i = 0; i < 4; ++i) to[i / 2 * 8 * BETWEEN_PITCH + i % 2] = rounded(totals[i]);
-            }
-            __syncthreads();
-            if (!has_two && next < bottom) fetch(next, raw);
-            sum_across(first, lines);
-            unsigned *summed = raw;
-            raw = other;
-            other = summed;
-        }
-    } else
-#endif
-    if (anything) {
-        // `first` counts source lines, or the block's own lines where each is summed across the source first.
-        const int stop = across_first ? out_lines : bottom;
-#pragma unroll 1
-        for (int first = across_first ? 0 : top; first < stop; first += lines_at_once) {
-            const int lines = min(lines_at_once, stop - first);
-            unsigned *raw = stages;
-            const unsigned char *corner = origin + (long long)left * PIXEL_BYTES;
-            if (fits && across_first) {
-                for (int at = thread; at < lines * line_bytes; at += THREADS) {
-                    const int line = at / line_bytes, byte = at - line * line_bytes;
-                    const int *entry = y_entries + (first + line) * y_stride;
-                    const unsigned char *from = corner + entry[0] * source.pitch + byte;
-                    int total = 0;
-#pragma unroll 4
-                    for (int tap = 0; tap < entry[1]; ++tap, from += source.pitch) total += *from * entry[4 + tap];
-                    reinterpret_cast<unsigned char *>(raw + line * line_words)[byte] = (unsigned char)nbv_round_sum(total);
-                }
-            } else if (fits) {
-                for (int line = warp; line < lines; line += WARPS)
-                    load_line(corner + (first + line) * source.pitch, line_bytes, raw + line * line_words, lane);
-            }
-            __syncthreads();
-            // A lane has a line, so the weights of a column serve the whole warp.
-#pragma unroll 1
-            for (int column = warp; column < columns; column += WARPS) {
-                const int *entry = x_entries + column * x_stride;
-                if (entry[1] == 0 || lane >= lines) continue;
-                int along[CHANNELS];
-                if (fits)
-                    sum_line(raw + lane * line_words + ((entry[0] & ~3) - left) / 4 * PIXEL_BYTES, entry, along);
-                else if (across_first)
-                    sum_far_column(origin, source.pitch, entry, y_entries + (first + lane) * y_stride, along);
-                else
-                    sum_far_line(origin + (first + lane) * source.pitch, entry, along);
-                between[lane * BETWEEN_PITCH + column] = rounded(along);
-            }
-            __syncthreads();
-            if (!across_first) {
-                sum_across(first, lines);
-                continue;
-            }
-#pragma unroll
-            for (int o = 0; o < OWN; ++o) {  // nothing is left to sum
-                const int line = warp + o * WARPS;
-                if (!in_columns || line < max(y_begin, first) || line > min(y_last, first + lines - 1)) continue;
-                const unsigned pixel = between[(line - first) * BETWEEN_PITCH + lane];
-#pragma unroll
-                for (int c = 0; c < CHANNELS; ++c) sums[o][c] = (int)(pixel >> 8 * c & 255) << 22;
-            }
-        }
-    }
-    if (x >= width) return;
-
-    const Shading shading = {{gain_0, gain_1, gain_2}, {bias_0, bias_1, bias_2}, swap};
-    const long long plane = (long long)height * width;
-    Stored *canvas = out + (long long)blockIdx.z * OUT_CHANNELS * plane;
-#pragma unroll
-    for (int o = 0; o < OWN; ++o) {
-        const int y = y_first + warp + o * WARPS;
-        if (y >= height) return;
-        float values[3] = {fill_0, fill_1, fill_2};
-        const int line = warp + o * WARPS;
-        if (in_columns && line >= y_begin && line <= y_last) {
-            values[0] = (float)nbv_round_sum(sums[o][0]);
-            values[1] = CHANNELS == 3 ? (float)nbv_round_sum(sums[o][CHANNELS - 2]) : values[0];
-            values[2] = CHANNELS == 3 ? (float)nbv_round_sum(sums[o][CHANNELS - 1]) : values[0];
-        }
+                for (int c = 0; c < 3; ++c) values[c] = (float)made[o][CHANNELS == 3 ? c : 0];
 #ifdef CHAIN
-        const float numbers[] = {CHAIN_NUMBERS};
-        shade_pixel(values, x, y, bgr, numbers);
+            const float numbers[] = {CHAIN_NUMBERS};
+            shade_pixel(values, x, y, bgr, numbers);
 #endif
-        store_pixel(canvas, plane, (long long)y * width + x, values, shading);
+            store_pixel(canvas, plane, (long long)y * width + x, values, shading);
+        }
     }
 }

@@ -34,7 +34,7 @@ from nbvision_kernels.codes import (
 )
 from nbvision_kernels.codes import (
     HEADER,
-    TAP_GROUP,
+    PACKED_TAPS,
 )
 from nbvision_kernels.pixel import clamp, compiled_apart, pixel_function, pointer_from_address
 from nbvision_kernels.preprocess import make_store
@@ -146,29 +146,40 @@ def write_taps_of(table, regions, item, across, canvas_length, limit, vertical, 
 
 
 @pixel_function
+def four_bytes(table, entry, first, byte):
+    """One byte of each of four weights, as a word; weights before the entry's first are zero."""
+    word = np.uint32(0)
+    for tap in range(4):
+        place = np.int32(first + tap)
+        weight = np.uint32(table[entry + HEADER + place] if place >= 0 else np.int32(0))
+        part = np.uint32(np.uint32(weight >> np.uint32(8 * byte)) & np.uint32(255))
+        word = np.uint32(word | np.uint32(part << np.uint32(8 * tap)))
+    return word
+
+
+@pixel_function
 def pack_taps(table, entry, limit):
-    """The weights of each group of four as their low, middle and high bytes, which is how the frame multiplies four
-    pixels at once; the fourth word stays unused. Groups start at multiples of four pixels: up to three zeros come
-    first, and ``limit`` has room for them."""
-    zeros = table[entry] % TAP_GROUP
-    last = np.int32(limit - TAP_GROUP)
-    for before in range(0, limit, TAP_GROUP):  # from the last group, as weights move towards the end
+    """The weights in groups of eight: two words of their low bytes, two of the middle ones, two of the high ones, which
+    is how the frame multiplies eight pixels at once; two words stay unused. Groups start at multiples of eight pixels:
+    up to seven zeros come first, and ``limit`` has room for them."""
+    zeros = table[entry] % PACKED_TAPS
+    last = np.int32(limit - PACKED_TAPS)
+    for before in range(0, limit, PACKED_TAPS):  # from the last group, as weights move towards the end
         group = np.int32(last - before)
-        low = np.uint32(0)
-        middle = np.uint32(0)
-        high = np.uint32(0)
-        for tap in range(TAP_GROUP):
-            place = np.int32(group + tap - zeros)
-            weight = np.uint32(table[entry + HEADER + place] if place >= 0 else np.int32(0))
-            shift = np.uint32(8 * tap)
-            low = np.uint32(low | np.uint32(np.uint32(weight & np.uint32(255)) << shift))
-            middle = np.uint32(
-                middle | np.uint32(np.uint32(np.uint32(weight >> np.uint32(8)) & np.uint32(255)) << shift)
-            )
-            high = np.uint32(high | np.uint32(np.uint32(np.uint32(weight >> np.uint32(16)) & np.uint32(255)) << shift))
-        table[entry + HEADER + group] = np.int32(low)
-        table[entry + HEADER + group + 1] = np.int32(middle)
-        table[entry + HEADER + group + 2] = np.int32(high)
+        first = np.int32(group - zeros)
+        low_0 = four_bytes(table, entry, first, 0)
+        low_1 = four_bytes(table, entry, first + 4, 0)
+        middle_0 = four_bytes(table, entry, first, 1)
+        middle_1 = four_bytes(table, entry, first + 4, 1)
+        high_0 = four_bytes(table, entry, first, 2)
+        high_1 = four_bytes(table, entry, first + 4, 2)
+        at = entry + HEADER + group
+        table[at] = np.int32(low_0)
+        table[at + 1] = np.int32(low_1)
+        table[at + 2] = np.int32(middle_0)
+        table[at + 3] = np.int32(middle_1)
+        table[at + 4] = np.int32(high_0)
+        table[at + 5] = np.int32(high_1)
 
 
 def fill_taps_cpu(table, regions, canvas_length, limit, vertical, kind):
@@ -189,7 +200,8 @@ def vertical_first(width, height, out_width, out_height):
 @pixel_function
 def round_sum(total):
     """A weighted sum in fixed point as uint8, saturated."""
-    return clamp(np.int32(np.int32(total + (1 << (WEIGHT_BITS - 1))) >> WEIGHT_BITS), np.int32(0), np.int32(255))
+    value = np.int32(np.int32(total + (1 << (WEIGHT_BITS - 1))) >> WEIGHT_BITS)
+    return max(min(value, np.int32(255)), np.int32(0))  # in this order sm_90 has one instruction
 
 
 @njit(error_model="numpy")  # not inlined: the loop calls it in five places, and would compile for 20 seconds

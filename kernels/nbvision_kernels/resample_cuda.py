@@ -13,13 +13,12 @@ __all__ = ["fill_taps", "fill_windows"]
 
 
 def fill_taps(table, regions, canvas_length, limit, vertical, kind):
-    """The tap tables of one axis, those along lines packed. Grid: columns or lines of a canvas, canvases."""
+    """The tap tables of one axis, packed. Grid: columns or lines of a canvas, canvases."""
     across = cuda.blockIdx.x * cuda.blockDim.x + cuda.threadIdx.x
     if across < canvas_length:
         write_taps_of(table, regions, cuda.blockIdx.y, across, canvas_length, limit, vertical, kind)
-        if not vertical:
-            entry = (np.int64(cuda.blockIdx.y) * np.int64(canvas_length) + np.int64(across)) * np.int64(limit + HEADER)
-            pack_taps(table, entry, limit)
+        entry = (np.int64(cuda.blockIdx.y) * np.int64(canvas_length) + np.int64(across)) * np.int64(limit + HEADER)
+        pack_taps(table, entry, limit)
 
 
 def fill_windows(table, regions, canvas_length, limit, vertical, kind):

@@ -57,8 +57,8 @@ class Windows:
     numbers: tuple[np.int32, ...] = ()
 
     def limits(self, scales: npt.NDArray[np.float64]) -> tuple[np.int32, np.int32]:
-        """Taps that the widest window can have, along x and y, in whole groups that may start up to three taps before
-        it; ``scales`` is (N, 2), source pixels to an output pixel along y and x."""
+        """Taps that the widest window can have, along x and y, in whole groups that may start before it; ``scales`` is
+        (N, 2), source pixels to an output pixel along y and x."""
         y_scale, x_scale = scales.max(axis=0, initial=1)
         return self._taps_at(x_scale), self._taps_at(y_scale)
 
@@ -83,10 +83,11 @@ class Windows:
         return TapTables(tables[0], tables[1], (*limits, *self.numbers))
 
     def _taps_at(self, scale: float) -> np.int32:
-        from nbvision_kernels.codes import TAP_GROUP
+        from nbvision_kernels.codes import PACKED_TAPS, TAP_GROUP
 
         taps = 4 if self.support is None else math.ceil(self.support * max(scale, 1.0)) * 2 + 1
-        limit: np.int32 = np.int32(math.ceil((taps + TAP_GROUP - 1) / TAP_GROUP) * TAP_GROUP)
+        group = PACKED_TAPS if self.module == "resample" else TAP_GROUP
+        limit: np.int32 = np.int32(math.ceil((taps + group - 1) / group) * group)
         return limit
 
 

@@ -49,8 +49,8 @@ _INTERPOLATIONS: dict[str, tuple[str, ...]] = {
     "torch": ("linear", "cubic"),
 }
 _MAX_GRID_Z = 65535
-_FRAME_BLOCK = (32, 4, 1)
-_FRAME_PIXELS = 4  # of a line a thread
+_MANY_BLOCKS = 4096  # several times as many as a card works on at once
+_FRAME_LINES, _FRAME_PIXELS = 4, 4  # lines of threads of a block, and pixels of a line that a thread has
 
 
 class Preprocess:
@@ -409,11 +409,14 @@ class Preprocess:
         kernel, grid, block, numbers = self._frame(flat.device.id, batch)
         tables = tables_of(geometry) if taps is None else (geometry.regions, taps.x, taps.y)
         tap_numbers = () if taps is None else taps.numbers
+        columns, lines = grid
+        if self._windows is not None and self._windows.module == "resample" and columns * lines * count >= _MANY_BLOCKS:
+            lines = -(-lines // 2)  # a block goes on to further lines, and so takes its first steps once for both
         for first in range(0, count, _MAX_GRID_Z):
             part = slice(first, first + _MAX_GRID_Z)
             parts = tables if count <= _MAX_GRID_Z else [table[part] for table in tables]
             target = flat if count <= _MAX_GRID_Z else flat[part]
-            kernel((*grid, len(target)), block, (0, batch.table, *parts, *tap_numbers, target, *numbers))
+            kernel((columns, lines, len(target)), block, (0, batch.table, *parts, *tap_numbers, target, *numbers))
 
     def _frame(
         self, device_id: int, batch: ImageBatch
@@ -435,7 +438,7 @@ class Preprocess:
                 warps = int(spec.defines.get("WARPS", 8))
                 block, tile = (32, warps, 1), (32, int(spec.defines.get("LINES", 8)))
             else:
-                block = _FRAME_BLOCK
+                block = (int(spec.defines["LINE_THREADS"]), _FRAME_LINES, 1)
                 tile = (block[0] * _FRAME_PIXELS, block[1] * int(spec.defines["LINES"]))
             grid = (-(-width // tile[0]), -(-height // tile[1]))
             self._frames[key] = load_kernel(spec, device_id), grid, block, launch_numbers
@@ -453,7 +456,10 @@ class Preprocess:
                 return resample_kernel(*types, pixel_bytes=batch.channels, chain=chain)
             return window_kernel(self._windows.kind, *types, pixel_bytes=batch.channels, chain=chain)
         source_type = _source_type(batch)
-        return preprocess_kernel(*self._types(batch), channels=batch.channels, source_type=source_type, chain=chain)
+        threads = _line_threads(self.size[1])
+        return preprocess_kernel(
+            *self._types(batch), channels=batch.channels, source_type=source_type, chain=chain, line_threads=threads
+        )
 
     # -- matrices ----------------------------------------------------------------------------------------------
 
@@ -586,6 +592,13 @@ class Preprocess:
             return out, array
         flat = array.reshape(-1)
         return out, flat.view(np.uint16) if self.dtype.name in ("float16", "bfloat16") else flat
+
+
+def _line_threads(width: int) -> int:
+    """Threads for a line of the frame's blocks, such that the fewest stand idle at a canvas' right edge."""
+    from nbvision_kernels.codes import LINE_THREADS
+
+    return min(LINE_THREADS, key=lambda threads: -(-width // (threads * _FRAME_PIXELS)) * threads)
 
 
 def _source_type(batch: ImageBatch) -> int:

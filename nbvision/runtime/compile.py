@@ -69,11 +69,35 @@ def _linked(kernel: Kernel, cc: ComputeCapability, form: Literal["cubin", "ptx"]
         import numba.cuda
     except ImportError as error:
         raise MissingExtraError(str(error.name), extra=CUDA_EXTRA, needed_for="compiling a CUDA kernel") from error
+    _spare_scipy()
     try:
         functions = [_function_ltoir(name, *how) for name, how in kernel.device_functions().items()]
         return _link([_frame_ltoir(kernel, cc), *functions], cc, form)
     except (RuntimeError, ValueError, TypeError, numba.core.errors.NumbaError) as error:
         raise CompileError(f"kernel {kernel.name!r} does not compile for sm_{cc[0]}{cc[1]}:\n{error}") from error
+
+
+@functools.cache
+def _spare_scipy() -> None:
+    """Numba imports SciPy's linear algebra for its functions on arrays, to see whether there is a BLAS, which no kernel
+    can call; that takes a fifth of a first compilation, so they are told that there is none."""
+    try:
+        from numba.cuda.np import linalg
+
+        ask = linalg.ensure_blas
+    except (ImportError, AttributeError):
+        return  # Numba is built otherwise
+
+    def no_blas() -> None:
+        raise ImportError("not asked for")
+
+    linalg.ensure_blas = no_blas
+    try:
+        import numba.cuda.np.arraymath  # noqa: F401
+    except ImportError:
+        pass
+    finally:
+        linalg.ensure_blas = ask
 
 
 def _frame_ltoir(kernel: Kernel, cc: ComputeCapability) -> bytes:
@@ -93,11 +117,12 @@ def _frame_ltoir(kernel: Kernel, cc: ComputeCapability) -> bytes:
 @functools.lru_cache(maxsize=16)
 def _function_ltoir(name: str, function: Callable[..., Any], result: str, arguments: tuple[str, ...]) -> bytes:
     """A Python device function as LTO-IR; kept, because kernels that differ in how they store share theirs."""
+    from nbvision_kernels.pixel import numba_type
     from numba import cuda
 
     ltoir, _ = cuda.compile(
         getattr(function, "py_func", function),
-        _numba_type(result)(*map(_numba_type, arguments)),
+        numba_type(result)(*map(numba_type, arguments)),
         cc=OLDEST,
         output="ltoir",
         device=True,
@@ -106,14 +131,6 @@ def _function_ltoir(name: str, function: Callable[..., Any], result: str, argume
     )
     code: bytes = ltoir
     return code
-
-
-def _numba_type(name: str) -> Any:
-    """Of the catalogue's name for it, such as ``"float32"`` or ``"uint8*"``."""
-    from numba import types
-
-    plain = getattr(types, name.rstrip("*"))
-    return types.CPointer(plain) if name.endswith("*") else plain
 
 
 def _link(objects: list[bytes], cc: ComputeCapability, form: Literal["cubin", "ptx"]) -> tuple[bytes, str]:
