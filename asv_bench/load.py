@@ -3,18 +3,17 @@
     python asv_bench/load.py --out load.json [--device cuda] [--deadline-ms 40] [--seconds 3] [--picture load.png]
 
 Compressed photographs of the demo's shop come one by one (Poisson), or in bursts of 8 and 16, whether or not earlier
-ones are answered.  The demo's recognizer answers them through ``nbv.Batcher``, and through the same batcher without its
-policy: as many as wait as soon as a thread is free ("eager"), and that once the batch is full or the oldest has waited
-10 ms ("fixed delay").  Rates are shares of the capacity: what is answered while there is always more to do.  The bound
-is what an ideal server of that capacity would answer in time, which works on one request after another, needs no time
-for a single one, and turns away who cannot be in time.
+ones are answered.  The demo's recognizer answers them through ``nbv.Batcher``, and through the same batcher with two
+other policies: as many as wait as soon as a thread is free ("eager"), and that once the batch is full or the oldest has
+waited 10 ms ("fixed delay").  Rates are shares of the capacity: what is answered while there is always more to do.  The
+bound is what an ideal server of that capacity would answer in time, which works on one request after another, needs no
+time for a single one, and turns away who cannot be in time.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import math
 import sys
 import threading
 import time
@@ -28,7 +27,7 @@ from benchmarks.common import catalogue_files
 
 import nbvision as nbv
 from nbvision.batching import LatencyCurve
-from nbvision.batching.policy import Reason, Request
+from nbvision.batching.policy import PolicyName
 from nbvision.batching.simulator import arrivals
 from nbvision.demo.run import models_directory
 from nbvision.recognizer import Recognizer
@@ -36,44 +35,14 @@ from nbvision.runtime.device import resolve_device
 
 BURSTS = (1, 8, 16)
 SHARES = (0.8, 1.5)
-DELAY_S = 0.010
 WARM_UP_CALLS = 8  # of each size
+POLICIES: dict[str, PolicyName] = {"nbv.Batcher": "deadline", "eager": "eager", "fixed delay": "delay"}
 
 
-class Eager(nbv.Batcher):
-    """All that wait, as soon as a thread is free."""
-
-    def _hold_until_s(self, waiting: list[Request]) -> float:
-        return -math.inf
-
-    def _choose(self) -> tuple[list[Request], list[Request], Reason]:
-        batch = self._queue.first(time.monotonic())[: self.max_batch]
-        self._take_out(batch)
-        for request in batch:
-            request.future.set_running_or_notify_cancel()
-        self._sizes[len(batch)] += bool(batch)
-        return batch, [], "full" if len(batch) == self.max_batch else "drained"
-
-
-class FixedDelay(Eager):
-    """The same once there is a full batch, or the oldest has waited 10 ms."""
-
-    def _choose(self) -> tuple[list[Request], list[Request], Reason]:
-        while waiting := self._queue.all():
-            left_s = min(request.arrived_s for request in waiting) + DELAY_S - time.monotonic()
-            if len(waiting) >= self.max_batch or left_s <= 0:
-                break
-            self._changed.wait(left_s)
-        return super()._choose()
-
-
-POLICIES: dict[str, type[nbv.Batcher]] = {"nbv.Batcher": nbv.Batcher, "eager": Eager, "fixed delay": FixedDelay}
-
-
-def capacity(make: Callable[[type[nbv.Batcher]], nbv.Batcher], files: list[bytes], seconds: float) -> float:
+def capacity(make: Callable[[PolicyName], nbv.Batcher], files: list[bytes], seconds: float) -> float:
     """Answers a second while twice what the threads can hold is always under way."""
     answered = 0
-    with make(Eager) as batcher:
+    with make("eager") as batcher:
         room = threading.Semaphore(4 * batcher.max_batch)
 
         def done(future: Future[Any]) -> None:
@@ -196,19 +165,18 @@ def main() -> int:
 
     curve = LatencyCurve()
 
-    def make(policy: type[nbv.Batcher]) -> nbv.Batcher:
-        given = curve if policy is nbv.Batcher else None
-        deadline_ms = arguments.deadline_ms if policy is nbv.Batcher else None
-        return policy(
+    def make(policy: PolicyName) -> nbv.Batcher:
+        return nbv.Batcher(
             recognize,
             max_batch=arguments.max_batch,
-            deadline_ms=deadline_ms,
-            latency=given,
-            device=device,
+            deadline_ms=arguments.deadline_ms if policy == "deadline" else None,
+            latency=curve if policy == "deadline" else None,
             in_flight=arguments.in_flight,
+            policy=policy,
+            device=device,
         )
 
-    with make(Eager):
+    with make("eager"):
         for size in [1, 2, 4, 8, 16, 32, 64]:
             for start in range(WARM_UP_CALLS if size <= arguments.max_batch else 0):
                 started_s = time.perf_counter()

@@ -365,7 +365,8 @@ def _quantize(options: argparse.Namespace) -> int:
 
 def _plan_capacity(options: argparse.Namespace) -> int:
     from nbvision.batching.latency import LatencyCurve
-    from nbvision.batching.simulator import POLICIES, arrivals, goodput, simulate
+    from nbvision.batching.policy import POLICIES
+    from nbvision.batching.simulator import arrivals, goodput, simulate
     from nbvision.console import Console
 
     if not options.rate > 0 or not 0 < options.share <= 1:

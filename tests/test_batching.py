@@ -604,6 +604,58 @@ def test_options_that_are_none(options: Any) -> None:
         Batcher("no function")  # type: ignore[arg-type]
 
 
+# --- other policies in the batcher ------------------------------------------------------------------------------------
+
+
+def let_go(gate: Gate) -> None:
+    for _ in range(10):
+        gate.open.release()
+
+
+def test_an_eager_batcher_takes_all_there_are_whatever_their_deadlines() -> None:
+    gate = Gate()
+    with Batcher(gate, max_batch=4, in_flight=1, policy="eager", device="cpu") as batcher:
+        futures = [batcher.submit(0)]
+        assert gate.entered.acquire(timeout=60)
+        futures += [batcher.submit(number, deadline_ms=0.001) for number in range(1, 7)]
+        let_go(gate)
+        assert [future.result(60) for future in futures] == [0, 10, 20, 30, 40, 50, 60]
+        stats = batcher.stats()
+    assert gate.batches == [[0], [1, 2, 3, 4], [5, 6]]
+    assert stats.reasons == {"drained": 2, "full": 1}
+    assert (stats.missed, stats.late) == (6, 0)
+
+
+def test_a_batcher_that_waits_for_more_runs_a_full_batch_and_a_part_of_one_later() -> None:
+    gate = Gate()
+    let_go(gate)
+    with Batcher(gate, max_batch=2, in_flight=1, policy="delay", device="cpu") as batcher:
+        began_s = time.monotonic()
+        assert batcher.submit(0).result(60) == 0
+        assert time.monotonic() - began_s >= 0.010  # alone, once the delay is over
+        assert [future.result(60) for future in [batcher.submit(1), batcher.submit(2)]] == [10, 20]
+        assert batcher.stats().reasons["drained"] >= 1
+
+
+def test_a_batcher_that_turns_away_gives_up_who_waited_too_long() -> None:
+    gate = Gate()
+    with Batcher(gate, max_batch=4, in_flight=1, policy="eager and reject", device="cpu") as batcher:
+        first = batcher.submit(0)
+        assert gate.entered.acquire(timeout=60)
+        second = batcher.submit(1)
+        time.sleep(0.030)  # more than the 20 ms that it may wait
+        let_go(gate)
+        with pytest.raises(DeadlineError):
+            second.result(60)
+        assert first.result(60) == 0
+        assert batcher.stats().late == 1
+
+
+def test_a_policy_that_there_is_none_of() -> None:
+    with pytest.raises(InputError, match=r"policy is 'lazy'; expected one of \('deadline', 'eager'"):
+        Batcher(list, policy="lazy", device="cpu")  # type: ignore[arg-type]
+
+
 # --- the timeline -----------------------------------------------------------------------------------------------------
 
 

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from nbvision.batching.latency import LatencyCurve
-from nbvision.batching.policy import Reason, Release, Request, RequestQueue, hold_until_s, next_batch
+from nbvision.batching.policy import PolicyName, Reason, Release, Request, RequestQueue, make_policy
 from nbvision.batching.timeline import BatcherTimeline, BatchRecord
 from nbvision.errors import DeadlineError, InputError, NbvisionError, OverloadError
 from nbvision.runtime.device import Device, array_module, own_stream, resolve_device, synchronize
@@ -115,6 +115,9 @@ class Batcher:
         other.
     aging_s : float
         A request that has waited so long goes before all others, whatever its priority.
+    policy : {"deadline", "eager", "delay", "delay and reject", "eager and reject"}
+        What is described above; or, to compare it with what others do: what waits goes as soon as a thread is free;
+        the same once there is a full batch or the oldest has waited 10 ms; both with those given up that waited 20 ms.
     device : {"cpu", "cuda"}, optional
         Where the function works; default as everywhere. On ``"cuda"`` each thread has a stream of its own, which is
         CuPy's current one in the function and is waited for, on the host, before anybody gets a result.
@@ -145,6 +148,7 @@ class Batcher:
         latency: LatencyCurve | None = None,
         in_flight: int = 2,
         aging_s: float = 1.0,
+        policy: PolicyName = "deadline",
         device: Device | None = None,
     ) -> None:
         if not callable(function):
@@ -162,6 +166,7 @@ class Batcher:
         self.max_batch = max_batch
         self.deadline_ms = deadline_ms
         self.latency = latency or LatencyCurve()
+        self._policy = make_policy(policy, self.latency, self.latency.typical, max_batch=max_batch)
         self._bucket, self._size_of = bucket, size_of
         self._max_items, self._max_bytes = max_queue_items, max_queue_bytes or math.inf
         self._queue = RequestQueue(aging_s=aging_s)
@@ -388,22 +393,15 @@ class Batcher:
             left_s = None
             if len(self._queue):
                 waiting = self._queue.first(now_s := time.monotonic())
-                left_s = self._hold_until_s(waiting) - now_s
+                left_s = self._policy.start_s(waiting, is_busy=self._busy > 0) - now_s
                 if left_s <= 0 or self._closing:
                     return
             self._changed.wait(None if left_s in (None, math.inf) else left_s)
 
-    def _hold_until_s(self, waiting: list[Request]) -> float:
-        """Until when others may join, while another thread runs a batch."""
-        if not self._busy:
-            return -math.inf
-        return hold_until_s(waiting, self.latency, max_batch=self.max_batch)
-
     def _choose(self) -> tuple[list[Request], list[Request], Reason]:
         """The next batch and those that are given up, taken out of the queue; and why the batch is no larger."""
         now_s = time.monotonic()
-        waiting, typical = self._queue.first(now_s), self.latency.typical
-        release = next_batch(waiting, now_s, self.latency, max_batch=self.max_batch, typical=typical)
+        release = self._policy.next_batch(self._queue.first(now_s), now_s)
         if not release.batch and release.late and now_s - self._ran_s > _PROBE_S:
             # Such as after a first call that compiled: who never runs never learns that it has become faster.
             self.latency.forget(1)

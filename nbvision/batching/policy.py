@@ -6,11 +6,31 @@ import bisect
 import math
 from collections.abc import Callable, Hashable, Iterable
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, Protocol, get_args
 
 import numpy as np
 
-__all__ = ["QUANTILE_99", "Reason", "Release", "Request", "RequestQueue", "hold_until_s", "next_batch"]
+from nbvision.errors import InputError
+
+__all__ = [
+    "POLICIES",
+    "QUANTILE_99",
+    "Policy",
+    "PolicyName",
+    "Reason",
+    "Release",
+    "Request",
+    "RequestQueue",
+    "hold_until_s",
+    "make_policy",
+    "next_batch",
+]
+
+PolicyName = Literal["deadline", "eager", "delay", "delay and reject", "eager and reject"]
+
+POLICIES: tuple[PolicyName, ...] = get_args(PolicyName)
+DELAY_S = 0.010  # of the policies that wait for more
+REJECT_S = 0.020  # queued for longer is turned away, by those that do
 
 QUANTILE_99 = 2.326  # of the normal distribution
 
@@ -100,6 +120,68 @@ class RequestQueue:
 
     def all(self) -> list[Request]:
         return [request for waiting in self._buckets.values() for request in waiting]
+
+
+class Policy(Protocol):
+    """When a batch begins, and which requests are in it; always of one bucket, in the order in which they shall go."""
+
+    def start_s(self, waiting: list[Request], *, is_busy: bool) -> float:
+        """When a free thread or card begins a batch if nothing changes; ``is_busy`` says whether another runs one."""
+
+    def next_batch(self, waiting: list[Request], now_s: float) -> Release:
+        """What runs now."""
+
+
+@dataclass(frozen=True)
+class _Deadline:
+    """The batcher's own: nobody waits while nothing runs, and as many as can be are in time."""
+
+    latency: Callable[[int], float]
+    typical: Callable[[int], float]
+    max_batch: int
+
+    def start_s(self, waiting: list[Request], *, is_busy: bool) -> float:
+        return hold_until_s(waiting, self.latency, max_batch=self.max_batch) if is_busy else -math.inf
+
+    def next_batch(self, waiting: list[Request], now_s: float) -> Release:
+        return next_batch(waiting, now_s, self.latency, max_batch=self.max_batch, typical=self.typical)
+
+
+@dataclass(frozen=True)
+class _InTurn:
+    """As many as there are, once a batch is full or the oldest has waited; those that waited too long not at all."""
+
+    max_batch: int
+    delay_s: float
+    reject_s: float
+
+    def start_s(self, waiting: list[Request], *, is_busy: bool) -> float:
+        if not self.delay_s or len(waiting) >= self.max_batch:
+            return -math.inf
+        return min(request.arrived_s for request in waiting) + self.delay_s
+
+    def next_batch(self, waiting: list[Request], now_s: float) -> Release:
+        late = [request for request in waiting if now_s - request.arrived_s > self.reject_s]
+        able = [request for request in waiting if now_s - request.arrived_s <= self.reject_s]
+        return Release(able[: self.max_batch], late, "full" if len(able) >= self.max_batch else "drained")
+
+
+def make_policy(
+    name: PolicyName, latency: Callable[[int], float], typical: Callable[[int], float], *, max_batch: int
+) -> Policy:
+    """A policy by its name; :func:`next_batch` says what ``latency`` and ``typical`` are.
+
+    Raises
+    ------
+    InputError
+        For an unknown name.
+    """
+    if name not in POLICIES:
+        raise InputError(f"policy is {name!r}; expected one of {POLICIES}")
+    if name == "deadline":
+        return _Deadline(latency, typical, max_batch)
+    delay_s = DELAY_S if name.startswith("delay") else 0.0
+    return _InTurn(max_batch, delay_s, REJECT_S if name.endswith("reject") else math.inf)
 
 
 def _rank(request: Request) -> tuple[int, float, float]:

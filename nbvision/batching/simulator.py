@@ -6,21 +6,14 @@ import heapq
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal, get_args
 
 import numpy as np
 import numpy.typing as npt
 
-from nbvision.batching.policy import QUANTILE_99, Release, Request, RequestQueue, hold_until_s, next_batch
+from nbvision.batching.policy import QUANTILE_99, PolicyName, Request, RequestQueue, make_policy
 from nbvision.errors import InputError
 
-__all__ = ["POLICIES", "Policy", "Simulation", "arrivals", "goodput", "simulate"]
-
-Policy = Literal["deadline", "eager", "delay", "delay and reject", "eager and reject"]
-
-POLICIES: tuple[Policy, ...] = get_args(Policy)
-DELAY_S = 0.010  # of the policies that wait for more
-REJECT_S = 0.020  # queued for longer is turned away, by those that do
+__all__ = ["Simulation", "arrivals", "goodput", "simulate"]
 
 
 @dataclass(frozen=True)
@@ -73,7 +66,7 @@ def simulate(
     latency: Callable[[int], float],
     *,
     deadline_ms: float,
-    policy: Policy = "deadline",
+    policy: PolicyName = "deadline",
     max_batch: int = 64,
     cards: int = 1,
     jitter: float = 0.0,
@@ -105,8 +98,6 @@ def simulate(
     InputError
         For an unknown policy, or numbers that are not positive.
     """
-    if policy not in POLICIES:
-        raise InputError(f"policy is {policy!r}; expected one of {POLICIES}")
     for name, value in (("deadline_ms", deadline_ms), ("max_batch", max_batch), ("cards", cards)):
         if not value > 0:
             raise InputError(f"{name} is {value!r}; expected a positive number")
@@ -116,6 +107,7 @@ def simulate(
     def slowest(size: int) -> float:
         return latency(size) * spread
 
+    rule = make_policy(policy, slowest, latency, max_batch=max_batch)
     queue = RequestQueue(aging_s=math.inf)
     coming = [Request(None, float(at), float(at) + deadline_ms / 1e3) for at in arrived_s]
     free_s = [0.0] * cards  # when each card has nothing to do
@@ -130,15 +122,13 @@ def simulate(
             while next_in < len(coming) and coming[next_in].arrived_s <= now_s:
                 queue.add(coming[next_in])
                 next_in += 1
-            if policy == "deadline":
-                others_end_s = min((end_s for end_s in free_s[1:] if end_s > now_s), default=now_s)
-                start_s = min(others_end_s, hold_until_s(queue.first(now_s), slowest, max_batch=max_batch))
-            else:
-                start_s = _start_s(policy, queue, now_s, max_batch)
+            others_end_s = min((end_s for end_s in free_s[1:] if end_s > now_s), default=math.inf)
+            start_s = rule.start_s(queue.first(now_s), is_busy=others_end_s < math.inf)
             if start_s <= now_s:
                 break
-            now_s = min(start_s, coming[next_in].arrived_s) if next_in < len(coming) else start_s
-        release = _release(policy, queue.first(now_s), now_s, slowest, latency, max_batch)
+            next_s = coming[next_in].arrived_s if next_in < len(coming) else math.inf
+            now_s = min(start_s, next_s, others_end_s)
+        release = rule.next_batch(queue.first(now_s), now_s)
         queue.remove(release.batch + release.late)
         dropped += len(release.late)
         if not release.batch:
@@ -155,34 +145,11 @@ def simulate(
     return Simulation(in_time, late, dropped, np.array(waited), batches, seconds)
 
 
-def _start_s(policy: Policy, queue: RequestQueue, now_s: float, max_batch: int) -> float:
-    """When a free card begins: now, unless the policy waits for more."""
-    if not policy.startswith("delay") or len(queue) >= max_batch:
-        return now_s
-    return min(request.arrived_s for request in queue.all()) + DELAY_S
-
-
-def _release(
-    policy: Policy,
-    waiting: list[Request],
-    now_s: float,
-    slowest: Callable[[int], float],
-    typical: Callable[[int], float],
-    max_batch: int,
-) -> Release:
-    if policy == "deadline":
-        return next_batch(waiting, now_s, slowest, max_batch=max_batch, typical=typical)
-    limit_s = REJECT_S if policy.endswith("reject") else math.inf
-    late = [request for request in waiting if now_s - request.arrived_s > limit_s]
-    batch = [request for request in waiting if now_s - request.arrived_s <= limit_s][:max_batch]
-    return Release(batch, late, "drained")
-
-
 def goodput(
     latency: Callable[[int], float],
     *,
     deadline_ms: float,
-    policy: Policy = "deadline",
+    policy: PolicyName = "deadline",
     share: float = 0.99,
     burst: int = 1,
     max_batch: int = 64,
