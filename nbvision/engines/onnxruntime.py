@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -50,13 +51,8 @@ class OnnxRuntimeExecutor:
             import onnxruntime
         except ImportError as error:
             raise MissingExtraError("onnxruntime", extra="onnx", needed_for="an Engine on the CPU") from error
-        options = onnxruntime.SessionOptions()
-        options.log_severity_level = _ONLY_FATAL
-        # Threads that wait for work by spinning keep it from the other engines of a cascade, and from decoding: with it
-        # the demo's three models take three times as long for an image on two cores.
-        options.add_session_config_entry("session.intra_op.allow_spinning", "0")
         try:
-            self._session = onnxruntime.InferenceSession(str(model.path), options, providers=["CPUExecutionProvider"])
+            self._session = _session_of(onnxruntime, model)
         except Exception as error:  # its exception classes share no base below Exception
             raise EngineError(f"{model.path.name}: ONNX Runtime refuses it: {error}") from error
         self._file_name = model.path.name
@@ -109,3 +105,19 @@ class OnnxRuntimeExecutor:
             raise EngineError(f"{self._file_name}: {what}; expected one of {', '.join(_DTYPES)}")
         shape = tuple(size if isinstance(size, int) else -1 for size in argument.shape)
         return TensorSpec(argument.name, _DTYPES[argument.type], shape)
+
+
+def _session_of(onnxruntime: ModuleType, model: OnnxFile) -> Any:
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = _ONLY_FATAL
+    # Threads that wait for work by spinning keep it from the other engines of a cascade, and from decoding: with it
+    # the demo's three models take three times as long for an image on two cores.
+    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+    # An x86 without VNNI sums two products of int8 in 16 bits, which saturate; asked for, it takes 32.
+    options.add_session_config_entry("session.x64quantprecision", "1")
+    providers = ["CPUExecutionProvider"]
+    try:
+        return onnxruntime.InferenceSession(str(model.path), options, providers=providers)
+    except Exception:  # 1.32 fails so where nodes share a weight; what else is wrong is wrong without it, too
+        options.add_session_config_entry("session.x64quantprecision", "0")
+        return onnxruntime.InferenceSession(str(model.path), options, providers=providers)
