@@ -149,7 +149,7 @@ def run_taps(rng: np.random.Generator) -> None:
         for kind in kinds:
             on_host, on_device = (np.full(len(given) * length * (limit + 4), -1, np.int32) for _ in range(2))
             fill(on_host, tables[0], length, limit, vertical, kind)
-            if fill is resample.fill_taps_cpu and not vertical:
+            if fill is resample.fill_taps_cpu:
                 for entry in range(0, len(on_host), limit + 4):
                     resample.pack_taps(on_host, entry, limit)
             launch(twin, (1, len(given)), 8, on_device, tables[0], length, limit, vertical, kind)

@@ -115,8 +115,9 @@ class CudaFrame:
 
     def roomier(self) -> CudaFrame | None:
         """The same with more registers a thread, for a pixel function that needs them."""
-        registers = int(self.defines.get("REGISTERS", 255)) + 32
-        return replace(self, defines=self.defines | {"REGISTERS": registers}) if registers <= 200 else None
+        registers = int(self.defines.get("REGISTERS", _MOST_REGISTERS))
+        more = min(registers + 32, _MOST_REGISTERS)
+        return replace(self, defines=self.defines | {"REGISTERS": more}) if more > registers else None
 
     def source_text(self) -> str:
         return read_source(self.source)
@@ -136,6 +137,7 @@ _STORES = {
 }
 _REGION_FIELDS = ["IMAGE", "X", "Y", "WIDTH", "HEIGHT", "LEFT", "TOP", "OUT_WIDTH", "OUT_HEIGHT", "FIELDS"]
 _REGION_FIELDS += ["UNIT_X", "UNIT_Y", "SCALES"]
+_MOST_REGISTERS = 239  # 255 where a multiprocessor has more for each thread
 # sampler -> lines a thread of the frame, and its registers: what was fastest on sm_90 for three bytes a pixel; others
 # get more, or some spill. docs/preprocess.md has the alternatives.
 _FRAME_SHAPES = {codes.NEAREST: (4, 64), codes.LINEAR_EXACT: (3, 56), codes.LINEAR_FAST: (4, 64)}

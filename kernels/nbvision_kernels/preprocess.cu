@@ -47,6 +47,11 @@ constexpr int MAX_REGISTERS = REGISTERS;
 #else  // a multiprocessor that holds 1,536 threads has registers for a third more each
 constexpr int MAX_REGISTERS = REGISTERS + 16;
 #endif
+#if __CUDACC_VER_MAJOR__ * 100 + __CUDACC_VER_MINOR__ >= 1204
+#define BOUNDS __maxnreg__(MAX_REGISTERS)
+#else
+#define BOUNDS __launch_bounds__(THREADS, 65536 / (THREADS * MAX_REGISTERS))
+#endif
 // A thread has two pixels side by side, and two more half a block's width further: what a warp loads at once is then half
 // as long, and takes half as many accesses. docs/preprocess.md has the alternatives.
 constexpr int PIXELS = 4, SIDE_BY_SIDE = 2, HALF = SIDE_BY_SIDE * LINE_THREADS;
@@ -231,7 +236,7 @@ __device__ __forceinline__ void blend_nv12(const int *luma, const int *chroma, c
 
 // `gain`, `bias` and `fill` are in the order of the source's channels; `swap` says that the output's is the reverse.
 // The matrix is NV12's, whose first channel is red. With a chain, `bgr` says that the source's first channel is blue, and the chain's numbers follow.
-extern "C" __global__ void __maxnreg__(MAX_REGISTERS)
+extern "C" __global__ void BOUNDS
     preprocess(const unsigned char *pixels, const long long *__restrict__ sources, const int *__restrict__ regions,
                const long long *__restrict__ steps, const float *__restrict__ scales, Stored *__restrict__ out,
                int height, int width, int swap, float gain_0, float gain_1, float gain_2,

@@ -11,6 +11,7 @@ import itertools
 import os
 import pickle
 import re
+import sys
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -77,27 +78,32 @@ def _linked(kernel: Kernel, cc: ComputeCapability, form: Literal["cubin", "ptx"]
         raise CompileError(f"kernel {kernel.name!r} does not compile for sm_{cc[0]}{cc[1]}:\n{error}") from error
 
 
-@functools.cache
+_sparing = threading.Lock()
+
+
 def _spare_scipy() -> None:
     """Numba imports SciPy's linear algebra for its functions on arrays, to see whether there is a BLAS, which no kernel
     can call; that takes a fifth of a first compilation, so they are told that there is none."""
-    try:
-        from numba.cuda.np import linalg
+    with _sparing:
+        if "numba.cuda.np.arraymath" in sys.modules:
+            return
+        try:
+            from numba.cuda.np import linalg
 
-        ask = linalg.ensure_blas
-    except (ImportError, AttributeError):
-        return  # Numba is built otherwise
+            ask = linalg.ensure_blas
+        except (ImportError, AttributeError):
+            return  # Numba is built otherwise
 
-    def no_blas() -> None:
-        raise ImportError("not asked for")
+        def no_blas() -> None:
+            raise ImportError("not asked for")
 
-    linalg.ensure_blas = no_blas
-    try:
-        import numba.cuda.np.arraymath  # noqa: F401
-    except ImportError:
-        pass
-    finally:
-        linalg.ensure_blas = ask
+        linalg.ensure_blas = no_blas
+        try:
+            import numba.cuda.np.arraymath  # noqa: F401
+        except ImportError:
+            pass
+        finally:
+            linalg.ensure_blas = ask
 
 
 def _frame_ltoir(kernel: Kernel, cc: ComputeCapability) -> bytes:
