@@ -382,7 +382,7 @@ class Batcher:
                 continue
             for request in late:
                 request.future.set_exception(
-                    DeadlineError("the request was given up: it could not be answered before its deadline")
+                    DeadlineError("the request was given up: it has waited too long to be answered in time")
                 )
             if batch:
                 self._run(batch, reason, thread)
