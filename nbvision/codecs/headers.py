@@ -13,7 +13,7 @@ from typing import Any, Literal, NamedTuple
 
 from nbvision.errors import DecodeError, InputError
 
-__all__ = ["IMAGE_SUFFIXES", "Header", "ImageFormat", "as_bytes", "read_header"]
+__all__ = ["IMAGE_SUFFIXES", "Header", "ImageFormat", "as_bytes", "chunks", "read_header"]
 
 IMAGE_SUFFIXES = (".avif", ".bmp", ".gif", ".j2k", ".jp2", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
 ImageFormat = Literal["avif", "bmp", "gif", "jpeg", "jpeg2000", "png", "tiff", "webp"]
@@ -288,7 +288,7 @@ def _parse_tiff(data: bytes) -> Header:
 # --- PNG, WebP: chunks -----------------------------------------------------------------------------------------------
 
 
-def _chunks(data: bytes, position: int, layout: str) -> Iterator[tuple[bytes, int, int]]:
+def chunks(data: bytes, position: int, layout: str) -> Iterator[tuple[bytes, int, int]]:
     """Name, start and length of each whole chunk's body; ``layout`` is ``">I4s"`` (PNG) or ``"<4sI"`` (RIFF)."""
     unpack = struct.Struct(layout).unpack_from
     is_png = layout == ">I4s"
@@ -310,7 +310,7 @@ def _parse_png(data: bytes) -> Header:
     if name != b"IHDR" or kind not in _PNG_CHANNELS:
         raise _corrupt("png", f"starts with a chunk {name!r} of colour type {kind}; expected IHDR")
     orientation, complete, has_profile = 1, False, False
-    for name, start, _ in _chunks(data, 8, ">I4s"):
+    for name, start, _ in chunks(data, 8, ">I4s"):
         if name == b"eXIf":  # it may stand after the pixels
             orientation = _exif_orientation(data, start)
         elif name == b"iCCP":
@@ -357,7 +357,7 @@ def _parse_extended_webp(data: bytes, complete: bool) -> Header:
     flags, width_low, width_high, height_low, height_high = struct.unpack_from("<BxxxHBHB", data, 20)
     orientation = 1
     if flags & 0x08:
-        for name, start, _ in _chunks(data, 12, "<4sI"):
+        for name, start, _ in chunks(data, 12, "<4sI"):
             if name == b"EXIF":
                 prefix = 6 if data.startswith(b"Exif\0\0", start) else 0
                 orientation = _exif_orientation(data, start + prefix)

@@ -6,6 +6,7 @@ links both to machine code.  Loading and launching go through CuPy, whose launch
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import itertools
 import os
@@ -212,7 +213,10 @@ _cpu_turn = threading.Lock()
 
 
 def cpu_loop(name: str, function: Callable[..., None], *, parallel: bool = True) -> Callable[..., None]:
-    """Compile a Python loop for the CPU on its first call, kept on disk like a CUDA kernel."""
+    """Compile a Python loop for the CPU on its first call, kept on disk like a CUDA kernel.
+
+    Parallel ones take turns; others run in as many threads as call them.
+    """
     from numba import njit
     from numba.core.errors import NumbaError
 
@@ -223,7 +227,7 @@ def cpu_loop(name: str, function: Callable[..., None], *, parallel: bool = True)
     @functools.wraps(function)
     def call(*arguments: Any) -> None:
         try:
-            with _cpu_turn:
+            with _cpu_turn if parallel else contextlib.nullcontext():
                 dispatcher(*arguments)
         except NumbaError as error:
             raise CompileError(f"loop {name!r} does not compile:\n{error}") from error
