@@ -146,6 +146,24 @@ def without_alpha(data: bytes) -> Pixels:
     return np.asarray(image.convert("RGB"))
 
 
+def test_the_largest_images_are_begun_first(monkeypatch: pytest.MonkeyPatch) -> None:
+    """And still stand where their files do."""
+    sizes = [(5, 9), (40, 30), (1, 1), (20, 20)]
+    begun: list[int] = []
+    decode_into = host.decode_into
+
+    def note(out: Pixels, data: bytes, header: Any, **options: Any) -> None:
+        begun.append(header.pixels)
+        decode_into(out, data, header, **options)
+
+    monkeypatch.setattr(host, "decode_into", note)
+    batch = decode([encode(photo(*size), "PNG") for size in sizes], device="cpu", threads=1)
+    assert begun == [1200, 400, 45, 1]
+    assert [tuple(size) for size in batch.sizes] == sizes
+    for size, got in zip(sizes, on_host(batch), strict=True):
+        np.testing.assert_array_equal(got, np.asarray(photo(*size)))
+
+
 def refuse_to_decode(*_: Any, **__: Any) -> None:
     raise AssertionError("Pillow is asked for nothing")
 

@@ -253,7 +253,15 @@ def _bare(error: DecodeError, path: str | None) -> DecodeError:
 def _decode_on_cpu(
     images: Sequence[OpenImage], buffer: memory.Buffer, wanted: host.Wanted, recover: bool, threads: int
 ) -> None:
-    run_all(lambda image: _decode_on_host(image, _view(image, buffer, wanted), wanted, recover), images, threads)
+    def one(image: OpenImage) -> None:
+        _decode_on_host(image, _view(image, buffer, wanted), wanted, recover)
+
+    run_all(one, _largest_first(images), threads)
+
+
+def _largest_first(images: Sequence[OpenImage]) -> list[OpenImage]:
+    """So that no thread begins with a large image when the others are about to end."""
+    return sorted(images, key=lambda image: image.header.pixels, reverse=True)
 
 
 def _view(image: OpenImage, buffer: memory.Buffer, wanted: host.Wanted) -> Any:
@@ -289,7 +297,7 @@ def _decode_on_cuda(
         except DecodeError:
             doubtful.add(image)
 
-    with in_background(stage_or_look_through, [*for_host, *(for_gpu if strict else ())], threads):
+    with in_background(stage_or_look_through, _largest_first([*for_host, *(for_gpu if strict else ())]), threads):
         decoded = gpu_decode.decode_into(
             [buffer.address + image.offset_bytes for image in for_gpu],
             [image.data for image in for_gpu],
