@@ -1,11 +1,12 @@
 """Decode JPEGs on the GPU with nvImageCodec, into memory the caller owns.
 
-Only what the GPU is good at goes here.  PNG and its like are unpacked on the host even by nvImageCodec, so they take
-:mod:`nbvision.codecs.host` and give the same pixels and the same errors on every device.
+Only what the GPU is good at goes here.  PNG and its like are unpacked on the host even by nvImageCodec, and so are the
+codes of progressive JPEGs, which is most of their work.  They take :mod:`nbvision.codecs.host`, where no image waits
+for another, and give the same pixels and the same errors on every device.
 
 Two decoders share the work: the card's JPEG engine, and nvJPEG's CUDA decoder, which unpacks codes on host threads and
-makes pixels of them on the GPU.  The engine takes baseline JPEGs; the CUDA decoder all others, what the engine refuses,
-and as much of the baseline ones as makes the batch faster.
+makes pixels of them on the GPU.  The engine takes baseline JPEGs; the CUDA decoder extended ones, what the engine
+refuses, and as much of the baseline ones as makes the batch faster.
 """
 
 from __future__ import annotations
@@ -39,7 +40,7 @@ def takes(header: Header, color: Color) -> bool:
     return (
         header.format == "jpeg"
         and header.bits == 8
-        and header.variant in ("baseline", "extended", "progressive")
+        and header.variant in ("baseline", "extended")
         and header.colorspace in ("gray", "ycbcr")
         and header.width >= _SMOOTHED_FROM_WIDTH
         and color in SAMPLES

@@ -204,16 +204,16 @@ def _suits_imagecodecs(header: Header, color: Color) -> bool:
 def _decode_webp_into(out: Pixels, data: bytes, header: Header, color: Color) -> bool:
     """Decode a WebP; False, and nothing promised of ``out``, where Pillow has to judge or to convert."""
     codec: Any = imagecodecs_module()
-    channels = out.shape[2]
+    has_alpha = out.shape[2] == 4
+    in_place = header.orientation == 1 and color not in _FROM_RED_FIRST and out.flags.c_contiguous
     try:
-        pixels = codec.webp_decode(data, hasalpha=channels == 4)
+        pixels = codec.webp_decode(data, hasalpha=has_alpha, out=out if in_place else None)
     except Exception:  # the codec has exceptions of its own, and an animation is one of them
         return False
-    if pixels.dtype != np.uint8 or pixels.ndim != 3 or pixels.shape[2] < channels:
+    if pixels.dtype != np.uint8 or pixels.shape != (header.height, header.width, out.shape[2]):
         return False
-    if pixels.shape[:2] != (header.height, header.width):
-        return False
-    _copy_turned(out, pixels[:, :, :channels], header.orientation, _FROM_RED_FIRST.get(color))
+    if pixels is not out:
+        _copy_turned(out, pixels, header.orientation, _FROM_RED_FIRST.get(color))
     return True
 
 

@@ -265,6 +265,7 @@ class Service:
 
     async def start(self) -> None:
         """From now on look after pipelines that fail."""
+        await asyncio.to_thread(heap.settle)
         self._prober = asyncio.create_task(self._probe_the_sick())
         logger.info("ready", extra={"worker": self.worker, "pid": os.getpid(), "models": sorted(self.served)})
 
@@ -288,6 +289,7 @@ class Service:
 def _close(served: Served) -> None:
     """Close a pipeline that was replaced, and give its memory back to the system."""
     served.close()
+    heap.settle()
     heap.give_back()
 
 
