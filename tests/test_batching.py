@@ -40,7 +40,7 @@ def test_what_is_measured_replaces_what_was_said() -> None:
     for _ in range(50):
         curve.update(1, 0.010)
     assert curve(1) == 0.010
-    assert curve(7) == 2.0
+    assert curve(7) == pytest.approx(0.070)  # rather what seven single ones take than what was said
     for _ in range(50):
         curve.update(1, 0.020)
         curve.update(8, 0.030)  # near 7
@@ -78,6 +78,43 @@ def test_sizes_that_scatter_do_not_make_others_slow() -> None:
     assert curve(1) == pytest.approx(0.010)
     assert 0.020 < curve(16) < 0.022
     assert curve.typical(16) == pytest.approx(0.020, rel=0.02)
+
+
+def test_a_few_bad_calls_do_not_make_a_size_slow() -> None:
+    curve = LatencyCurve()
+    for _ in range(8):
+        curve.update(8, 0.010)
+    for _ in range(7):
+        curve.update(16, 0.030)
+        assert curve.typical(16) == pytest.approx(0.020)
+    curve.update(16, 0.030)  # it is slow
+    assert curve.typical(16) == 0.030
+
+
+def test_one_bad_call_does_not_keep_batches_small() -> None:
+    """The batches that run are those of which the curve learns, so what it wrongly avoids it could never learn."""
+    curve = LatencyCurve({1: 0.005, 16: 0.020})
+
+    def run() -> int:
+        waiting = [Request(number, 0.0, 0.040) for number in range(16)]
+        size = len(next_batch(waiting, 0.0, curve, max_batch=16, typical=curve.typical).batch)
+        curve.update(size, 0.0065 + 0.0003 * size)
+        return size
+
+    for size in (1, 8, 12):
+        for _ in range(8):
+            curve.update(size, 0.0065 + 0.0003 * size)
+    curve.update(16, 0.035)
+    assert [run() for _ in range(3)] == [16, 16, 16]
+    assert curve.typical(16) == pytest.approx(0.0113)
+
+
+def test_of_sizes_that_are_nearly_as_good_the_largest_goes() -> None:
+    waiting = [Request(number, 0.0, 0.040) for number in range(16)]
+    in_proportion = next_batch(
+        waiting, 0.0, lambda size: 0.0011 * size, max_batch=16, typical=lambda size: 0.001 * size
+    )
+    assert len(in_proportion.batch) == 16
 
 
 def test_a_size_that_is_not_run_is_forgotten(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -27,6 +27,7 @@ _WINDOW = 50  # calls that are remembered of sizes near each other: a clock that
 _FORGET_S = 60.0  # sizes that were not run for so long are as if never run: their last call may have been a bad one
 _QUANTILE = 0.99
 _ENOUGH = 25  # calls that say how much times scatter
+_BELIEVED = 8  # calls of a size: fewer may all have been bad ones
 
 _Points: TypeAlias = "tuple[list[int], list[float]]"  # sizes, and their seconds; both rise
 
@@ -37,13 +38,16 @@ class LatencyCurve:
     Sizes near each other (1, 2, 3, 4, 5 to 6, 7 to 8, 9 to 12, ...) count together, by the median of their last 50,
     until they have not been run for a minute. How much longer than its median the slowest call in a hundred takes is
     taken from the calls of all sizes from half to twice as large, or of all, if those are few: one picture may take
-    three times as long as another, of which sixteen together show nothing. Between sizes that were seen the curve is
-    linear, beyond them in proportion, and it never falls as batches grow.
+    three times as long as another, of which sixteen together show nothing. A size that ran fewer than eight times is
+    not taken to be slower, item by item, than a smaller one that ran more often: else one bad call would keep the size
+    from ever being run again. Between sizes that were seen the curve is linear, beyond them in proportion, and it never
+    falls as batches grow.
 
     Parameters
     ----------
     seconds : dict of int to float, optional
-        Batch sizes and what they took, to begin with; replaced as soon as a size is measured.
+        Batch sizes and what they took, to begin with; replaced as soon as a size is measured, and no more believed
+        than a size that did not run.
 
     Raises
     ------
@@ -122,9 +126,16 @@ class LatencyCurve:
     def _fitted(self) -> tuple[_Points, _Points]:
         """Of the slowest and of the median calls."""
         known = {size: time_s for size, time_s in self._seeds.items() if batch_class(size) not in self._measured}
-        medians = {group: calls.median_s for group, calls in self._measured.items()}
-        most = {group: self._scatter_of(group) * median_s for group, median_s in medians.items()}
-        return _rising(known | most), _rising(known | medians)
+        believed: dict[int, float] = {}
+        medians = known | {group: calls.median_s for group, calls in self._measured.items()}
+        for size, time_s in sorted(medians.items()):
+            calls = self._measured.get(size)
+            if calls is not None and len(calls.ratios) >= _BELIEVED:
+                believed[size] = time_s
+            elif believed:
+                medians[size] = min(time_s, *(smaller_s * size / smaller for smaller, smaller_s in believed.items()))
+        most = {size: self._scatter_of(size) * time_s for size, time_s in medians.items() if size in self._measured}
+        return _rising(medians | most), _rising(medians)
 
     def _scatter_of(self, group: int) -> float:
         """How many times its median a call of such a size takes, but for one in a hundred."""

@@ -218,8 +218,9 @@ def next_batch(
     -----
     The time of a batch is taken as log-normal. For each size the batch begins with the first request from which on the
     sum of the chances is at least 0.98 of the best such sum; those before it have the worst chances, and are left out.
-    Of all sizes that with the most such answers for its typical time goes. So a deadline makes a batch smaller only
-    where that saves time, and nobody is given up for a call that once took long.
+    Of all sizes that with the most such answers for its typical time goes, or a larger one that has nearly as many: of
+    what has not been tried lately little is known, and others wait. So a deadline makes a batch smaller only where that
+    saves time, and nobody is given up for a call that once took long.
     """
     typical = typical or latency
     most = min(len(waiting), max_batch)
@@ -240,14 +241,13 @@ def next_batch(
     sums = np.concatenate([np.zeros((len(sizes), 1)), np.cumsum(chances, axis=1)], axis=1)
     # Only those of the first's priority are left out for the others.
     same = next((index for index, request in enumerate(able) if request.priority != able[0].priority), len(able))
-    best_rate, best = -1.0, (0, 1)
+    firsts, rates = [], []
     for size, seconds in zip(sizes, typical_s.tolist(), strict=True):
         expected = (sums[size - 1, size:] - sums[size - 1, : len(able) + 1 - size])[:same]
-        first = int(np.argmax(expected >= NEARLY * expected.max()))
-        rate = float(expected[first]) / seconds
-        if rate >= best_rate:
-            best_rate, best = rate, (first, size)
-    first, size = best
+        firsts.append(int(np.argmax(expected >= NEARLY * expected.max())))
+        rates.append(float(expected[firsts[-1]]) / seconds)
+    size = max(size for size, rate in zip(sizes, rates, strict=True) if rate >= NEARLY * max(rates))
+    first = firsts[size - 1]
     reason: Reason = "full" if size == max_batch else "drained" if size == len(able) else "deadline"
     hopeful = [request for request, chance in zip(able[first:], chances[size - 1, first:], strict=True) if chance]
     return Release(hopeful[:size], late, reason)
