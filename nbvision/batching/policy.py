@@ -39,6 +39,7 @@ Reason = Literal["drained", "full", "deadline"]
 
 GIVE_UP = 0.02  # a request with a smaller chance to be in time, even alone, is given up
 NEARLY = 0.98  # of the best: good enough for those that come first
+AS_GOOD = 0.99  # of the best: good enough for a larger batch
 LOOK_AT = 4  # batches full of requests, of those that come first
 
 
@@ -246,7 +247,7 @@ def next_batch(
         expected = (sums[size - 1, size:] - sums[size - 1, : len(able) + 1 - size])[:same]
         firsts.append(int(np.argmax(expected >= NEARLY * expected.max())))
         rates.append(float(expected[firsts[-1]]) / seconds)
-    size = max(size for size, rate in zip(sizes, rates, strict=True) if rate >= NEARLY * max(rates))
+    size = max(size for size, rate in zip(sizes, rates, strict=True) if rate >= AS_GOOD * max(rates))
     first = firsts[size - 1]
     reason: Reason = "full" if size == max_batch else "drained" if size == len(able) else "deadline"
     hopeful = [request for request, chance in zip(able[first:], chances[size - 1, first:], strict=True) if chance]
