@@ -204,6 +204,27 @@ def test_a_warm_plan_runs_in_frozen_memory(device, ring):
             np.testing.assert_array_equal(to_host(run(batch)), expected)
 
 
+def test_in_frozen_memory_nobody_takes_what_is_needed_later():
+    """The smaller buffer is still being read: elsewhere the larger one serves in its place, and the ring grows."""
+    manager, source = Manager("cpu"), Source("test")
+
+    def warm_up():
+        small, large = manager.acquire(128 << 10, source), manager.acquire(192 << 10, source)
+        being_read = SimpleNamespace(done=False, synchronize=lambda: None)
+        small._lease[1].events[7] = None, being_read
+        return small.size_bytes, large.size_bytes
+
+    sizes = warm_up()
+    manager.frozen += 1
+    small = manager.acquire(128 << 10, source)
+    large = manager.acquire(192 << 10, source)
+    assert (small.size_bytes, large.size_bytes) == sizes
+    del small, large
+    manager.frozen -= 1
+    assert manager.acquire(128 << 10, source).size_bytes == sizes[1]
+    assert manager.stats().allocations == 2
+
+
 @pytest.mark.needs_cuda
 def test_frozen_memory_of_cupys_pool(ring):
     import cupy

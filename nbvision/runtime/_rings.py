@@ -297,15 +297,17 @@ class Manager:
     def _take(self, ring: Ring, wanted: int, stream: int) -> Slot | None:
         """The smallest free slot that fits, of those whose streams have passed if there are any.
 
-        A slot more than twice too large is left for whom it was made.
+        A slot more than twice too large is left for whom it was made. Where nothing may grow, the smallest one comes
+        first, whether or not it has to be waited for: a larger one that is taken in its place would be missing later.
         """
-        best, best_key = None, (True, 0)
+        best, best_key = None, (sys.maxsize, sys.maxsize)
         for slot in ring.free:
             if wanted <= slot.size_bytes <= 2 * wanted:
-                key = (not slot.is_idle_for(stream), slot.size_bytes)
-                if best is None or key < best_key:
+                is_busy = not slot.is_idle_for(stream)
+                key = (slot.size_bytes, is_busy) if self.frozen else (is_busy, slot.size_bytes)
+                if key < best_key:
                     best, best_key = slot, key
-                    if key == (False, wanted):
+                    if slot.size_bytes == wanted and not is_busy:
                         break
         if best is not None:
             ring.free.remove(best)
