@@ -142,6 +142,7 @@ class Recognizer:
         self.detector, self.masker, self.embedder = detector, masker, embedder
         self.device: Device = detector.device
         self._decoder = Decoder(device=self.device)
+        self._decoder.warm_up()
         self.classes = _class_names(detector)
         self.score_threshold = score_threshold
         self.iou_threshold = iou_threshold

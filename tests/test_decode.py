@@ -22,7 +22,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image, ImageOps
 
-from nbvision.codecs import decode, gpu_decode, host, read_header
+from nbvision.codecs import decode, gpu_decode, host, png, read_header
 from nbvision.codecs._nvimgcodec import CPU_ONLY_DEVICE, DecoderHandle
 from nbvision.codecs._threads import Turns
 from nbvision.errors import DecodeError, InputError, MemoryLimitError
@@ -171,6 +171,7 @@ def refuse_to_decode(*_: Any, **__: Any) -> None:
 @pytest.mark.parametrize("name", ["png", "rgba png", "1x1 png", "webp", "lossless webp"])
 @pytest.mark.parametrize("color", ["rgb", "bgr"])
 def test_plain_png_and_webp_do_not_need_pillow(name: str, color: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    png.warm_up()
     monkeypatch.setattr(host, "_decode_by_pillow_into", refuse_to_decode)
     assert decode(OTHERS[name], color=color, device="cpu").errors == (None,)
 

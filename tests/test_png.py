@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import io
 import itertools
+import os
 import struct
+import subprocess
+import sys
 import threading
 import zlib
 from typing import Any
@@ -149,6 +152,39 @@ def test_many_threads_at_once() -> None:
         for index, got in enumerate(answer):
             np.testing.assert_array_equal(got, noise(40 + index % 8, 50, 3))
     assert len(answers) == 4
+
+
+FEW_AND_MANY = """
+import io, sys
+from PIL import Image
+import nbvision as nbv
+from nbvision.codecs import png
+
+def file(height):
+    stream = io.BytesIO()
+    Image.new("RGB", (1000, height), (1, 2, 3)).save(stream, "PNG")
+    return stream.getvalue()
+
+for height in (10, 20, 30):
+    nbv.decode(file(height), device="cpu")
+assert "numba" not in sys.modules
+if sys.argv[1] == "many":
+    png._WORTH_BYTES = 1_000_000
+    for _ in range(10):
+        nbv.decode(file(100), device="cpu")
+else:
+    nbv.Decoder(device="cpu").warm_up()
+assert "numba" in sys.modules
+print(nbv.decode(file(7), device="cpu")[0].sum())
+"""
+
+
+@pytest.mark.parametrize("how", ["many", "warm"])
+def test_a_process_with_few_of_them_does_not_import_numba(how: str) -> None:
+    """But one with many does, and one that says so."""
+    command = [sys.executable, "-c", FEW_AND_MANY, how]
+    done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "PYTHONPATH": ":".join(sys.path)})
+    assert (done.returncode, done.stdout.strip()) == (0, "42000"), done.stderr
 
 
 # --- what is left to others ------------------------------------------------------------------------------------------

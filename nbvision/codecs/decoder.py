@@ -9,6 +9,7 @@ from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
+from nbvision.codecs import png
 from nbvision.codecs._threads import ahead
 from nbvision.codecs.decode import LIMIT_PIXELS, Source, as_items, check_options, decode
 from nbvision.errors import InputError
@@ -112,6 +113,14 @@ class Decoder:
             At the batch whose sources are none.
         """
         return ahead(self._submit, batches)
+
+    def warm_up(self) -> None:
+        """Load what the first files would wait for.
+
+        That is Numba and its loops for PNGs: 0.5 s, and 3 s for the first time on a machine. Without it Pillow decodes
+        them until they come to 100 MB of pixels, and then one of them waits.
+        """
+        png.warm_up()
 
     def close(self) -> None:
         """End the threads once their work is done. Work is not taken any more."""

@@ -1,4 +1,4 @@
-"""Decode plain PNGs: 8 bits, RGB or RGBA, not interlaced.
+"""Decode plain PNGs: 8 bits, RGB or RGBA, not interlaced; once a process has enough of them.
 
 Codes are unpacked by libdeflate where imagecodecs is installed, else by zlib; both let go of the GIL, as does the loop
 that undoes the filters.  docs/codecs.md compares it with Pillow, OpenCV and libspng.
@@ -7,6 +7,7 @@ that undoes the filters.  docs/codecs.md compares it with Pillow, OpenCV and lib
 from __future__ import annotations
 
 import functools
+import sys
 import zlib
 from collections.abc import Callable
 from types import ModuleType
@@ -19,11 +20,16 @@ from nbvision.codecs.headers import Header, chunks
 from nbvision.image import Color
 from nbvision.runtime.compile import cpu_loop
 
-__all__ = ["decode_into", "takes"]
+__all__ = ["decode_into", "takes", "warm_up"]
 
 _PLACE_OF_RED: dict[Color, int] = {"rgb": 0, "bgr": 2, "rgba": 0, "bgra": 2}
 _KIND_AT = 25  # where a PNG says what its pixels are
 _RGB, _RGBA = 2, 6
+
+# To import Numba takes 0.4 s, and so much longer takes Pillow for so many bytes of pixels. So a process with few PNGs
+# does not import it, and one with many has lost no more than twice what was best for it.
+_WORTH_BYTES = 100_000_000
+_decoded_bytes = 0  # by others
 
 
 def takes(data: bytes, header: Header, color: Color) -> bool:
@@ -52,8 +58,11 @@ def decode_into(
     -------
     bool
         Whether all is well. If not, somebody else has to judge the file, and nothing is promised of ``out``: a checksum
-        is wrong, there are too few pixels or too many, or one of the colours stands for transparency.
+        is wrong, there are too few pixels or too many, one of the colours stands for transparency, or the process does
+        not use Numba and has had few PNGs so far; see :func:`warm_up`.
     """
+    if not _is_worth_it(out.nbytes):
+        return False
     packed = _packed_lines(data, has_alpha=out.shape[2] == 4)
     if packed is None:
         return False
@@ -62,6 +71,21 @@ def decode_into(
         return False
     _loop(header.channels, out.shape[2], _PLACE_OF_RED[color])(lines, out)
     return True
+
+
+def warm_up() -> None:
+    """Use this module from now on, with its loops loaded, or compiled if they never were on this machine (3 s)."""
+    for stored, channels, red in ((3, 3, 0), (4, 3, 0)):
+        lines, pixels = np.zeros((1, 1 + stored), np.uint8), np.empty((1, 1, channels), np.uint8)
+        _loop(stored, channels, red)(lines, pixels)
+
+
+def _is_worth_it(size_bytes: int) -> bool:
+    global _decoded_bytes
+    if "numba" in sys.modules or _decoded_bytes > _WORTH_BYTES:
+        return True
+    _decoded_bytes += size_bytes
+    return False
 
 
 def _packed_lines(data: bytes, *, has_alpha: bool) -> bytes | None:
