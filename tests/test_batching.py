@@ -91,6 +91,20 @@ def test_a_few_bad_calls_do_not_make_a_size_slow() -> None:
     assert curve.typical(16) == 0.030
 
 
+@pytest.mark.parametrize("known", [(16,), (8, 16), (1, 8, 16)])
+@pytest.mark.parametrize("bad", [1, 2, 4])
+def test_one_bad_call_of_a_small_size_does_not_make_larger_ones_slow(known: tuple[int, ...], bad: int) -> None:
+    curve = LatencyCurve()
+    for size in known:
+        for _ in range(20):
+            curve.update(size, 0.0065 + 0.0003 * size)
+    if bad not in known:
+        curve.update(bad, 0.200)
+    assert curve.typical(16) == pytest.approx(0.0113)
+    waiting = [Request(number, 0.0, 0.040) for number in range(16)]
+    assert len(next_batch(waiting, 0.0, curve, max_batch=16, typical=curve.typical).batch) == 16
+
+
 def test_one_bad_call_does_not_keep_batches_small() -> None:
     """The batches that run are those of which the curve learns, so what it wrongly avoids it could never learn."""
     curve = LatencyCurve({1: 0.005, 16: 0.020})

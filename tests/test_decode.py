@@ -171,7 +171,7 @@ def refuse_to_decode(*_: Any, **__: Any) -> None:
 @pytest.mark.parametrize("name", ["png", "rgba png", "1x1 png", "webp", "lossless webp"])
 @pytest.mark.parametrize("color", ["rgb", "bgr"])
 def test_plain_png_and_webp_do_not_need_pillow(name: str, color: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    png.warm_up()
+    png.warm_up(color)
     monkeypatch.setattr(host, "_decode_by_pillow_into", refuse_to_decode)
     assert decode(OTHERS[name], color=color, device="cpu").errors == (None,)
 

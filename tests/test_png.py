@@ -10,6 +10,7 @@ import subprocess
 import sys
 import threading
 import zlib
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -22,7 +23,11 @@ from numba import njit
 from PIL import Image
 
 from nbvision.codecs import decode, host, png, read_header
+from nbvision.codecs.decoder import Decoder
+from nbvision.codecs.headers import chunks
 from nbvision.codecs.host import imagecodecs_module
+from nbvision.errors import CompileError
+from nbvision.runtime.compile import _LoopCache
 
 Pixels = npt.NDArray[np.uint8]
 
@@ -187,6 +192,42 @@ def test_a_process_with_few_of_them_does_not_import_numba(how: str) -> None:
     assert (done.returncode, done.stdout.strip()) == (0, "42000"), done.stderr
 
 
+@pytest.mark.parametrize("unpacker", UNPACKERS)
+@pytest.mark.parametrize("color", ORDERS)
+def test_who_is_warm_waits_for_no_loop(color: Any, unpacker: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Loops that are asked for later are others than those that were warmed."""
+    png._loop.cache_clear()
+    Decoder(color=color, device="cpu").warm_up()
+    asked: list[str] = []
+    monkeypatch.setattr(_LoopCache, "load_overload", lambda self, *_: asked.append(self._name))
+    for channels in (3, 4):
+        assert (
+            by_ours(png_of(noise(2, 2, channels), filtered(noise(2, 2, channels), [0, 1])), color, unpacker) is not None
+        )
+    assert asked == []
+    Decoder(color="gray", device="cpu").warm_up()  # Pillow's
+
+
+@pytest.mark.parametrize("error", [CompileError("no compiler"), MemoryError(), OSError("the disk is full")])
+def test_a_host_that_cannot_leaves_it_to_pillow(error: Exception, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: Any) -> None:
+        raise error
+
+    monkeypatch.setattr(png, "_loop", lambda *_: fail)
+    np.testing.assert_array_equal(decode(GOOD, device="cpu")[0], WHOLE)
+
+
+def test_a_cache_that_cannot_be_written_costs_time_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    place = tmp_path / "a file"
+    place.write_bytes(b"")
+    monkeypatch.setattr("nbvision.runtime.compile.kernel_cache_dir", lambda: place / "kernels")
+    png._loop.cache_clear()
+    got = by_ours(GOOD, "rgb")
+    png._loop.cache_clear()
+    assert got is not None
+    np.testing.assert_array_equal(got, WHOLE)
+
+
 # --- what is left to others ------------------------------------------------------------------------------------------
 
 WHOLE = noise(9, 11, 3)
@@ -201,8 +242,24 @@ def with_flipped(data: bytes, place: int) -> bytes:
     return data[:place] + bytes([data[place] ^ 1]) + data[place + 1 :]
 
 
+def with_right_checksums(data: bytes) -> bytes:
+    """As far as its chunks can be told apart."""
+    whole = data[:8]
+    for name, start, length in chunks(data, 8, ">I4s"):
+        whole += chunk(name, data[start : start + length])
+    return whole + data[len(whole) :]
+
+
 def unknown_filter() -> bytes:
     return png_of(WHOLE, LINES[:34] + b"\x05" + LINES[35:])
+
+
+HEAD, END = b"\x89PNG\r\n\x1a\n", chunk(b"IEND")
+PIXELS = chunk(b"IDAT", zlib.compress(LINES))
+
+
+def beside(extra: bytes) -> bytes:
+    return png_of(WHOLE, LINES, before=extra)
 
 
 GOOD = png_of(WHOLE, LINES, before=chunk(b"gAMA", b"\0\0\xb1\x8f"))
@@ -220,8 +277,43 @@ DOUBTFUL = {
     + chunk(b"tEXt", b"a\0b")
     + chunk(b"IDAT", zlib.compress(LINES)[50:])
     + chunk(b"IEND"),
+    "another way to filter": HEAD + chunk(b"IHDR", struct.pack(">IIBBBBB", 11, 9, 8, 2, 0, 1, 0)) + PIXELS + END,
+    "another way to pack": HEAD + chunk(b"IHDR", struct.pack(">IIBBBBB", 11, 9, 8, 2, 1, 0, 0)) + PIXELS + END,
+    "a longer header": HEAD + chunk(b"IHDR", struct.pack(">IIBBBBBB", 11, 9, 8, 2, 0, 0, 0, 0)) + PIXELS + END,
+    "two headers": beside(header_chunk(10, 11, 3)),
+    "a text that unpacks to megabytes": beside(chunk(b"zTXt", b"Title\0\0" + zlib.compress(bytes(3 << 20)))),
+    "a text for all the world": beside(chunk(b"iTXt", b"Title\0\1\0\0\0" + zlib.compress(bytes(3 << 20)))),
+    "a profile that unpacks to megabytes": beside(chunk(b"iCCP", b"a\0\0" + zlib.compress(bytes(3 << 20)))),
+    "a profile packed otherwise": beside(chunk(b"iCCP", b"a\0\1" + zlib.compress(b"profile"))),
+    "a short gAMA": beside(chunk(b"gAMA", b"\0\0\0")),
+    "a short cHRM": beside(chunk(b"cHRM", bytes(31))),
+    "a short sRGB": beside(chunk(b"sRGB")),
+    "a short pHYs": beside(chunk(b"pHYs", bytes(8))),
+    "a short tRNS": beside(chunk(b"tRNS", bytes(4))),
+    "a chunk without a name": beside(chunk(b"a-b!")),
+    "a frame of an animation": beside(chunk(b"fcTL", struct.pack(">IIIIIHHBB", 5, 11, 9, 0, 0, 1, 1, 0, 0))),
+    "a word of Pillow's": beside(chunk(b"tEXt", b"interlace\0001")),
     "no pixels at all": b"\x89PNG\r\n\x1a\n" + header_chunk(9, 11, 3) + chunk(b"IEND"),
 }
+
+
+PLAIN = {
+    "a gamma": chunk(b"gAMA", b"\0\0\xb1\x8f"),
+    "a resolution": chunk(b"pHYs", bytes(9)),
+    "a time": chunk(b"tIME", bytes(7)),
+    "a title": chunk(b"tEXt", b"Title\0of a picture"),
+    "ImageMagick's": chunk(b"tEXt", b"date:create\0002026-11-30"),
+    "a profile": chunk(b"iCCP", b"sRGB\0\0" + zlib.compress(bytes(3000))),
+    "a suggested palette": chunk(b"PLTE", bytes(30)),
+    "EXIF": chunk(b"eXIf", b"II*\0\x08\0\0\0\0\0"),
+}
+
+
+@pytest.mark.parametrize("name", PLAIN)
+def test_what_is_common_beside_pixels_is_plain(name: str) -> None:
+    got = by_ours(beside(PLAIN[name]), "rgb")
+    assert got is not None
+    np.testing.assert_array_equal(got, WHOLE)
 
 
 @pytest.mark.parametrize("unpacker", UNPACKERS)
@@ -247,15 +339,18 @@ def test_other_kinds_are_left_to_others(mode: str) -> None:
 @pytest.mark.parametrize("unpacker", UNPACKERS)
 @pytest.mark.parametrize("channels", [3, 4])
 def test_damaged_files_get_pillows_verdict(unpacker: str, channels: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A bit of 600 files changed at random, each at another place: refused by both or by none, with the same pixels."""
+    """A bit of 800 files changed at random, half of them with checksums that are right again, and all that is doubtful:
+    refused by both or by none, with the same pixels."""
     pixels = noise(9, 11, channels)
-    whole = png_of(pixels, filtered(pixels, [4, 3, 2, 1, 0, 4, 3, 2, 1]), cuts=[30, 90], before=chunk(b"tEXt", b"a\0b"))
+    before = chunk(b"gAMA", b"\0\0\xb1\x8f") + chunk(b"tEXt", b"Title\0b") + chunk(b"pHYs", bytes(9))
+    whole = png_of(pixels, filtered(pixels, [4, 3, 2, 1, 0, 4, 3, 2, 1]), cuts=[30, 90], before=before)
     rng = np.random.default_rng(5)
     files = [whole]
-    for _ in range(600):
+    for number in range(800):
         damaged = bytearray(whole)
         damaged[rng.integers(8, len(damaged))] ^= 1 << rng.integers(8)
-        files.append(bytes(damaged))
+        files.append(with_right_checksums(bytes(damaged)) if number % 2 else bytes(damaged))
+    files += DOUBTFUL.values()
     if unpacker == "zlib":
         monkeypatch.setattr(host, "imagecodecs_module", lambda: None)
     ours = decode(files, device="cpu", limit_pixels=10**6)

@@ -2,28 +2,63 @@
 
 from __future__ import annotations
 
+import asyncio
 import gc
 import weakref
+from collections.abc import Iterator
+from typing import Any
 
-from nbvision.serve import heap
+import pytest
+
+from nbvision.serve import heap, service
 
 
-def test_what_lives_is_not_gone_through_until_it_is_dropped() -> None:
-    """Frozen objects cost the collector nothing; what a pipeline leaves behind goes all the same."""
+class Pipeline:
+    """Of a cycle, as many are that hold callbacks."""
 
-    class Pipeline:
-        def __init__(self) -> None:
-            self.itself = self
+    def __init__(self) -> None:
+        self.itself = self
+        self.is_closed = False
 
+    def close(self) -> None:
+        self.is_closed = True
+
+
+@pytest.fixture(autouse=True)
+def as_before() -> Iterator[None]:
+    yield
+    gc.unfreeze()
+
+
+def test_what_lives_is_not_gone_through() -> None:
     pipeline = Pipeline()
     alive = weakref.ref(pipeline)
-    try:
+    heap.settle()
+    assert gc.get_freeze_count() > 1000
+    del pipeline
+    gc.collect()
+    assert alive() is not None
+    heap.settle()
+    assert alive() is None
+
+
+def test_a_pipeline_that_is_replaced_goes_although_it_was_frozen() -> None:
+    closed: list[bool] = []
+
+    class Served(Pipeline):
+        def close(self) -> None:
+            closed.append(True)
+
+    async def replace() -> Any:
+        served: Any = Served()
+        alive = weakref.ref(served)
         heap.settle()
-        assert gc.get_freeze_count() > 1000
-        del pipeline
-        gc.collect()
-        assert alive() is not None  # it is not looked at
-        heap.settle()
-        assert alive() is None
-    finally:
-        gc.unfreeze()
+        closing = asyncio.create_task(service._close(served))
+        del served
+        await closing
+        return alive
+
+    alive = asyncio.run(replace())
+    assert closed == [True]
+    assert alive() is None
+    assert gc.get_freeze_count() > 1000

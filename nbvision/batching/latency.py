@@ -39,15 +39,15 @@ class LatencyCurve:
     until they have not been run for a minute. How much longer than its median the slowest call in a hundred takes is
     taken from the calls of all sizes from half to twice as large, or of all, if those are few: one picture may take
     three times as long as another, of which sixteen together show nothing. A size that ran fewer than eight times is
-    not taken to be slower, item by item, than a smaller one that ran more often: else one bad call would keep the size
-    from ever being run again. Between sizes that were seen the curve is linear, beyond them in proportion, and it never
-    falls as batches grow.
+    not taken to be slower than a larger one that did, nor, item by item, than a smaller one: else one bad call would
+    keep the size from ever being run again. Between sizes that were seen the curve is linear, beyond them in
+    proportion, and it never falls as batches grow.
 
     Parameters
     ----------
     seconds : dict of int to float, optional
         Batch sizes and what they took, to begin with; replaced as soon as a size is measured, and no more believed
-        than a size that did not run.
+        than a size that ran fewer than eight times.
 
     Raises
     ------
@@ -126,14 +126,11 @@ class LatencyCurve:
     def _fitted(self) -> tuple[_Points, _Points]:
         """Of the slowest and of the median calls."""
         known = {size: time_s for size, time_s in self._seeds.items() if batch_class(size) not in self._measured}
-        believed: dict[int, float] = {}
         medians = known | {group: calls.median_s for group, calls in self._measured.items()}
-        for size, time_s in sorted(medians.items()):
-            calls = self._measured.get(size)
-            if calls is not None and len(calls.ratios) >= _BELIEVED:
-                believed[size] = time_s
-            elif believed:
-                medians[size] = min(time_s, *(smaller_s * size / smaller for smaller, smaller_s in believed.items()))
+        believed = {group: medians[group] for group, calls in self._measured.items() if len(calls.ratios) >= _BELIEVED}
+        for size in medians.keys() - believed.keys():
+            others = [time_s * max(size / other, 1) for other, time_s in believed.items()]
+            medians[size] = min(medians[size], *others) if others else medians[size]
         most = {size: self._scatter_of(size) * time_s for size, time_s in medians.items() if size in self._measured}
         return _rising(medians | most), _rising(medians)
 

@@ -42,8 +42,8 @@ def decode(
     """Decode images of any formats and sizes: JPEG, PNG, WebP, AVIF, TIFF, BMP, GIF, JPEG 2000.
 
     Images stand upright (EXIF orientation is applied), with 8 bits a channel.  Of an animation the first frame is
-    taken.  On CUDA, JPEGs are decoded by the GPU and the rest by the host's threads at the same time; the work is
-    ordered on CuPy's current stream.
+    taken.  On CUDA, JPEGs that are not progressive are decoded by the GPU and the rest by the host's threads at the
+    same time; the work is ordered on CuPy's current stream.
 
     Parameters
     ----------

@@ -117,10 +117,10 @@ class Decoder:
     def warm_up(self) -> None:
         """Load what the first files would wait for.
 
-        That is Numba and its loops for PNGs: 0.5 s, and 3 s for the first time on a machine. Without it Pillow decodes
-        them until they come to 100 MB of pixels, and then one of them waits.
+        That is Numba and its loops for PNGs: 0.5 s, and 3 s for the first time on a machine. A process that has not
+        imported Numba leaves PNGs to Pillow until they come to 100 MB of pixels; those that come then wait.
         """
-        png.warm_up()
+        png.warm_up(self._options["color"])
 
     def close(self) -> None:
         """End the threads once their work is done. Work is not taken any more."""

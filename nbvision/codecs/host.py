@@ -191,7 +191,10 @@ def imagecodecs_module() -> ModuleType | None:
 def _decode_png_into(out: Pixels, data: bytes, header: Header, color: Color) -> bool:
     upright = header.orientation == 1 and out.flags.c_contiguous
     target = out if upright else np.empty((header.height, header.width, out.shape[2]), np.uint8)
-    done = png.decode_into(target, data, header, color=color, imagecodecs=imagecodecs_module())
+    try:
+        done = png.decode_into(target, data, header, color=color, imagecodecs=imagecodecs_module())
+    except Exception:  # no memory, no compiler: whatever it is, it is not the file's fault
+        return False
     if done and not upright:
         _copy_turned(out, target, header.orientation)
     return done

@@ -2,6 +2,9 @@
 
 Codes are unpacked by libdeflate where imagecodecs is installed, else by zlib; both let go of the GIL, as does the loop
 that undoes the filters.  docs/codecs.md compares it with Pillow, OpenCV and libspng.
+
+What it takes, Pillow takes, and gives the same pixels; but for files that are made for the difference: libdeflate reads
+tables of 287 and 288 codes, which zlib refuses and no encoder writes.
 """
 
 from __future__ import annotations
@@ -17,14 +20,22 @@ import numpy as np
 import numpy.typing as npt
 
 from nbvision.codecs.headers import Header, chunks
-from nbvision.image import Color
+from nbvision.image import CHANNELS, Color
 from nbvision.runtime.compile import cpu_loop
 
 __all__ = ["decode_into", "takes", "warm_up"]
 
 _PLACE_OF_RED: dict[Color, int] = {"rgb": 0, "bgr": 2, "rgba": 0, "bgra": 2}
-_KIND_AT = 25  # where a PNG says what its pixels are
+_IHDR_BYTES = 13
+_KIND_AT = 25  # where a PNG says what its pixels are, and then how they are packed and filtered, which is always 0
 _RGB, _RGBA = 2, 6
+
+# Chunks beside the pixels that nobody can have doubts about, and how long their bodies are; None: any length. Pillow
+# refuses files for what is in some of the others, such as a text that unpacks to more than a megabyte.
+_PLAIN_CHUNKS: dict[bytes, int | None] = {b"gAMA": 4, b"sRGB": 1, b"cHRM": 32, b"pHYs": 9, b"bKGD": 6, b"tIME": 7}
+_PLAIN_CHUNKS |= {b"tRNS": 6, b"sBIT": None, b"PLTE": None, b"eXIf": None}
+_TEXT_BYTES = 1 << 20
+_PROFILE_BYTES = 1 << 20  # as it is unpacked; Pillow takes no more
 
 # To import Numba takes 0.4 s, and so much longer takes Pillow for so many bytes of pixels. So a process with few PNGs
 # does not import it, and one with many has lost no more than twice what was best for it.
@@ -34,8 +45,8 @@ _decoded_bytes = 0  # by others
 
 def takes(data: bytes, header: Header, color: Color) -> bool:
     """Whether this module may try an image."""
-    plain = header.format == "png" and header.bits == 8 and header.variant == ""
-    return plain and data[_KIND_AT] in (_RGB, _RGBA) and color in _PLACE_OF_RED
+    plain = header.format == "png" and header.bits == 8 and header.variant == "" and color in _PLACE_OF_RED
+    return plain and data[_KIND_AT] in (_RGB, _RGBA) and data[_KIND_AT + 1 : _KIND_AT + 3] == b"\0\0"
 
 
 def decode_into(
@@ -73,11 +84,12 @@ def decode_into(
     return True
 
 
-def warm_up() -> None:
+def warm_up(color: Color) -> None:
     """Use this module from now on, with its loops loaded, or compiled if they never were on this machine (3 s)."""
-    for stored, channels, red in ((3, 3, 0), (4, 3, 0)):
+    channels = CHANNELS[color]
+    for stored in (3, 4) if color in _PLACE_OF_RED else ():
         lines, pixels = np.zeros((1, 1 + stored), np.uint8), np.empty((1, 1, channels), np.uint8)
-        _loop(stored, channels, red)(lines, pixels)
+        _loop(stored, channels, _PLACE_OF_RED[color])(lines, pixels)
 
 
 def _is_worth_it(size_bytes: int) -> bool:
@@ -93,7 +105,7 @@ def _packed_lines(data: bytes, *, has_alpha: bool) -> bytes | None:
 
     Their checksums are left alone, by Pillow, too: what is packed in them has its own.
     """
-    view, last = memoryview(data), b""
+    view, last, text_bytes = memoryview(data), b"", 0
     bodies: list[memoryview] = []
     for name, start, length in chunks(data, 8, ">I4s"):
         end = start + length
@@ -104,24 +116,49 @@ def _packed_lines(data: bytes, *, has_alpha: bool) -> bytes | None:
         elif name == b"IEND":
             break
         else:
-            is_whole = zlib.crc32(view[start - 4 : end]).to_bytes(4, "big") == view[end : end + 4]
-            if not is_whole or (name == b"tRNS" and has_alpha):
+            body = data[start:end]
+            is_first = not last
+            is_whole = zlib.crc32(body, zlib.crc32(name)).to_bytes(4, "big") == view[end : end + 4]
+            is_plain = length == _IHDR_BYTES if is_first else _is_plain(name, body, has_alpha=has_alpha)
+            text_bytes += length
+            if not is_whole or not is_plain or text_bytes > _TEXT_BYTES:
                 return None
         last = name
     return b"".join(bodies)
 
 
+def _is_plain(name: bytes, body: bytes, *, has_alpha: bool) -> bool:
+    """Whether a chunk beside the pixels and their header gives Pillow nothing to say."""
+    if name == b"tEXt":  # a key in small letters may be one of Pillow's own; those of the standard begin with a capital
+        return body[:1].isupper() or b":" in body.partition(b"\0")[0]
+    if name == b"iCCP":
+        _, _, packed = body.partition(b"\0")
+        return packed[:1] == b"\0" and _unpacks_to_at_most(packed[1:], _PROFILE_BYTES)
+    if name == b"tRNS" and has_alpha:
+        return False
+    return name in _PLAIN_CHUNKS and _PLAIN_CHUNKS[name] in (None, len(body))
+
+
+def _unpacks_to_at_most(packed: bytes, limit_bytes: int) -> bool:
+    try:
+        return len(zlib.decompressobj().decompress(packed, limit_bytes + 1)) <= limit_bytes
+    except zlib.error:
+        return False
+
+
 def _unpack(packed: bytes, height: int, line_bytes: int, imagecodecs: Any) -> npt.NDArray[np.uint8] | None:
     """(H, line_bytes); None unless it is just as much, and what its checksum says."""
     total_bytes = height * line_bytes
+    lines = np.empty(total_bytes, np.uint8)
     try:
         if imagecodecs is not None:
-            lines = np.empty(total_bytes, np.uint8)
             complete = len(imagecodecs.deflate_decode(packed, out=lines)) == total_bytes
         else:
             unpacker = zlib.decompressobj()
-            lines = np.frombuffer(unpacker.decompress(packed, total_bytes + 1), np.uint8)
-            complete = unpacker.eof and len(lines) == total_bytes
+            unpacked = unpacker.decompress(packed, total_bytes + 1)
+            complete = unpacker.eof and len(unpacked) == total_bytes
+            if complete:
+                lines[:] = np.frombuffer(unpacked, np.uint8)  # which alone could not be written to: another loop's type
     except Exception:  # imagecodecs has exceptions of its own
         return None
     return lines.reshape(height, line_bytes) if complete else None

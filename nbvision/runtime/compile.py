@@ -283,7 +283,8 @@ class _LoopCache:
     def save_overload(self, signature: Any, result: Any) -> None:
         from numba.core.serialize import dumps
 
-        write_atomically(self._path(signature, result.codegen), dumps(result._reduce()))
+        with contextlib.suppress(OSError):  # without it the next process compiles anew
+            write_atomically(self._path(signature, result.codegen), dumps(result._reduce()))
 
     def enable(self) -> None: ...
 

@@ -24,7 +24,11 @@ _EXTRAS: dict[str, tuple[tuple[str, ...], tuple[str, ...], str]] = {
     "onnx": (("onnxruntime",), ("onnxruntime",), "no Engine on the CPU"),
     "quantize": (("onnxruntime", "onnx"), ("onnxruntime", "onnx"), "no quantize()"),
     "search": (("faiss",), ("faiss-cpu",), "no search index"),
-    "codecs": (("imagecodecs",), ("imagecodecs",), "PNG and WebP are decoded by Pillow, several times slower"),
+    "codecs": (
+        ("imagecodecs",),
+        ("imagecodecs",),
+        "WebP is decoded by Pillow, one at a time, and PNG unpacked by zlib, in twice the time",
+    ),
     "polygons": (("cv2",), ("opencv-python-headless",), "no mask_to_polygons"),
     "parquet": (("pyarrow",), ("pyarrow",), "no read_parquet"),
     "bfloat16": (("ml_dtypes",), ("ml-dtypes",), "no Preprocess(dtype='bfloat16')"),

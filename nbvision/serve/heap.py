@@ -12,9 +12,11 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import gc
+import threading
 
 __all__ = ["give_back", "settle", "share_arenas"]
 
+_settling = threading.Lock()
 _ARENAS = 2
 _M_ARENA_MAX = -8  # of malloc.h
 
@@ -33,6 +35,7 @@ def give_back() -> None:
 
 def settle() -> None:
     """What lives now is not gone through any more, until this is called again."""
-    gc.unfreeze()
-    gc.collect()
-    gc.freeze()
+    with _settling:  # a collection during another one returns at once, and rubbish would be frozen
+        gc.unfreeze()
+        gc.collect()
+        gc.freeze()

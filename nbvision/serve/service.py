@@ -232,7 +232,7 @@ class Service:
         for served in [each for each in self._replaced if not self._users[each]]:
             self._replaced.remove(served)
             del self._users[served]
-            closing = asyncio.create_task(asyncio.to_thread(_close, served))
+            closing = asyncio.create_task(_close(served))
             self._closing.add(closing)
             closing.add_done_callback(self._closing.discard)
 
@@ -286,11 +286,12 @@ class Service:
         await asyncio.gather(*self._closing, *(asyncio.to_thread(served.close) for served in open_ones))
 
 
-def _close(served: Served) -> None:
+async def _close(served: Served) -> None:
     """Close a pipeline that was replaced, and give its memory back to the system."""
-    served.close()
-    heap.settle()
-    heap.give_back()
+    await asyncio.to_thread(served.close)
+    del served  # what is still held by somebody would be kept
+    await asyncio.to_thread(heap.settle)
+    await asyncio.to_thread(heap.give_back)
 
 
 def _made(config: PipelineConfig) -> Served:
