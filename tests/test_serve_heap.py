@@ -18,10 +18,6 @@ class Pipeline:
 
     def __init__(self) -> None:
         self.itself = self
-        self.is_closed = False
-
-    def close(self) -> None:
-        self.is_closed = True
 
 
 @pytest.fixture(autouse=True)

@@ -129,8 +129,7 @@ class LatencyCurve:
         medians = known | {group: calls.median_s for group, calls in self._measured.items()}
         believed = {group: medians[group] for group, calls in self._measured.items() if len(calls.ratios) >= _BELIEVED}
         for size in medians.keys() - believed.keys():
-            others = [time_s * max(size / other, 1) for other, time_s in believed.items()]
-            medians[size] = min(medians[size], *others) if others else medians[size]
+            medians[size] = min([medians[size], *(time_s * max(size / other, 1) for other, time_s in believed.items())])
         most = {size: self._scatter_of(size) * time_s for size, time_s in medians.items() if size in self._measured}
         return _rising(medians | most), _rising(medians)
 

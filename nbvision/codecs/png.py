@@ -34,7 +34,7 @@ _RGB, _RGBA = 2, 6
 # refuses files for what is in some of the others, such as a text that unpacks to more than a megabyte.
 _PLAIN_CHUNKS: dict[bytes, int | None] = {b"gAMA": 4, b"sRGB": 1, b"cHRM": 32, b"pHYs": 9, b"bKGD": 6, b"tIME": 7}
 _PLAIN_CHUNKS |= {b"tRNS": 6, b"sBIT": None, b"PLTE": None, b"eXIf": None}
-_TEXT_BYTES = 1 << 20
+_BESIDE_BYTES = 1 << 20  # of all of them; Pillow takes 64 times as much text
 _PROFILE_BYTES = 1 << 20  # as it is unpacked; Pillow takes no more
 
 # To import Numba takes 0.4 s, and so much longer takes Pillow for so many bytes of pixels. So a process with few PNGs
@@ -105,7 +105,7 @@ def _packed_lines(data: bytes, *, has_alpha: bool) -> bytes | None:
 
     Their checksums are left alone, by Pillow, too: what is packed in them has its own.
     """
-    view, last, text_bytes = memoryview(data), b"", 0
+    view, last, beside_bytes = memoryview(data), b"", 0
     bodies: list[memoryview] = []
     for name, start, length in chunks(data, 8, ">I4s"):
         end = start + length
@@ -120,8 +120,8 @@ def _packed_lines(data: bytes, *, has_alpha: bool) -> bytes | None:
             is_first = not last
             is_whole = zlib.crc32(body, zlib.crc32(name)).to_bytes(4, "big") == view[end : end + 4]
             is_plain = length == _IHDR_BYTES if is_first else _is_plain(name, body, has_alpha=has_alpha)
-            text_bytes += length
-            if not is_whole or not is_plain or text_bytes > _TEXT_BYTES:
+            beside_bytes += length
+            if not is_whole or not is_plain or beside_bytes > _BESIDE_BYTES:
                 return None
         last = name
     return b"".join(bodies)
@@ -158,7 +158,7 @@ def _unpack(packed: bytes, height: int, line_bytes: int, imagecodecs: Any) -> np
             unpacked = unpacker.decompress(packed, total_bytes + 1)
             complete = unpacker.eof and len(unpacked) == total_bytes
             if complete:
-                lines[:] = np.frombuffer(unpacked, np.uint8)  # which alone could not be written to: another loop's type
+                lines[:] = np.frombuffer(unpacked, np.uint8)  # which is read-only: Numba would compile the loop twice
     except Exception:  # imagecodecs has exceptions of its own
         return None
     return lines.reshape(height, line_bytes) if complete else None
