@@ -146,7 +146,7 @@ def test_letterbox_and_cover(device, rng):
 @pytest.mark.parametrize("fit", ["stretch", "letterbox", "cover"])
 @pytest.mark.parametrize("boxes_on", ["host", "device"])
 def test_crops_are_pillows_of_the_crop(device, rng, boxes_on, fit):
-    """No pixel outside the box is read, wherever the boxes live; an invalid one on the device is all fill."""
+    """No pixel outside the box counts, wherever the boxes live; an invalid one on the device is all fill."""
     images = [random_image(rng, 200, 300), random_image(rng, 150, 90)]
     boxes = np.array([[10, 20, 160, 90], [0, 0, 90, 150], [5, 7, 6, 140], [250, 100, 300, 200]], np.float32)
     which = np.array([0, 1, 1, 0])
@@ -165,6 +165,18 @@ def test_crops_are_pillows_of_the_crop(device, rng, boxes_on, fit):
             expected = np.full((32, 48, 3), 114, np.uint8)
             expected[top : top + height, left : left + width] = whole
         np.testing.assert_array_equal(to_host(got)[index], expected)
+
+
+@pytest.mark.parametrize("width", [160, 161])
+def test_crops_that_begin_and_end_anywhere_in_16_bytes(device, rng, width):
+    """Of 160 columns every line begins alike, of 161 each elsewhere; the last ones end with the image."""
+    image = random_image(rng, 40, width)
+    boxes = np.array([[x, 0, stop, 40] for x in range(17) for stop in (x + 70, 143 + x, width)], np.float32)
+    pre = nbv.Preprocess((16, 32), fit="stretch", interpolation="cubic", **BYTES)
+    batch = nbv.ImageBatch.from_arrays([on(device, image)])
+    got, _ = pre(batch, boxes=boxes, box_images=np.zeros(len(boxes), np.int64))
+    for canvas, (x, _, stop, _) in zip(to_host(got), boxes.astype(int), strict=True):
+        np.testing.assert_array_equal(canvas, by_pillow(np.ascontiguousarray(image[:, x:stop]), 16, 32, "cubic"))
 
 
 @pytest.mark.needs_cuda

@@ -163,6 +163,8 @@ def preprocess_kernel(
     name = f"preprocess-{_SAMPLERS[sampler]}-{_LAYOUTS[layout]}-{store_name}"
     if frame:
         lines, registers = (_NV12_SHAPES if nv12 else _FRAME_SHAPES)[sampler]
+        if line_threads == codes.LINE_THREADS[1] and not nv12:
+            lines = 4  # 224 lines are whole blocks of 16
         pixel_bytes = codes.pixel_bytes_of(source_type, channels)
         registers += (
             16 * (pixel_bytes != 3 and not nv12) + 16 * (layout == codes.GRAY) + 8 * (nv12 and layout != codes.NCHW)
@@ -227,7 +229,7 @@ def resample_kernel(layout: int, store: int, *, pixel_bytes: int = 3, chain: Cha
         entry="resample",
         source="resample.cu",
         defines={"PIXEL_BYTES": pixel_bytes, "STORE_TYPE": store, "LAYOUT": layout}
-        | {"LINES": codes.RESAMPLE_LINES, "WARPS": codes.RESAMPLE_WARPS}
+        | {"LINES": codes.RESAMPLE_LINES, "WARPS": codes.RESAMPLE_WARPS, "WEIGHT_BITS": codes.WEIGHT_BITS}
         | {f"REGION_{name}": getattr(codes, name) for name in _REGION_FIELDS}
         | _chain_defines(chain),
         make=lambda: _resample_functions() | _chain_function(chain),
@@ -235,9 +237,9 @@ def resample_kernel(layout: int, store: int, *, pixel_bytes: int = 3, chain: Cha
 
 
 def _resample_functions() -> DeviceFunctions:
-    from nbvision_kernels.resample import round_sum, vertical_first
+    from nbvision_kernels.resample import saturate_sum, vertical_first
 
-    return {"nbv_round_sum": (round_sum, i32, (i32,)), "nbv_vertical_first": (vertical_first, i32, (i32,) * 4)}
+    return {"nbv_saturate_sum": (saturate_sum, i32, (i32,)), "nbv_vertical_first": (vertical_first, i32, (i32,) * 4)}
 
 
 _WINDOWS = {kind: f"{parity}-{interpolation}" for (parity, interpolation), (kind, _) in codes.KINDS.items()}

@@ -7,20 +7,25 @@
 // fields of regions.py, and those of frame.cuh.
 #include "frame.cuh"
 
-extern "C" __device__ int nbv_round_sum(int total);
+extern "C" __device__ int nbv_saturate_sum(int total);
 extern "C" __device__ int nbv_vertical_first(int width, int height, int out_width, int out_height);
 #define CHANNELS (PIXEL_BYTES == 1 ? 1 : 3)  // alpha is dropped
 // Tensor cores multiply 32 bytes of 16 lines by 8 columns at once. Older cards sum four products an instruction.
 #define TENSOR (__CUDA_ARCH__ >= 800)
+constexpr int ROUND = 1 << (WEIGHT_BITS - 1);  // where every sum begins
 constexpr int COLUMNS = 32, THREADS = 32 * WARPS;
 constexpr int OWN = LINES / WARPS;  // output lines of a thread
 // Blocks on a multiprocessor: as many as its shared memory holds, or as its registers hold without spilling.
 #if __CUDA_ARCH__ == 900 || __CUDA_ARCH__ == 1000
 constexpr int BLOCKS = PIXEL_BYTES == 4 ? 3 : 4, STAGE_WORDS = 15 * 256;
+#define TABLE_WORDS (COLUMNS * (64 + 4) + LINES * (40 + 4))
 #elif TENSOR
 constexpr int BLOCKS = 3, STAGE_WORDS = 15 * 256;
 #else
 constexpr int BLOCKS = 2, STAGE_WORDS = 24 * 256;
+#endif
+#ifndef TABLE_WORDS
+#define TABLE_WORDS 0  // of shared memory for the tap tables of a block's columns and lines, which the first cache loses
 #endif
 // Source lines come in stages: of two, one is summed while the other is on its way, unless both are needed for the lines
 // of one. Older cards cannot load past registers, and have one.
@@ -110,7 +115,11 @@ __device__ __forceinline__ void sum_tile(const unsigned *upper, const unsigned *
     upper += tile.word;
     lower += tile.word;
 #pragma unroll
-    for (int c = 0; c < CHANNELS; ++c) sums[c] = {};
+    for (int c = 0; c < CHANNELS; ++c) {
+        sums[c] = {};
+#pragma unroll
+        for (int i = 0; i < 4; ++i) sums[c].bytes[0][i] = ROUND;
+    }
     unsigned at = tile.at;
     int tap = tile.tap, steps = tile.steps;
 #pragma unroll 1
@@ -119,8 +128,8 @@ __device__ __forceinline__ void sum_tile(const unsigned *upper, const unsigned *
         uint2 high = {0, 0};
         if ((unsigned)tap < limit) {
             const char *weights = reinterpret_cast<const char *>(entries) + at;
-            low_middle = __ldg(reinterpret_cast<const uint4 *>(weights));
-            high = __ldg(reinterpret_cast<const uint2 *>(weights + 16));
+            low_middle = *reinterpret_cast<const uint4 *>(weights);
+            high = *reinterpret_cast<const uint2 *>(weights + 16);
         }
         at += 4 * 32;
         tap += 32;
@@ -144,8 +153,7 @@ __device__ __forceinline__ void sum_tile(const unsigned *upper, const unsigned *
 }
 #undef ALONG
 
-// 16 bytes straight into shared memory. Of a line's last block no more is read than belongs to the line, which takes five
-// instructions more.
+// 16 bytes straight into shared memory, or fewer and zeros.
 __device__ __forceinline__ void fetch_block(unsigned to, const unsigned char *from) {
     asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(to), "l"(from) : "memory");
 }
@@ -153,31 +161,47 @@ __device__ __forceinline__ void fetch_block(unsigned to, const unsigned char *fr
     asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(to), "l"(from), "r"(bytes) : "memory");
 }
 
-// Lines of the source: every so manieth by a warp, and all of them under way at once. Blocks start with the one that has
-// the line's first byte, so a line starts up to 15 bytes behind its place. `from`, `to` and `lines` count from the warp's
-// first line; SAME_SHIFT says that all lines start equally far behind a block.
-template <bool SAME_SHIFT>
+// Lines of the source: every so manieth by a warp, and all of them under way at once. `from`, `to` and `lines` count from
+// the warp's first line. These begin where a block of 16 bytes does, and are of whole ones, but for the last.
 __device__ __forceinline__ void fetch_lines(const unsigned char *from, long long pitch, int line_bytes, int lines,
                                             unsigned to, int line_words, int lane) {
-    const int first_shift = (int)(reinterpret_cast<unsigned long long>(from) & 15);
-    if (SAME_SHIFT) from -= first_shift;
-    const int stop = line_bytes + (SAME_SHIFT ? first_shift : 15), whole = stop & ~15;
+    constexpr int AHEAD = 16 * 32;  // bytes of a warp, which are asked for in twos
+    const int whole = line_bytes & ~15;
     const unsigned char *at = from + 16 * lane;
     unsigned at_to = to + 16 * lane;
 #pragma unroll 1
-    for (int byte = 16 * lane; byte < (SAME_SHIFT ? whole : stop); byte += 16 * 32, at += 16 * 32, at_to += 16 * 32) {
+    for (int byte = 16 * lane; byte < whole; byte += 2 * AHEAD, at += 2 * AHEAD, at_to += 2 * AHEAD) {
         const unsigned char *line_at = at;
         unsigned line_to = at_to;
+        const bool two = byte + AHEAD < whole;
 #pragma unroll
         for (int line = 0; line < STAGE_LINES; line += WARPS, line_at += WARPS * pitch, line_to += 4 * WARPS * line_words) {
-            const int shift = (int)(reinterpret_cast<unsigned long long>(line_at) & 15), left = shift + line_bytes - byte;
-            if (SAME_SHIFT && line < lines) fetch_block(line_to, line_at);
-            if (!SAME_SHIFT && line < lines && left > 0) fetch_block(line_to, line_at - shift, min(left, 16));
+            if (line < lines) fetch_block(line_to, line_at);
+            if (line < lines && two) fetch_block(line_to + AHEAD, line_at + AHEAD);
         }
     }
     const int line = WARPS * lane;
-    if (SAME_SHIFT && whole < stop && line < STAGE_LINES && line < lines)
-        fetch_block(to + whole + 4 * line * line_words, from + whole + line * pitch, stop - whole);
+    if (whole < line_bytes && line < STAGE_LINES && line < lines)
+        fetch_block(to + whole + 4 * line * line_words, from + whole + line * pitch, line_bytes - whole);
+}
+
+// The same where every line begins elsewhere in a block: up to 15 bytes behind its place.
+__device__ __forceinline__ void fetch_shifted_lines(const unsigned char *from, long long pitch, int line_bytes, int lines,
+                                                    unsigned to, int line_words, int lane) {
+#pragma unroll 1
+    for (int line = 0; line < min(lines, STAGE_LINES); line += WARPS, from += WARPS * pitch, to += 4 * WARPS * line_words) {
+        const int shift = (int)(reinterpret_cast<unsigned long long>(from) & 15), stop = shift + line_bytes;
+        for (int byte = 16 * lane; byte < stop; byte += 16 * 32)
+            fetch_block(to + byte, from - shift + byte, min(stop - byte, 16));
+    }
+}
+
+// A table into shared memory, by the block, in blocks of 16 bytes.
+__device__ __forceinline__ void copy_table(const int *from, int words, int *to, int thread) {
+    const unsigned at = (unsigned)__cvta_generic_to_shared(to);
+    const unsigned char *bytes = reinterpret_cast<const unsigned char *>(from);
+#pragma unroll 1
+    for (int byte = 16 * thread; byte < 4 * words; byte += 16 * THREADS) fetch_block(at + byte, bytes + byte);
 }
 
 // Moves fetched lines to their places.
@@ -198,10 +222,13 @@ __device__ __forceinline__ void align_lines(const unsigned char *from, long long
     }
 }
 
-// An entry's weights of four source lines, of which the first is a multiple of four.
+// An entry's weights of four source lines, of which the first is a multiple of four; from shared memory or from the table.
 __device__ __forceinline__ Four weights_at(const int *entries, unsigned entry, int begin, int limit, int line) {
     const unsigned tap = line - begin;
-    return tap < limit ? four_of(entries + entry, tap) : Four{0, 0, 0};
+    if (tap >= limit) return {0, 0, 0};
+    const unsigned byte = 4 * (entry + 4 + (tap & ~7u) + (tap >> 2 & 1));  // 32 bits of it save three instructions
+    const unsigned *words = reinterpret_cast<const unsigned *>(reinterpret_cast<const char *>(entries) + byte);
+    return {words[0], words[2], words[4]};
 }
 #endif
 
@@ -209,7 +236,7 @@ __device__ __forceinline__ Four weights_at(const int *entries, unsigned entry, i
 __device__ __forceinline__ void sum_line(const unsigned *words, const int *entry, int *totals) {
     const int fours = 2 * groups_of(entry);
 #pragma unroll
-    for (int c = 0; c < CHANNELS; ++c) totals[c] = 0;
+    for (int c = 0; c < CHANNELS; ++c) totals[c] = ROUND;
 #pragma unroll 2
     for (int index = 0; index < fours; ++index, words += PIXEL_BYTES) {
         unsigned four[CHANNELS];
@@ -233,7 +260,7 @@ __device__ __forceinline__ void load_line(const unsigned char *from, int line_by
 template <typename ByteAt>
 __device__ __forceinline__ int sum_window(const int *entry, ByteAt byte_at) {
     const int first = entry[0], last = first + entry[1] - 1, begin = first & ~7;
-    int total = 0;
+    int total = ROUND;
 #pragma unroll 1
     for (int at = first & ~3; at <= last; at += 4) {
         unsigned bytes = 0;
@@ -248,6 +275,13 @@ __device__ __forceinline__ int sum_window(const int *entry, ByteAt byte_at) {
 __device__ __forceinline__ int sum_down(const unsigned char *from, long long pitch, const int *entry) {
     return sum_window(entry, [&](int line) { return (unsigned)from[line * pitch]; });
 }
+
+// The lines of a canvas that a block makes at once, and what of the source they need.
+struct Lines {
+    const int *entries;  // of their tap table
+    int first, count, begin, last;  // those from `begin` to `last` lie in the region
+    int top, bottom;  // of the source
+};
 
 extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
     resample(const unsigned char *pixels, const long long *__restrict__ sources, const int *__restrict__ regions,
@@ -269,13 +303,14 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
     // What the block needs of the source lies between the windows of its first and last column and line in the region.
     const int columns = min(COLUMNS, width - x_first), x_begin = max(row[REGION_LEFT] - x_first, 0);
     const int x_last = min(row[REGION_LEFT] + row[REGION_OUT_WIDTH] - x_first, columns) - 1;
-    const bool in_columns = lane >= x_begin && lane <= x_last;
     int left = 0, right = 0;
     if (x_begin <= x_last) {
         left = x_entries[x_begin * x_stride] & ~15;
         right = x_entries[x_last * x_stride] + x_entries[x_last * x_stride + 1];
     }
-    const int line_bytes = (right - left) * PIXEL_BYTES;
+    // Whole blocks of 16 bytes, as far as the image goes: a block that is not whole takes another instruction of each line.
+    const int row_bytes = ((int)sources[4 * row[REGION_IMAGE] + 3] - row[REGION_X] - left) * PIXEL_BYTES;
+    const int line_bytes = min((right - left) * PIXEL_BYTES + 15 & ~15, row_bytes);
     // Words of a line in shared memory, such that what a warp reads at once, of eight lines or of 32, lies in all banks.
     int line_words = (line_bytes + 15 + 15) / 16 * 4;  // 15 bytes are those of a block before the first
     if (!TENSOR)
@@ -289,193 +324,26 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
     const int lines_at_once = fits ? min(STAGE_LINES, (has_two ? 1 : STAGES) * STAGE_WORDS / line_words & ~3) : STAGE_LINES;
     const bool across_first = !width_first && nbv_vertical_first(row[REGION_WIDTH], row[REGION_HEIGHT],
                                                                  row[REGION_OUT_WIDTH], row[REGION_OUT_HEIGHT]);
-#if TENSOR
-    const int tile_column = 8 * warp, line_of_lane = lane / 4, quarter = lane % 4;
-    const Tile tile = tile_of(x_entries, min(tile_column + line_of_lane, columns - 1) * x_stride, lane, left);
-    const unsigned stages_at = (unsigned)__cvta_generic_to_shared(stages);
-#endif
-#pragma unroll 1
-    for (int y_first = blockIdx.y * LINES; y_first < height; y_first += gridDim.y * LINES) {
-        const int *y_entries = y_table + ((long long)blockIdx.z * height + y_first) * y_stride;
-        const int out_lines = min(LINES, height - y_first), y_begin = max(row[REGION_TOP] - y_first, 0);
-        const int y_last = min(row[REGION_TOP] + row[REGION_OUT_HEIGHT] - y_first, out_lines) - 1;
-        const bool anything = x_begin <= x_last && y_begin <= y_last;
-        int top = 0, bottom = 0;
-        if (anything) {
-            top = y_entries[y_begin * y_stride] & ~3;
-            bottom = y_entries[y_last * y_stride] + y_entries[y_last * y_stride + 1];
-        }
-        __syncthreads();  // nobody reads what was made before
-
-        int made[OWN][CHANNELS] = {};  // the thread's column of its output lines
-#if TENSOR
-        if (anything && fits && !across_first) {
-            const int upper_entry = min(line_of_lane, out_lines - 1) * y_stride, upper_begin = y_entries[upper_entry] & ~7;
-            const int lower_entry = min(line_of_lane + 8, out_lines - 1) * y_stride;
-            const int lower_begin = y_entries[lower_entry] & ~7;
-            const unsigned char *from = origin + (top + warp) * source.pitch + (long long)left * PIXEL_BYTES;
-            const bool same_shift = source.pitch % 16 == 0;
-            const bool in_place = same_shift && reinterpret_cast<unsigned long long>(from) % 16 == 0;
-            const auto fetch = [&](int first, int stage) {
-                const int lines = min(lines_at_once, bottom - first) - warp;
-                const unsigned to = stages_at + 4 * (stage * (STAGE_WORDS + PADDING) + warp * line_words);
-                if (same_shift)
-                    fetch_lines<true>(from, source.pitch, line_bytes, lines, to, line_words, lane);
-                else
-                    fetch_lines<false>(from, source.pitch, line_bytes, lines, to, line_words, lane);
-            };
-            // The warp's columns of `between`: what it sums along the lines is all that it sums across them.
-            unsigned char *mine = between + tile_column * BETWEEN_PITCH;
-            unsigned char *to = mine + 2 * quarter * BETWEEN_PITCH + line_of_lane;
-            const auto put = [&](int c, int i, int total) {
-                to[(c * COLUMNS + i % 2) * BETWEEN_PITCH + i / 2 * 8] = (unsigned char)nbv_round_sum(total);
-            };
-            int across[CHANNELS][4] = {};
-            int stage = 0;
-            fetch(top, stage);
-#pragma unroll 1
-            for (int first = top; first < bottom; first += lines_at_once) {
-                const int lines = min(lines_at_once, bottom - first), next = first + lines;
-                const int next_stage = has_two ? stage ^ 1 : stage;
-                unsigned *raw = stages + stage * (STAGE_WORDS + PADDING);
-                asm volatile("cp.async.wait_all;" ::: "memory");
-                __syncwarp();
-                if (!in_place)
-                    align_lines(from, source.pitch, line_bytes, lines - warp, raw + warp * line_words, line_words, lane);
-                __syncthreads();  // these lines are there, and nobody reads the other stage any more
-                from += lines * source.pitch;
-                if (has_two && next < bottom) fetch(next, next_stage);
-                if (tile_column < columns) {
-                    Sums along[CHANNELS];
-                    sum_tile(raw + min(line_of_lane, lines - 1) * line_words,
-                             raw + min(line_of_lane + 8, lines - 1) * line_words, tile, x_entries, x_limit, along);
-                    const int line = 4 * quarter < lines ? first + 4 * quarter : -8;
-                    const Four upper_weights = weights_at(y_entries, upper_entry, upper_begin, y_limit, line);
-                    const Four lower_weights = weights_at(y_entries, lower_entry, lower_begin, y_limit, line);
-#pragma unroll
-                    for (int i = 0; i < 4 * CHANNELS; ++i) put(i / 4, i % 4, total_of(along[i / 4], i % 4));
-                    __syncwarp();
-                    // 16 output lines of 16 source lines times 16 source lines of 8 columns.
-#pragma unroll
-                    for (int c = 0; c < CHANNELS; ++c) {
-                        const unsigned char *column = mine + (c * COLUMNS + line_of_lane) * BETWEEN_PITCH;
-                        const unsigned four = reinterpret_cast<const unsigned *>(column)[quarter];
-#define ACROSS(types, sum, upper, lower)                                                                                   \
-    asm("mma.sync.aligned.m16n8k16.row.col.s32." types ".s32 {%0, %1, %2, %3}, {%4, %5}, {%6}, {%0, %1, %2, %3};"          \
-        : "+r"(sum[0]), "+r"(sum[1]), "+r"(sum[2]), "+r"(sum[3])                                                           \
-        : "r"(upper), "r"(lower), "r"(four))
-                        Sums sums = {};
-                        ACROSS("u8.u8", sums.bytes[0], upper_weights.low, lower_weights.low);
-                        ACROSS("u8.u8", sums.bytes[1], upper_weights.middle, lower_weights.middle);
-                        ACROSS("s8.u8", sums.bytes[2], upper_weights.high, lower_weights.high);
-#pragma unroll
-                        for (int i = 0; i < 4; ++i) across[c][i] += total_of(sums, i);
-#undef ACROSS
-                    }
-                    __syncwarp();
-                }
-                if (!has_two && next < bottom) {
-                    __syncthreads();
-                    fetch(next, stage);
-                }
-                stage = next_stage;
-            }
-            if (tile_column < columns)
-#pragma unroll
-                for (int i = 0; i < 4 * CHANNELS; ++i) put(i / 4, i % 4, across[i / 4][i % 4]);
-            __syncthreads();
-#pragma unroll
-            for (int o = 0; o < OWN; ++o)
-#pragma unroll
-                for (int c = 0; c < CHANNELS; ++c)
-                    made[o][c] = between[(c * COLUMNS + lane) * BETWEEN_PITCH + warp + o * WARPS];
-        } else
-#endif
-        if (anything) {
-            int sums[OWN][CHANNELS] = {};
-            // `first` counts source lines, or the block's own lines where each is summed across the source first.
-            const int stop = across_first ? out_lines : bottom;
-            const unsigned char *corner = origin + (long long)left * PIXEL_BYTES;
-#pragma unroll 1
-            for (int first = across_first ? 0 : top; first < stop; first += lines_at_once) {
-                const int lines = min(lines_at_once, stop - first);
-                if (fits && across_first) {
-                    for (int at = thread; at < lines * line_bytes; at += THREADS) {
-                        const int line = at / line_bytes, byte = at - line * line_bytes;
-                        reinterpret_cast<unsigned char *>(stages + line * line_words)[byte] = (unsigned char)nbv_round_sum(
-                            sum_down(corner + byte, source.pitch, y_entries + (first + line) * y_stride));
-                    }
-                } else if (fits) {
-                    for (int line = warp; line < lines; line += WARPS)
-                        load_line(corner + (first + line) * source.pitch, line_bytes, stages + line * line_words, lane);
-                }
-                __syncthreads();
-                // A lane has a line, so the weights of a column serve the whole warp.
-#pragma unroll 1
-                for (int column = warp; column < columns; column += WARPS) {
-                    const int *entry = x_entries + column * x_stride;
-                    if (entry[1] == 0 || lane >= lines) continue;
-                    int along[CHANNELS];
-                    if (fits) {
-                        sum_line(stages + lane * line_words + ((entry[0] & ~7) - left) / 4 * PIXEL_BYTES, entry, along);
-                    } else {  // straight from the source, each byte summed across it first if need be
-#pragma unroll
-                        for (int c = 0; c < CHANNELS; ++c) {
-                            const unsigned char *channel = origin + c;
-                            along[c] = sum_window(entry, [&](int at) {
-                                const unsigned char *byte = channel + (long long)at * PIXEL_BYTES;
-                                if (!across_first) return (unsigned)byte[(first + lane) * source.pitch];
-                                return (unsigned)nbv_round_sum(
-                                    sum_down(byte, source.pitch, y_entries + (first + lane) * y_stride));
-                            });
-                        }
-                    }
-#pragma unroll
-                    for (int c = 0; c < CHANNELS; ++c)
-                        between[(c * COLUMNS + column) * BETWEEN_PITCH + lane] = (unsigned char)nbv_round_sum(along[c]);
-                }
-                __syncthreads();
-#pragma unroll
-                for (int o = 0; o < OWN; ++o) {
-                    const int line = warp + o * WARPS;
-                    if (!in_columns || line < y_begin || line > y_last) continue;
-                    const unsigned char *column = between + lane * BETWEEN_PITCH;
-                    if (across_first) {  // nothing is left to sum
-                        if (line >= first && line < first + lines)
-#pragma unroll
-                            for (int c = 0; c < CHANNELS; ++c)
-                                sums[o][c] = column[c * COLUMNS * BETWEEN_PITCH + line - first] << 22;
-                        continue;
-                    }
-                    const int *entry = y_entries + line * y_stride;
-                    const int begin = entry[0] & ~7, until = min(entry[0] + entry[1], first + lines);
-#pragma unroll 1
-                    for (int at = max(entry[0] & ~3, first); at < until; at += 4) {
-                        const Four weights = four_of(entry, at - begin);
-#pragma unroll
-                        for (int c = 0; c < CHANNELS; ++c)
-                            sums[o][c] = add_four(
-                                sums[o][c],
-                                *reinterpret_cast<const unsigned *>(column + c * COLUMNS * BETWEEN_PITCH + at - first),
-                                weights);
-                    }
-                }
-                __syncthreads();
-            }
-#pragma unroll
-            for (int o = 0; o < OWN; ++o)
-#pragma unroll
-                for (int c = 0; c < CHANNELS; ++c) made[o][c] = nbv_round_sum(sums[o][c]);
-        }
+    const auto lines_from = [&](int first) {
+        const int *entries = y_table + ((long long)blockIdx.z * height + first) * y_stride;
+        const int count = min(LINES, height - first), begin = max(row[REGION_TOP] - first, 0);
+        const int last = min(row[REGION_TOP] + row[REGION_OUT_HEIGHT] - first, count) - 1;
+        if (x_begin > x_last || begin > last) return Lines{entries, first, count, begin, last, 0, 0};
+        const int *last_entry = entries + last * y_stride;
+        return Lines{entries, first, count, begin, last, entries[begin * y_stride] & ~3, last_entry[0] + last_entry[1]};
+    };
+    // The thread's column of its lines: bytes, of which those outside the region are not looked at.
+    const auto store = [&](const Lines &lines, const int (*made)[CHANNELS]) {
         const Shading shading = {{gain_0, gain_1, gain_2}, {bias_0, bias_1, bias_2}, swap};
         const long long plane = (long long)height * width;
         Stored *canvas = out + (long long)blockIdx.z * OUT_CHANNELS * plane;
+        const bool in_columns = lane >= x_begin && lane <= x_last;
 #pragma unroll
         for (int o = 0; o < OWN; ++o) {
-            const int line = warp + o * WARPS, y = y_first + line;
+            const int line = warp + o * WARPS, y = lines.first + line;
             if (x >= width || y >= height) break;
             float values[3] = {fill_0, fill_1, fill_2};
-            if (in_columns && line >= y_begin && line <= y_last)
+            if (in_columns && line >= lines.begin && line <= lines.last)
 #pragma unroll
                 for (int c = 0; c < 3; ++c) values[c] = (float)made[o][CHANNELS == 3 ? c : 0];
 #ifdef CHAIN
@@ -484,5 +352,204 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
 #endif
             store_pixel(canvas, plane, (long long)y * width + x, values, shading);
         }
+    };
+
+#if TENSOR
+    if (fits && !across_first) {
+        const int tile_column = 8 * warp, line_of_lane = lane / 4, quarter = lane % 4;
+        const Tile tile = tile_of(x_entries, min(tile_column + line_of_lane, columns - 1) * x_stride, lane, left);
+        const unsigned stages_at = (unsigned)__cvta_generic_to_shared(stages);
+        const bool same_shift = source.pitch % 16 == 0;
+#if TABLE_WORDS
+        __shared__ alignas(16) int tables[TABLE_WORDS];
+        const bool in_tables = COLUMNS * x_stride + LINES * y_stride <= TABLE_WORDS;
+        int *y_copy = tables + COLUMNS * x_stride;
+        const int *x_weights = in_tables ? tables : x_entries;
+        if (in_tables) copy_table(x_entries, columns * x_stride, tables, thread);
+#else
+        const int *x_weights = x_entries;
+#endif
+#pragma unroll 1
+        for (int y_first = blockIdx.y * LINES; y_first < height; y_first += gridDim.y * LINES) {
+            const Lines lines_to_make = lines_from(y_first);
+            const int top = lines_to_make.top, bottom = lines_to_make.bottom;
+            const int *y_weights = lines_to_make.entries;
+            __syncthreads();  // nobody reads what was made before
+            if (top < bottom) {
+                const int upper_entry = min(line_of_lane, lines_to_make.count - 1) * y_stride;
+                const int lower_entry = min(line_of_lane + 8, lines_to_make.count - 1) * y_stride;
+                const int upper_begin = y_weights[upper_entry] & ~7, lower_begin = y_weights[lower_entry] & ~7;
+#if TABLE_WORDS
+                if (in_tables) {
+                    copy_table(y_weights, lines_to_make.count * y_stride, y_copy, thread);
+                    y_weights = y_copy;
+                }
+#endif
+                const unsigned char *from = origin + (top + warp) * source.pitch + (long long)left * PIXEL_BYTES;
+                const int shift = (int)(reinterpret_cast<unsigned long long>(from) & 15);
+                const bool in_place = same_shift && shift == 0;
+                const auto fetch = [&](int first, int stage) {
+                    const int lines = min(lines_at_once, bottom - first) - warp;
+                    const unsigned to = stages_at + 4 * (stage * (STAGE_WORDS + PADDING) + warp * line_words);
+                    if (same_shift)
+                        fetch_lines(from - shift, source.pitch, line_bytes + shift, lines, to, line_words, lane);
+                    else
+                        fetch_shifted_lines(from, source.pitch, line_bytes, lines, to, line_words, lane);
+                };
+                // The warp's columns of `between`: what it sums along the lines is all that it sums across them.
+                unsigned char *mine = between + tile_column * BETWEEN_PITCH;
+                unsigned char *to = mine + 2 * quarter * BETWEEN_PITCH + line_of_lane;
+                const auto put = [&](int c, int i, int total) {
+                    to[(c * COLUMNS + i % 2) * BETWEEN_PITCH + i / 2 * 8] = (unsigned char)nbv_saturate_sum(total);
+                };
+                int across[CHANNELS][4];
+#pragma unroll
+                for (int i = 0; i < 4 * CHANNELS; ++i) across[i / 4][i % 4] = ROUND;
+                int stage = 0;
+                fetch(top, stage);
+#pragma unroll 1
+                for (int first = top; first < bottom; first += lines_at_once) {
+                    const int lines = min(lines_at_once, bottom - first), next = first + lines;
+                    const int next_stage = has_two ? stage ^ 1 : stage;
+                    unsigned *raw = stages + stage * (STAGE_WORDS + PADDING);
+                    asm volatile("cp.async.wait_all;" ::: "memory");
+                    __syncwarp();
+                    if (!in_place)
+                        align_lines(from, source.pitch, line_bytes, lines - warp, raw + warp * line_words, line_words, lane);
+                    __syncthreads();  // these lines are there, and nobody reads the other stage any more
+                    from += lines * source.pitch;
+                    if (has_two && next < bottom) fetch(next, next_stage);
+                    if (tile_column < columns) {
+                        Sums along[CHANNELS];
+                        sum_tile(raw + min(line_of_lane, lines - 1) * line_words,
+                                 raw + min(line_of_lane + 8, lines - 1) * line_words, tile, x_weights, x_limit, along);
+                        const int line = 4 * quarter < lines ? first + 4 * quarter : -8;
+                        const Four upper = weights_at(y_weights, upper_entry, upper_begin, y_limit, line);
+                        const Four lower = weights_at(y_weights, lower_entry, lower_begin, y_limit, line);
+#pragma unroll
+                        for (int i = 0; i < 4 * CHANNELS; ++i) put(i / 4, i % 4, total_of(along[i / 4], i % 4));
+                        __syncwarp();
+                        // 16 output lines of 16 source lines times 16 source lines of 8 columns.
+#pragma unroll
+                        for (int c = 0; c < CHANNELS; ++c) {
+                            const unsigned char *column = mine + (c * COLUMNS + line_of_lane) * BETWEEN_PITCH;
+                            const unsigned four = reinterpret_cast<const unsigned *>(column)[quarter];
+#define ACROSS(types, sum, above, below)                                                                                   \
+    asm("mma.sync.aligned.m16n8k16.row.col.s32." types ".s32 {%0, %1, %2, %3}, {%4, %5}, {%6}, {%0, %1, %2, %3};"          \
+        : "+r"(sum[0]), "+r"(sum[1]), "+r"(sum[2]), "+r"(sum[3])                                                           \
+        : "r"(above), "r"(below), "r"(four))
+                            Sums sums = {};
+#pragma unroll
+                            for (int i = 0; i < 4; ++i) sums.bytes[0][i] = across[c][i];
+                            ACROSS("u8.u8", sums.bytes[0], upper.low, lower.low);
+                            ACROSS("u8.u8", sums.bytes[1], upper.middle, lower.middle);
+                            ACROSS("s8.u8", sums.bytes[2], upper.high, lower.high);
+#pragma unroll
+                            for (int i = 0; i < 4; ++i) across[c][i] = total_of(sums, i);
+#undef ACROSS
+                        }
+                        __syncwarp();
+                    }
+                    if (!has_two && next < bottom) {
+                        __syncthreads();
+                        fetch(next, stage);
+                    }
+                    stage = next_stage;
+                }
+                if (tile_column < columns)
+#pragma unroll
+                    for (int i = 0; i < 4 * CHANNELS; ++i) put(i / 4, i % 4, across[i / 4][i % 4]);
+                __syncthreads();
+            }
+            int made[OWN][CHANNELS];
+#pragma unroll
+            for (int o = 0; o < OWN; ++o)
+#pragma unroll
+                for (int c = 0; c < CHANNELS; ++c)
+                    made[o][c] = between[(c * COLUMNS + lane) * BETWEEN_PITCH + warp + o * WARPS];
+            store(lines_to_make, made);
+        }
+        return;
+    }
+#endif
+#pragma unroll 1
+    for (int y_first = blockIdx.y * LINES; y_first < height; y_first += gridDim.y * LINES) {
+        const Lines lines_to_make = lines_from(y_first);
+        const int *y_entries = lines_to_make.entries;
+        int sums[OWN][CHANNELS];
+#pragma unroll
+        for (int i = 0; i < OWN * CHANNELS; ++i) sums[i / CHANNELS][i % CHANNELS] = ROUND;
+        // `first` counts source lines, or the block's own lines where each is summed across the source first.
+        const int stop = across_first && lines_to_make.bottom > 0 ? lines_to_make.count : lines_to_make.bottom;
+        const unsigned char *corner = origin + (long long)left * PIXEL_BYTES;
+#pragma unroll 1
+        for (int first = across_first ? 0 : lines_to_make.top; first < stop; first += lines_at_once) {
+            const int lines = min(lines_at_once, stop - first);
+            __syncthreads();  // nobody reads what was made before
+            if (fits && across_first) {
+                for (int at = thread; at < lines * line_bytes; at += THREADS) {
+                    const int line = at / line_bytes, byte = at - line * line_bytes;
+                    reinterpret_cast<unsigned char *>(stages + line * line_words)[byte] = (unsigned char)nbv_saturate_sum(
+                        sum_down(corner + byte, source.pitch, y_entries + (first + line) * y_stride));
+                }
+            } else if (fits) {
+                for (int line = warp; line < lines; line += WARPS)
+                    load_line(corner + (first + line) * source.pitch, line_bytes, stages + line * line_words, lane);
+            }
+            __syncthreads();
+            // A lane has a line, so the weights of a column serve the whole warp.
+#pragma unroll 1
+            for (int column = warp; column < columns; column += WARPS) {
+                const int *entry = x_entries + column * x_stride;
+                if (entry[1] == 0 || lane >= lines) continue;
+                int along[CHANNELS];
+                if (fits) {
+                    sum_line(stages + lane * line_words + ((entry[0] & ~7) - left) / 4 * PIXEL_BYTES, entry, along);
+                } else {  // straight from the source, each byte summed across it first if need be
+#pragma unroll
+                    for (int c = 0; c < CHANNELS; ++c) {
+                        const unsigned char *channel = origin + c;
+                        along[c] = sum_window(entry, [&](int at) {
+                            const unsigned char *byte = channel + (long long)at * PIXEL_BYTES;
+                            if (!across_first) return (unsigned)byte[(first + lane) * source.pitch];
+                            return (unsigned)nbv_saturate_sum(
+                                sum_down(byte, source.pitch, y_entries + (first + lane) * y_stride));
+                        });
+                    }
+                }
+#pragma unroll
+                for (int c = 0; c < CHANNELS; ++c)
+                    between[(c * COLUMNS + column) * BETWEEN_PITCH + lane] = (unsigned char)nbv_saturate_sum(along[c]);
+            }
+            __syncthreads();
+#pragma unroll
+            for (int o = 0; o < OWN; ++o) {
+                const int line = warp + o * WARPS;
+                if (lane < x_begin || lane > x_last || line < lines_to_make.begin || line > lines_to_make.last) continue;
+                const unsigned char *column = between + lane * BETWEEN_PITCH;
+                if (across_first) {  // nothing is left to sum
+                    if (line >= first && line < first + lines)
+#pragma unroll
+                        for (int c = 0; c < CHANNELS; ++c)
+                            sums[o][c] = column[c * COLUMNS * BETWEEN_PITCH + line - first] << WEIGHT_BITS;
+                    continue;
+                }
+                const int *entry = y_entries + line * y_stride;
+                const int begin = entry[0] & ~7, until = min(entry[0] + entry[1], first + lines);
+#pragma unroll 1
+                for (int at = max(entry[0] & ~3, first); at < until; at += 4) {
+                    const Four weights = four_of(entry, at - begin);
+#pragma unroll
+                    for (int c = 0; c < CHANNELS; ++c) {
+                        const unsigned char *four = column + c * COLUMNS * BETWEEN_PITCH + at - first;
+                        sums[o][c] = add_four(sums[o][c], *reinterpret_cast<const unsigned *>(four), weights);
+                    }
+                }
+            }
+        }
+#pragma unroll
+        for (int i = 0; i < OWN * CHANNELS; ++i)
+            sums[i / CHANNELS][i % CHANNELS] = nbv_saturate_sum(sums[i / CHANNELS][i % CHANNELS]);
+        store(lines_to_make, sums);
     }
 }

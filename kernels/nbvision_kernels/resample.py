@@ -35,6 +35,7 @@ from nbvision_kernels.codes import (
 from nbvision_kernels.codes import (
     HEADER,
     PACKED_TAPS,
+    WEIGHT_BITS,
 )
 from nbvision_kernels.pixel import clamp, compiled_apart, pixel_function, pointer_from_address
 from nbvision_kernels.preprocess import make_store
@@ -43,12 +44,11 @@ __all__ = [
     "fill_taps_cpu",
     "make_cpu_loop",
     "pack_taps",
-    "round_sum",
+    "saturate_sum",
     "vertical_first",
     "write_taps_of",
 ]
 
-WEIGHT_BITS = 22
 HAMMING_MEAN, HAMMING_SWING = float(np.float32(0.54)), float(np.float32(0.46))  # Pillow has them in single precision
 STRIP = 16  # lines of a canvas that the CPU makes at a time
 
@@ -198,19 +198,19 @@ def vertical_first(width, height, out_width, out_height):
 
 
 @pixel_function
-def round_sum(total):
-    """A weighted sum in fixed point as uint8, saturated."""
-    value = np.int32(np.int32(total + (1 << (WEIGHT_BITS - 1))) >> WEIGHT_BITS)
+def saturate_sum(total):
+    """A weighted sum in fixed point, to which a half has been added, as uint8."""
+    value = np.int32(np.int32(total) >> WEIGHT_BITS)
     return max(min(value, np.int32(255)), np.int32(0))  # in this order sm_90 has one instruction
 
 
 @njit(error_model="numpy")  # not inlined: the loop calls it in five places, and would compile for 20 seconds
 def sum_of_taps(values, at, to_next, table, entry):
     """Weighted sum of bytes, each ``to_next`` behind the one before, rounded."""
-    total = np.int32(0)
+    total = np.int32(1 << (WEIGHT_BITS - 1))
     for tap in range(table[entry + 1]):
         total += np.int32(np.int32(values[at + tap * to_next]) * table[entry + HEADER + tap])
-    return round_sum(total)
+    return saturate_sum(total)
 
 
 def make_cpu_loop(store, chain=None):
