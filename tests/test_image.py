@@ -149,10 +149,11 @@ def test_shared_memory_is_found_to_the_byte(device, rng):
     batch = ImageBatch.from_arrays([view, on(device, random_image(rng, 3, 3))], device=device)
     host, base = to_host(canvas), address(canvas)
     start, stop = 10 * 150 + 30, 19 * 150 + 90
-    for y, x in 2 * [(0, 0), (10, 0), (10, 30), (10, 29), (9, 10), (20, 10), (19, 29), (5, 5), (0, 10), (12, 12)]:
+    for y, x in [(0, 0), (10, 0), (10, 30), (10, 29), (9, 10), (20, 10), (19, 29), (5, 5), (0, 10), (12, 12)]:
         other = canvas[y : y + 10, x : x + 10]
         twin = host[y : y + 10, x : x + 10]
-        assert batch.shares_memory(other) == np.shares_memory(twin, host[10:20, 10:30]), (y, x)
+        for _ in range(2):  # the second time it is known
+            assert batch.shares_memory(other) == np.shares_memory(twin, host[10:20, 10:30]), (y, x)
     flat = canvas.reshape(-1)
     for first, last in [(0, start), (0, start + 1), (stop - 1, stop + 9), (stop, stop + 9), (start + 90, start + 91)]:
         between_the_lines = first == start + 90

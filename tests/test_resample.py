@@ -180,6 +180,23 @@ def test_crops_that_begin_and_end_anywhere_in_16_bytes(device, rng, width):
 
 
 @pytest.mark.needs_cuda
+@pytest.mark.parametrize("channels", [1, 3, 4])
+@pytest.mark.parametrize("fit", ["stretch", "letterbox", "cover"])
+@pytest.mark.parametrize("size", [(208, 70), (33, 224)])
+def test_blocks_that_make_several_tiles_of_lines(rng, monkeypatch, size, fit, channels):
+    """As of large batches: an odd number of tiles, tiles that are all fill before and behind others, both orders."""
+    monkeypatch.setattr("nbvision.ops.preprocess._MANY_BLOCKS", 1)
+    color = {1: "gray", 3: "rgb", 4: "rgba"}[channels]
+    images = [random_image(rng, h, w, channels) for h, w in [(90, 501), (501, 90), (700, 700), (900, 40), (17, 19)]]
+    tensors = []
+    for device in ("cpu", "cuda"):
+        batch = nbv.ImageBatch.from_arrays([on(device, image) for image in images], color=color)
+        pre = nbv.Preprocess(size, fit=fit, interpolation="lanczos", **BYTES)
+        tensors.append(to_host(pre(batch)[0]))
+    np.testing.assert_array_equal(*tensors)
+
+
+@pytest.mark.needs_cuda
 def test_boxes_of_no_area_on_the_device_are_fill(rng):
     boxes = on("cuda", np.array([[5, 5, 5, 9], [np.nan, 0, 4, 4], [0, 0, 9, 9]], np.float32))
     image = random_image(rng, 40, 40)

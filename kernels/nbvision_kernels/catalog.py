@@ -164,7 +164,7 @@ def preprocess_kernel(
     if frame:
         lines, registers = (_NV12_SHAPES if nv12 else _FRAME_SHAPES)[sampler]
         if line_threads == codes.LINE_THREADS[1] and not nv12:
-            lines = 4  # 224 lines are whole blocks of 16
+            lines = 4  # measured at 224, whose lines are whole blocks of 16
         pixel_bytes = codes.pixel_bytes_of(source_type, channels)
         registers += (
             16 * (pixel_bytes != 3 and not nv12) + 16 * (layout == codes.GRAY) + 8 * (nv12 and layout != codes.NCHW)

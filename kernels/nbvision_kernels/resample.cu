@@ -3,8 +3,8 @@
 // or, where Pillow does, first across. Weights come from the tap tables of resample.py, packed in bytes, which is what
 // tensor cores multiply exactly; the rounding and the chain are Python functions, linked in.
 //
-// Compiled with -D: PIXEL_BYTES of the source (1 gray, 3, 4), LINES of a canvas that a block makes, WARPS of a block, the
-// fields of regions.py, and those of frame.cuh.
+// Compiled with -D: PIXEL_BYTES of the source (1 gray, 3, 4), LINES of a canvas that a block makes, WARPS of a block,
+// WEIGHT_BITS of a weight in fixed point, the fields of regions.py, and those of frame.cuh.
 #include "frame.cuh"
 
 extern "C" __device__ int nbv_saturate_sum(int total);
@@ -196,7 +196,7 @@ __device__ __forceinline__ void fetch_shifted_lines(const unsigned char *from, l
     }
 }
 
-// A table into shared memory, by the block, in blocks of 16 bytes.
+// A table into shared memory, by all threads, 16 bytes at a time.
 __device__ __forceinline__ void copy_table(const int *from, int words, int *to, int thread) {
     const unsigned at = (unsigned)__cvta_generic_to_shared(to);
     const unsigned char *bytes = reinterpret_cast<const unsigned char *>(from);
@@ -247,7 +247,7 @@ __device__ __forceinline__ void sum_line(const unsigned *words, const int *entry
     }
 }
 
-// A line of the source into shared memory, by the warp. Whole words, but none without a byte of the window, so nothing
+// A line of the source into shared memory, by the warp. Whole words, but none without a byte of the line, so nothing
 // outside the allocation is touched.
 __device__ __forceinline__ void load_line(const unsigned char *from, int line_bytes, unsigned *to, int lane) {
     const int shift = (int)(reinterpret_cast<unsigned long long>(from) & 3), last = (shift + line_bytes - 1) / 4;
@@ -332,7 +332,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
         const int *last_entry = entries + last * y_stride;
         return Lines{entries, first, count, begin, last, entries[begin * y_stride] & ~3, last_entry[0] + last_entry[1]};
     };
-    // The thread's column of its lines: bytes, of which those outside the region are not looked at.
+    // `made` is the thread's column of its lines, and may hold anything outside the region.
     const auto store = [&](const Lines &lines, const int (*made)[CHANNELS]) {
         const Shading shading = {{gain_0, gain_1, gain_2}, {bias_0, bias_1, bias_2}, swap};
         const long long plane = (long long)height * width;
