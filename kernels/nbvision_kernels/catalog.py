@@ -229,7 +229,7 @@ def resample_kernel(layout: int, store: int, *, pixel_bytes: int = 3, chain: Cha
         entry="resample",
         source="resample.cu",
         defines={"PIXEL_BYTES": pixel_bytes, "STORE_TYPE": store, "LAYOUT": layout}
-        | {"LINES": codes.RESAMPLE_LINES, "WARPS": codes.RESAMPLE_WARPS, "WEIGHT_BITS": codes.WEIGHT_BITS}
+        | {"LINES": codes.RESAMPLE_LINES, "WARPS": codes.RESAMPLE_WARPS, "WEIGHT_BITS": codes.TAP_WEIGHT_BITS}
         | {f"REGION_{name}": getattr(codes, name) for name in _REGION_FIELDS}
         | _chain_defines(chain),
         make=lambda: _resample_functions() | _chain_function(chain),

@@ -95,7 +95,7 @@ FILTERS = {  # interpolation -> code, and half a window in output pixels
 }
 HEADER = 4  # numbers of an entry before its weights, so that these can be read 16 bytes at a time
 TAP_GROUP, PACKED_TAPS = 4, 8  # tables are whole groups, which is what a frame reads at once; of packed ones eight
-WEIGHT_BITS = 22  # of a weight in fixed point
+TAP_WEIGHT_BITS = 22  # of a filter's weight, in fixed point as Pillow has it
 
 CV2_AREA, CV2_CUBIC, TORCH_CUBIC = range(3)
 # parity, interpolation -> kind, and half a window in the wider of source and output pixels; None is four source pixels

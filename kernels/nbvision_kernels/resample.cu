@@ -18,15 +18,17 @@ constexpr int OWN = LINES / WARPS;  // output lines of a thread
 // Blocks on a multiprocessor: as many as its shared memory holds, or as its registers hold without spilling.
 #if __CUDA_ARCH__ == 900 || __CUDA_ARCH__ == 1000
 constexpr int BLOCKS = PIXEL_BYTES == 4 ? 3 : 4, STAGE_WORDS = 15 * 256;
-#define TABLE_WORDS (COLUMNS * (64 + 4) + LINES * (40 + 4))
+#define TABLES 1
 #elif TENSOR
 constexpr int BLOCKS = 3, STAGE_WORDS = 15 * 256;
 #else
 constexpr int BLOCKS = 2, STAGE_WORDS = 24 * 256;
 #endif
-#ifndef TABLE_WORDS
-#define TABLE_WORDS 0  // of shared memory for the tap tables of a block's columns and lines, which the first cache loses
+// Tap tables of a block's columns and lines in shared memory, as the first cache loses them: up to lanczos, 1080p to 224.
+#ifndef TABLES
+#define TABLES 0
 #endif
+constexpr int TABLE_WORDS = COLUMNS * (64 + 4) + LINES * (40 + 4);
 // Source lines come in stages: of two, one is summed while the other is on its way, unless both are needed for the lines
 // of one. Older cards cannot load past registers, and have one.
 constexpr int STAGES = TENSOR ? 2 : 1;
@@ -43,9 +45,10 @@ __device__ __forceinline__ int groups_of(const int *entry) {
 struct Four {  // the bytes of four weights
     unsigned low, middle, high;
 };
-// Of an entry's weights, counted from the first of its first group; `tap` is a multiple of four.
+// Where they are in an entry, counted from the first of its first group; `tap` is a multiple of four.
+__device__ __forceinline__ unsigned word_of(unsigned tap) { return 4 + (tap & ~7u) + (tap >> 2 & 1); }
 __device__ __forceinline__ Four four_of(const int *entry, unsigned tap) {
-    const unsigned *words = reinterpret_cast<const unsigned *>(entry) + (4 + (tap & ~7u) + (tap >> 2 & 1));
+    const unsigned *words = reinterpret_cast<const unsigned *>(entry) + word_of(tap);
     return {__ldg(words), __ldg(words + 2), __ldg(words + 4)};
 }
 
@@ -161,7 +164,7 @@ __device__ __forceinline__ void fetch_block(unsigned to, const unsigned char *fr
     asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(to), "l"(from), "r"(bytes) : "memory");
 }
 
-// Lines of the source: every so manieth by a warp, and all of them under way at once. `from`, `to` and `lines` count from
+// Lines of the source: a warp has every fourth or so (WARPS), and all of them are under way at once. `from`, `to` and `lines` count from
 // the warp's first line. These begin where a block of 16 bytes does, and are of whole ones, but for the last.
 __device__ __forceinline__ void fetch_lines(const unsigned char *from, long long pitch, int line_bytes, int lines,
                                             unsigned to, int line_words, int lane) {
@@ -226,7 +229,7 @@ __device__ __forceinline__ void align_lines(const unsigned char *from, long long
 __device__ __forceinline__ Four weights_at(const int *entries, unsigned entry, int begin, int limit, int line) {
     const unsigned tap = line - begin;
     if (tap >= limit) return {0, 0, 0};
-    const unsigned byte = 4 * (entry + 4 + (tap & ~7u) + (tap >> 2 & 1));  // 32 bits of it save three instructions
+    const unsigned byte = 4 * (entry + word_of(tap));  // 32 bits of it save three instructions
     const unsigned *words = reinterpret_cast<const unsigned *>(reinterpret_cast<const char *>(entries) + byte);
     return {words[0], words[2], words[4]};
 }
@@ -360,7 +363,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
         const Tile tile = tile_of(x_entries, min(tile_column + line_of_lane, columns - 1) * x_stride, lane, left);
         const unsigned stages_at = (unsigned)__cvta_generic_to_shared(stages);
         const bool same_shift = source.pitch % 16 == 0;
-#if TABLE_WORDS
+#if TABLES
         __shared__ alignas(16) int tables[TABLE_WORDS];
         const bool in_tables = COLUMNS * x_stride + LINES * y_stride <= TABLE_WORDS;
         int *y_copy = tables + COLUMNS * x_stride;
@@ -379,7 +382,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
                 const int upper_entry = min(line_of_lane, lines_to_make.count - 1) * y_stride;
                 const int lower_entry = min(line_of_lane + 8, lines_to_make.count - 1) * y_stride;
                 const int upper_begin = y_weights[upper_entry] & ~7, lower_begin = y_weights[lower_entry] & ~7;
-#if TABLE_WORDS
+#if TABLES
                 if (in_tables) {
                     copy_table(y_weights, lines_to_make.count * y_stride, y_copy, thread);
                     y_weights = y_copy;

@@ -35,7 +35,7 @@ from nbvision_kernels.codes import (
 from nbvision_kernels.codes import (
     HEADER,
     PACKED_TAPS,
-    WEIGHT_BITS,
+    TAP_WEIGHT_BITS,
 )
 from nbvision_kernels.pixel import clamp, compiled_apart, pixel_function, pointer_from_address
 from nbvision_kernels.preprocess import make_store
@@ -125,7 +125,7 @@ def write_taps(table, at, limit, index, source_length, length, kind):
             weight = filter_value(kind, (np.float64(tap + first) - center + 0.5) * narrowing)
             if total != 0.0:
                 weight = weight / total
-        fixed = weight * np.float64(1 << WEIGHT_BITS)
+        fixed = weight * np.float64(1 << TAP_WEIGHT_BITS)
         table[at + HEADER + tap] = np.int32(fixed - 0.5 if fixed < 0 else fixed + 0.5)
 
 
@@ -200,14 +200,14 @@ def vertical_first(width, height, out_width, out_height):
 @pixel_function
 def saturate_sum(total):
     """A weighted sum in fixed point, to which a half has been added, as uint8."""
-    value = np.int32(np.int32(total) >> WEIGHT_BITS)
+    value = np.int32(np.int32(total) >> TAP_WEIGHT_BITS)
     return max(min(value, np.int32(255)), np.int32(0))  # in this order sm_90 has one instruction
 
 
 @njit(error_model="numpy")  # not inlined: the loop calls it in five places, and would compile for 20 seconds
 def sum_of_taps(values, at, to_next, table, entry):
     """Weighted sum of bytes, each ``to_next`` behind the one before, rounded."""
-    total = np.int32(1 << (WEIGHT_BITS - 1))
+    total = np.int32(1 << (TAP_WEIGHT_BITS - 1))
     for tap in range(table[entry + 1]):
         total += np.int32(np.int32(values[at + tap * to_next]) * table[entry + HEADER + tap])
     return saturate_sum(total)
