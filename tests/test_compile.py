@@ -6,14 +6,25 @@ import json
 import os
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
+import numpy as np
 import pytest
 from cuda.bindings import nvjitlink
 from nbvision_kernels.catalog import all_kernels
 
+import nbvision as nbv
+from nbvision.errors import CompileError
 from nbvision.runtime import compile as compiling
-from nbvision.runtime.compile import compile_kernel, linked_ptx
+from nbvision.runtime.compile import (
+    CompiledKernel,
+    begin_to_compile,
+    compile_kernel,
+    compile_without_spills,
+    linked_ptx,
+    load_kernel,
+)
 from nbvision.runtime.device import compute_capability
 
 ARCHITECTURES = [(7, 5), (8, 0), (8, 6), (8, 9), (9, 0), (10, 0), (12, 0)]
@@ -48,6 +59,55 @@ def test_kernel_compiles_everywhere(kernel):
         assert compiled.registers <= accepted[architecture] or not same_linker, architecture
     if not kernel.float64:
         assert ".f64" not in linked_ptx(kernel, (9, 0))
+
+
+def test_what_began_to_compile_is_on_disk_once_it_has_ended(tmp_path, monkeypatch):
+    """Begun twice it compiles once, found on disk not at all; what does not compile leaves the error to load_kernel."""
+    made = []
+
+    def compile_slowly(kernel, cc):
+        made.append((kernel.name, cc))
+        if kernel is broken:
+            raise CompileError("on purpose")
+        finish.wait(10)
+        return CompiledKernel(kernel.name, kernel.entry, b"machine code", 1, 0)
+
+    monkeypatch.setattr(compiling, "kernel_cache_dir", lambda: tmp_path)
+    monkeypatch.setattr(compiling, "compute_capability", lambda device_id: (9, 0))
+    monkeypatch.setattr(compiling, "compile_without_spills", compile_slowly)
+    monkeypatch.setattr(compiling, "_begun", {})
+    finish = threading.Event()
+    kernel, broken = KERNELS[:2]
+    begin_to_compile(kernel)
+    begin_to_compile(kernel)
+    begin_to_compile(broken)
+    finish.set()
+    for thread in compiling._begun.values():
+        thread.join()
+    compiling._begun.clear()
+    begin_to_compile(kernel)
+    assert sorted(made) == sorted([(kernel.name, (9, 0)), (broken.name, (9, 0))])
+    assert [path.read_bytes() for path in tmp_path.iterdir()] == [b"machine code"]
+
+
+@pytest.mark.needs_cuda
+@pytest.mark.parametrize("parity", ["cv2", "pil"])
+def test_a_first_call_compiles_each_kernel_once(tmp_path, monkeypatch, parity):
+    """Though the frame's compilation begins in a thread, before the tables' kernels are asked for."""
+    made = []
+
+    def compile_and_tell(kernel, cc):
+        made.append(kernel.name)
+        return compile_without_spills(kernel, cc)
+
+    monkeypatch.setattr(compiling, "kernel_cache_dir", lambda: tmp_path)
+    monkeypatch.setattr(compiling, "compile_without_spills", compile_and_tell)
+    load_kernel.cache_clear()
+    image = np.arange(9 * 7 * 3, dtype=np.uint8).reshape(9, 7, 3)
+    plan = nbv.Preprocess((5, 4), fit="stretch", parity=parity)
+    tensor = plan(nbv.ImageBatch.from_arrays([image], device="cuda"))[0]
+    assert len(made) == len(set(made)) == len(list(tmp_path.iterdir())) == (2 if parity == "cv2" else 3)
+    np.testing.assert_array_equal(tensor.get(), plan(nbv.ImageBatch.from_arrays([image], device="cpu"))[0])
 
 
 @pytest.mark.needs_cuda

@@ -57,9 +57,14 @@ u32_pointer, u64_pointer, f64_pointer = "uint32*", "uint64*", "float64*"
 _C_TYPES = {i32: "int", i64: "long long", f32: "float"}
 
 
-# What both kernels of regions call; linked in, so that each need not compile it.
+# What kernels of regions and of tap tables call, which is compiled apart and linked in.
 WRITE_REGION = "nbv_write_region"
 WRITE_REGION_ARGUMENTS = (i32_pointer, i64_pointer, f32_pointer, *(i64,) * 6, *(i32,) * 8)
+WRITE_TAPS = "nbv_write_taps"
+WRITE_WINDOW = "nbv_write_window"
+WRITE_TAPS_ARGUMENTS = (i32_pointer, i32_pointer, *(i32,) * 6)
+PACK_TAPS = "nbv_pack_taps"
+PACK_TAPS_ARGUMENTS = (i32_pointer, i64, i32)
 
 # name -> (function, result, arguments)
 DeviceFunctions = dict[str, tuple[Callable[..., Any], str, tuple[str, ...]]]
@@ -270,14 +275,26 @@ def fill_windows_kernel() -> NumbaKernel:
     """Tap tables of the window family."""
     arguments = (i32_pointer, i32_pointer, *(i32,) * 4)
     make = _imported("resample_cuda", "fill_windows")
-    return NumbaKernel("window-taps", "fill_windows", make, arguments, float64=True)
+    return NumbaKernel("window-taps", "fill_windows", make, arguments, float64=True, calls=_write_window)
+
+
+def _write_window() -> DeviceFunctions:
+    from nbvision_kernels.window import write_window
+
+    return {WRITE_WINDOW: (write_window, void, WRITE_TAPS_ARGUMENTS)}
 
 
 def fill_taps_kernel() -> NumbaKernel:
     """Tap tables of the resample family."""
     arguments = (i32_pointer, i32_pointer, *(i32,) * 4)
     make = _imported("resample_cuda", "fill_taps")
-    return NumbaKernel("resample-taps", "fill_taps", make, arguments, float64=True)
+    return NumbaKernel("resample-taps", "fill_taps", make, arguments, float64=True, calls=_write_taps)
+
+
+def _write_taps() -> DeviceFunctions:
+    from nbvision_kernels.resample import pack_taps, write_taps
+
+    return {WRITE_TAPS: (write_taps, void, WRITE_TAPS_ARGUMENTS), PACK_TAPS: (pack_taps, void, PACK_TAPS_ARGUMENTS)}
 
 
 def _chain_defines(chain: Chain | None) -> dict[str, int | str]:

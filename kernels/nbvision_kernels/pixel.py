@@ -31,6 +31,17 @@ def compiled_apart(function: Any) -> Any:
     return njit(error_model="numpy")(getattr(function, "py_func", function))
 
 
+def linked_function(name: str, function: Any, arguments: tuple[str, ...]) -> Any:
+    """A pixel function without a result that CUDA kernels call, not inline: the linker puts it in, under ``name``.
+
+    Numba compiles what it inlines again at each level, and in each kernel: this halves the time of a large one.
+    """
+    from numba import cuda
+
+    declared = cuda.declare_device(name, numba_type("void")(*map(numba_type, arguments)), abi="c")
+    return declared or function  # the simulator declares nothing
+
+
 @intrinsic
 def pointer_from_address(typing_context: Any, address: Any) -> Any:
     """A flat byte buffer that starts at ``address`` (int64). CPU only: CUDA kernels get pointers as arguments."""

@@ -6,16 +6,12 @@ import numpy as np
 from numba import cuda
 
 from nbvision_kernels.catalog import WRITE_REGION, WRITE_REGION_ARGUMENTS
-from nbvision_kernels.pixel import numba_type
+from nbvision_kernels.pixel import linked_function
 from nbvision_kernels.regions import region_of_box, write_region
 
 __all__ = ["fill_box_regions", "fill_image_regions"]
 
-# A function of its own, linked into both kernels: inlined by Numba it would take twice as long to compile, and in each.
-_linked_write_region = cuda.declare_device(
-    WRITE_REGION, numba_type("void")(*map(numba_type, WRITE_REGION_ARGUMENTS)), abi="c"
-)
-_write_region = _linked_write_region or write_region  # the simulator declares nothing
+_write_region = linked_function(WRITE_REGION, write_region, WRITE_REGION_ARGUMENTS)
 
 
 def fill_image_regions(

@@ -46,7 +46,7 @@ __all__ = [
     "pack_taps",
     "saturate_sum",
     "vertical_first",
-    "write_taps_of",
+    "write_taps",
 ]
 
 HAMMING_MEAN, HAMMING_SWING = float(np.float32(0.54)), float(np.float32(0.46))  # Pillow has them in single precision
@@ -77,6 +77,17 @@ def sinc(x):
 
 
 @pixel_function
+def cubic_value(distance):
+    """Keys' cubic with a = -0.5."""
+    value = np.float64(0.0)
+    if distance < 1.0:
+        value = (1.5 * distance - 2.5) * distance * distance + 1.0
+    elif distance < 2.0:
+        value = (((distance - 5.0) * distance + 8.0) * distance - 4.0) * -0.5
+    return value
+
+
+@pixel_function
 def filter_value(kind, x):
     """Pillow's windows, operation by operation; ``x`` in units of the support's."""
     value = np.float64(0.0)
@@ -93,68 +104,55 @@ def filter_value(kind, x):
         elif distance < 1.0:
             turned = distance * math.pi
             value = math.sin(turned) / turned * (HAMMING_MEAN + HAMMING_SWING * math.cos(turned))
-    elif kind == CUBIC:  # Keys' a = -0.5
-        if distance < 1.0:
-            value = (1.5 * distance - 2.5) * distance * distance + 1.0
-        elif distance < 2.0:
-            value = (((distance - 5.0) * distance + 8.0) * distance - 4.0) * -0.5
+    elif kind == CUBIC:
+        value = cubic_value(distance)
     elif x >= -3.0 and x < 3.0:
-        value = sinc(x) * sinc(x / 3.0)
+        value = np.float64(1.0)
+        for width in range(1, 4, 2):  # a loop, as what is inlined twice compiles twice
+            value *= sinc(x / width)
     return value
 
 
 @pixel_function
-def write_taps(table, at, limit, index, source_length, length, kind):
-    """The entry at ``table[at]``: first, count, two unused, then ``limit`` weights."""
-    scale = np.float64(source_length) / np.float64(length)
-    widening = max(scale, np.float64(1.0))
-    support = filter_support(kind) * widening
-    narrowing = np.float64(1.0) / widening
-    center = (np.float64(index) + 0.5) * scale
-    first = max(np.int64(center - support + 0.5), np.int64(0))
-    stop = min(np.int64(center + support + 0.5), np.int64(source_length))
-    count = clamp(stop - first, np.int64(0), np.int64(limit))
-    total = np.float64(0.0)
-    for tap in range(count):
-        total += filter_value(kind, (np.float64(tap + first) - center + 0.5) * narrowing)
-    table[at] = np.int32(first)
-    table[at + 1] = np.int32(count)
-    for tap in range(limit):
-        weight = np.float64(0.0)
-        if tap < count:
-            weight = filter_value(kind, (np.float64(tap + first) - center + 0.5) * narrowing)
-            if total != 0.0:
-                weight = weight / total
-        fixed = weight * np.float64(1 << TAP_WEIGHT_BITS)
-        table[at + HEADER + tap] = np.int32(fixed - 0.5 if fixed < 0 else fixed + 0.5)
-
-
-@pixel_function
-def write_taps_of(table, regions, item, across, canvas_length, limit, vertical, kind):
-    """The entry of column (or line) ``across`` of canvas ``item``; outside the image it has no taps."""
+def write_taps(table, regions, item, across, canvas_length, limit, vertical, kind):
+    """The entry of column (or line) ``across`` of canvas ``item``: first, count, two unused, then ``limit`` weights.
+    Outside the image it has no taps."""
     row = np.int64(item) * region.FIELDS
     place = regions[row + (region.TOP if vertical else region.LEFT)]
     length = regions[row + (region.OUT_HEIGHT if vertical else region.OUT_WIDTH)]
     source_length = regions[row + (region.HEIGHT if vertical else region.WIDTH)]
     at = (np.int64(item) * np.int64(canvas_length) + np.int64(across)) * np.int64(limit + HEADER)
     index = np.int32(across - place)
+    first = np.int64(0)
+    count = np.int64(0)
+    center = np.float64(0.0)
+    narrowing = np.float64(1.0)
     if index >= 0 and index < length:
-        write_taps(table, at, limit, index, source_length, length, kind)
-    else:
-        for field in range(limit + HEADER):
-            table[at + field] = np.int32(0)
-
-
-@pixel_function
-def four_bytes(table, entry, first, byte):
-    """One byte of each of four weights, as a word; weights before the entry's first are zero."""
-    word = np.uint32(0)
-    for tap in range(4):
-        place = np.int32(first + tap)
-        weight = np.uint32(table[entry + HEADER + place] if place >= 0 else np.int32(0))
-        part = np.uint32(np.uint32(weight >> np.uint32(8 * byte)) & np.uint32(255))
-        word = np.uint32(word | np.uint32(part << np.uint32(8 * tap)))
-    return word
+        scale = np.float64(source_length) / np.float64(length)
+        widening = max(scale, np.float64(1.0))
+        support = filter_support(kind) * widening
+        narrowing = np.float64(1.0) / widening
+        center = (np.float64(index) + 0.5) * scale
+        first = max(np.int64(center - support + 0.5), np.int64(0))
+        stop = min(np.int64(center + support + 0.5), np.int64(source_length))
+        count = clamp(stop - first, np.int64(0), np.int64(limit))
+    table[at] = np.int32(first)
+    table[at + 1] = np.int32(count)
+    table[at + 2] = np.int32(0)
+    table[at + 3] = np.int32(0)
+    total = np.float64(0.0)
+    for step in range(count + limit):  # first their sum, then the weights: in one loop, which compiles once
+        tap = np.int32(step if step < count else step - count)
+        weight = np.float64(0.0)
+        if tap < count:
+            weight = filter_value(kind, (np.float64(tap + first) - center + 0.5) * narrowing)
+        if step < count:
+            total += weight
+        else:
+            if total != 0.0:
+                weight = weight / total
+            fixed = weight * np.float64(1 << TAP_WEIGHT_BITS)
+            table[at + HEADER + tap] = np.int32(fixed - 0.5 if fixed < 0 else fixed + 0.5)
 
 
 @pixel_function
@@ -166,13 +164,18 @@ def pack_taps(table, entry, limit):
     last = np.int32(limit - PACKED_TAPS)
     for before in range(0, limit, PACKED_TAPS):  # from the last group, as weights move towards the end
         group = np.int32(last - before)
-        first = np.int32(group - zeros)
-        low_0 = four_bytes(table, entry, first, 0)
-        low_1 = four_bytes(table, entry, first + 4, 0)
-        middle_0 = four_bytes(table, entry, first, 1)
-        middle_1 = four_bytes(table, entry, first + 4, 1)
-        high_0 = four_bytes(table, entry, first, 2)
-        high_1 = four_bytes(table, entry, first + 4, 2)
+        low_0 = low_1 = middle_0 = middle_1 = high_0 = high_1 = np.uint32(0)
+        for tap in range(PACKED_TAPS):
+            place = np.int32(group - zeros + tap)
+            weight = np.uint32(table[entry + HEADER + place] if place >= 0 else np.int32(0))
+            shift = np.uint32(8 * (tap & 3))
+            low = np.uint32(np.uint32(weight & np.uint32(255)) << shift)
+            middle = np.uint32(np.uint32(np.uint32(weight >> np.uint32(8)) & np.uint32(255)) << shift)
+            high = np.uint32(np.uint32(np.uint32(weight >> np.uint32(16)) & np.uint32(255)) << shift)
+            if tap < 4:
+                low_0, middle_0, high_0 = np.uint32(low_0 | low), np.uint32(middle_0 | middle), np.uint32(high_0 | high)
+            else:
+                low_1, middle_1, high_1 = np.uint32(low_1 | low), np.uint32(middle_1 | middle), np.uint32(high_1 | high)
         at = entry + HEADER + group
         table[at] = np.int32(low_0)
         table[at + 1] = np.int32(low_1)
@@ -187,7 +190,7 @@ def fill_taps_cpu(table, regions, canvas_length, limit, vertical, kind):
     items = regions.size // region.FIELDS
     for entry in prange(items * canvas_length):
         item = entry // canvas_length
-        write_taps_of(table, regions, item, entry - item * canvas_length, canvas_length, limit, vertical, kind)
+        write_taps(table, regions, item, entry - item * canvas_length, canvas_length, limit, vertical, kind)
 
 
 @pixel_function

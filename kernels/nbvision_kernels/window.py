@@ -21,9 +21,6 @@ from nbvision_kernels.codes import (
     HEADER,
     TORCH_CUBIC,
 )
-from nbvision_kernels.codes import (
-    FILTER_CUBIC as CUBIC,
-)
 from nbvision_kernels.pixel import (
     bits_to_float,
     clamp,
@@ -34,7 +31,7 @@ from nbvision_kernels.pixel import (
     rint32,
 )
 from nbvision_kernels.preprocess import make_store
-from nbvision_kernels.resample import filter_support, filter_value
+from nbvision_kernels.resample import cubic_value
 from nbvision_kernels.sampling import exact_blend
 
 __all__ = [
@@ -42,7 +39,7 @@ __all__ = [
     "fill_windows_cpu",
     "make_cpu_loop",
     "make_window_export",
-    "write_window_of",
+    "write_window",
 ]
 
 FIRST, COUNT, MODE, NUMBER = range(4)  # of an entry; HEADER counts them
@@ -156,24 +153,26 @@ def write_antialiased_cubic(table, at, limit, index, source_length, length):
     """torch's antialiased cubic: Pillow's windows, with weights in float32."""
     scale = np.float64(source_length) / np.float64(length)
     widening = max(scale, np.float64(1.0))
-    support = filter_support(CUBIC) * widening
+    support = np.float64(2.0) * widening
     narrowing = np.float64(1.0) / widening
     center = (np.float64(index) + 0.5) * scale
     first = max(np.int64(center - support + 0.5), np.int64(0))
     stop = min(np.int64(center + support + 0.5), np.int64(source_length))
     count = clamp(stop - first, np.int64(0), np.int64(limit))
-    total = np.float64(0.0)
-    for tap in range(count):
-        total += filter_value(CUBIC, (np.float64(tap + first) - center + 0.5) * narrowing)
     table[at + FIRST] = np.int32(first)
     table[at + COUNT] = np.int32(count)
-    for tap in range(count):
-        weight = filter_value(CUBIC, (np.float64(tap + first) - center + 0.5) * narrowing)
-        table[at + HEADER + tap] = bits_of(weight / total if total != 0.0 else weight)
+    total = np.float64(0.0)
+    for step in range(2 * count):  # first their sum, then the weights: in one loop, which compiles once
+        tap = np.int32(step if step < count else step - count)
+        weight = cubic_value(abs((np.float64(tap + first) - center + 0.5) * narrowing))
+        if step < count:
+            total += weight
+        else:
+            table[at + HEADER + tap] = bits_of(weight / total if total != 0.0 else weight)
 
 
 @pixel_function
-def write_window_of(table, regions, item, across, canvas_length, limit, vertical, kind):
+def write_window(table, regions, item, across, canvas_length, limit, vertical, kind):
     """The entry of column (or line) ``across`` of canvas ``item``; outside the image it has no taps."""
     row = np.int64(item) * region.FIELDS
     place = regions[row + (region.TOP if vertical else region.LEFT)]
@@ -200,7 +199,7 @@ def fill_windows_cpu(table, regions, canvas_length, limit, vertical, kind):
     items = regions.size // region.FIELDS
     for entry in prange(items * canvas_length):
         item = entry // canvas_length
-        write_window_of(table, regions, item, entry - item * canvas_length, canvas_length, limit, vertical, kind)
+        write_window(table, regions, item, entry - item * canvas_length, canvas_length, limit, vertical, kind)
 
 
 # --- windows: one channel of one output pixel -------------------------------------------------------------------------

@@ -20,7 +20,7 @@ from nbvision.ops.geometry import Geometry
 from nbvision.ops.pixel import PixelFunction, as_pixel_functions, chain_of
 from nbvision.ops.warp import BORDERS, INTERPOLATIONS, Border, coefficients_of, packed_fill
 from nbvision.runtime import memory
-from nbvision.runtime.compile import compile_without_spills, load_kernel
+from nbvision.runtime.compile import begin_to_compile, compile_without_spills, load_kernel
 from nbvision.runtime.device import (
     Device,
     array_module,
@@ -192,7 +192,7 @@ class Preprocess:
         )
         self._fill = tuple(np.float32(value) for value in three_numbers("fill", fill))
         self._int_size = (np.int32(self.size[0]), np.int32(self.size[1]))
-        self._frames: dict[tuple[int, str, str | None, str, np.dtype[Any]], Any] = {}
+        self._frames: dict[tuple[Any, ...], Any] = {}
 
     def __call__(
         self,
@@ -398,6 +398,8 @@ class Preprocess:
 
     def _run_cuda(self, batch: ImageBatch, boxes: Any, box_images: Any, out: Any) -> tuple[Any, Geometry]:
         stream = batch.use_on_current_stream()
+        if self._frame_key(batch) not in self._frames:
+            begin_to_compile(self._spec(batch), batch.table.device.id)  # while those of regions and tap tables compile
         geometry, taps = self._regions.on_device(batch, boxes, box_images, stream.ptr)
         count = len(geometry)
         tensor, flat = self._output(batch, count, out)
@@ -406,7 +408,7 @@ class Preprocess:
         return tensor, geometry
 
     def _launch(self, batch: ImageBatch, geometry: Geometry, taps: TapTables | None, flat: Any, count: int) -> None:
-        kernel, grid, block, numbers = self._frame(flat.device.id, batch)
+        kernel, grid, block, numbers = self._frame(batch)
         tables = tables_of(geometry) if taps is None else (geometry.regions, taps.x, taps.y)
         tap_numbers = () if taps is None else taps.numbers
         columns, lines = grid
@@ -418,11 +420,12 @@ class Preprocess:
             target = flat if count <= _MAX_GRID_Z else flat[part]
             kernel((columns, lines, len(target)), block, (0, batch.table, *parts, *tap_numbers, target, *numbers))
 
-    def _frame(
-        self, device_id: int, batch: ImageBatch
-    ) -> tuple[Any, tuple[int, int], tuple[int, int, int], tuple[Any, ...]]:
+    def _frame_key(self, batch: ImageBatch) -> tuple[Any, ...]:
+        return (batch.table.device.id, batch.color, batch.yuv, batch.layout, batch.dtype)
+
+    def _frame(self, batch: ImageBatch) -> tuple[Any, tuple[int, int], tuple[int, int, int], tuple[Any, ...]]:
         """The kernel for images like these, the blocks of a canvas, their threads, and the launch's numbers; kept."""
-        key = (device_id, batch.color, batch.yuv, batch.layout, batch.dtype)
+        key = self._frame_key(batch)
         if key not in self._frames:
             _, _, swap = self._channels(batch)
             spec = self._spec(batch)
@@ -441,7 +444,7 @@ class Preprocess:
                 block = (int(spec.defines["LINE_THREADS"]), _FRAME_LINES, 1)
                 tile = (block[0] * _FRAME_PIXELS, block[1] * int(spec.defines["LINES"]))
             grid = (-(-width // tile[0]), -(-height // tile[1]))
-            self._frames[key] = load_kernel(spec, device_id), grid, block, launch_numbers
+            self._frames[key] = load_kernel(spec, batch.table.device.id), grid, block, launch_numbers
         kept: tuple[Any, tuple[int, int], tuple[int, int, int], tuple[Any, ...]] = self._frames[key]
         return kept
 

@@ -19,14 +19,22 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from nbvision.errors import CompileError, MissingExtraError
+from nbvision.errors import CompileError, MissingExtraError, NbvisionError
 from nbvision.runtime.cache import kernel_cache_dir, write_atomically
 from nbvision.runtime.device import CUDA_EXTRA, compute_capability, require_cupy
 
 if TYPE_CHECKING:
     from nbvision_kernels.catalog import Kernel
 
-__all__ = ["CompiledKernel", "compile_kernel", "compile_without_spills", "cpu_loop", "linked_ptx", "load_kernel"]
+__all__ = [
+    "CompiledKernel",
+    "begin_to_compile",
+    "compile_kernel",
+    "compile_without_spills",
+    "cpu_loop",
+    "linked_ptx",
+    "load_kernel",
+]
 
 ComputeCapability = tuple[int, int]
 
@@ -67,16 +75,24 @@ def linked_ptx(kernel: Kernel, cc: ComputeCapability) -> str:
 
 
 def _linked(kernel: Kernel, cc: ComputeCapability, form: Literal["cubin", "ptx"]) -> tuple[bytes, str]:
-    try:
-        import numba.cuda
-    except ImportError as error:
-        raise MissingExtraError(str(error.name), extra=CUDA_EXTRA, needed_for="compiling a CUDA kernel") from error
-    _spare_scipy()
+    _import_compilers()
+    from numba.core.errors import NumbaError
+
     try:
         functions = [_function_ltoir(name, *how) for name, how in kernel.device_functions().items()]
         return _link([_frame_ltoir(kernel, cc), *functions], cc, form)
-    except (RuntimeError, ValueError, TypeError, numba.core.errors.NumbaError) as error:
+    except (RuntimeError, ValueError, TypeError, NumbaError) as error:
         raise CompileError(f"kernel {kernel.name!r} does not compile for sm_{cc[0]}{cc[1]}:\n{error}") from error
+
+
+def _import_compilers() -> None:
+    try:
+        import cuda.bindings.nvjitlink
+        import cuda.core  # noqa: F401
+        import numba.cuda  # noqa: F401
+    except ImportError as error:
+        raise MissingExtraError(str(error.name), extra=CUDA_EXTRA, needed_for="compiling a CUDA kernel") from error
+    _spare_scipy()
 
 
 _sparing = threading.Lock()
@@ -190,7 +206,9 @@ def load_kernel(kernel: Kernel, device_id: int = 0) -> Any:
     """A CuPy function ready to launch: from memory, else from disk, else compiled now (about 0.3 s)."""
     cupy = require_cupy("a CUDA kernel")
     cc = compute_capability(device_id)
-    path = kernel_cache_dir() / f"{kernel.name}-sm{cc[0]}{cc[1]}.cubin"
+    path = _cubin_path(kernel, cc)
+    if begun := _begun.pop(path, None):
+        begun.join()
     if path.exists():
         try:
             return cupy.RawModule(path=str(path)).get_function(kernel.entry)
@@ -198,6 +216,33 @@ def load_kernel(kernel: Kernel, device_id: int = 0) -> Any:
             pass  # damaged, or of a driver's past: compiled anew and overwritten
     write_atomically(path, compile_without_spills(kernel, cc).cubin)
     return cupy.RawModule(path=str(path)).get_function(kernel.entry)
+
+
+def _cubin_path(kernel: Kernel, cc: ComputeCapability) -> Path:
+    return kernel_cache_dir() / f"{kernel.name}-sm{cc[0]}{cc[1]}.cubin"
+
+
+_begun: dict[Path, threading.Thread] = {}
+
+
+def begin_to_compile(kernel: Kernel, device_id: int = 0) -> None:
+    """Begin what :func:`load_kernel` will soon be asked for, in a thread of its own, unless it is on disk.
+
+    NVRTC and the linker work without Python's lock, so the caller compiles another kernel meanwhile. What fails here
+    fails once more in `load_kernel`, which raises.
+    """
+    cc = compute_capability(device_id)
+    path = _cubin_path(kernel, cc)
+    if path in _begun or path.exists():
+        return
+    _import_compilers()
+
+    def compile_to_disk() -> None:
+        with contextlib.suppress(NbvisionError, OSError):
+            write_atomically(path, compile_without_spills(kernel, cc).cubin)
+
+    _begun[path] = threading.Thread(target=compile_to_disk, name=f"nbvision compiles {kernel.name}")
+    _begun[path].start()
 
 
 def compile_without_spills(kernel: Kernel, cc: ComputeCapability) -> CompiledKernel:
