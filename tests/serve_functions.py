@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import math
 import os
+import sys
 import threading
 import time
 from pathlib import Path
@@ -33,6 +34,11 @@ def poisonable(images: list[bytes]) -> list[Any]:
         raise ValueError("a secret of the pipeline")
     time.sleep(0.002)
     return echo(images)
+
+
+def turns(images: list[bytes]) -> list[Any]:
+    """How long a thread of this process waits for Python's lock before it asks for it."""
+    return [{"turn_s": sys.getswitchinterval()} for _ in images]
 
 
 def slow(images: list[bytes]) -> list[Any]:

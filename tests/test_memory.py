@@ -517,7 +517,7 @@ def overwritten_while_read(ring, record_use):
 @pytest.mark.needs_cuda
 def test_memory_that_crosses_streams_is_safe_by_the_record_alone(ring):
     assert overwritten_while_read(ring, memory.record_use) == 0
-    assert overwritten_while_read(ring, lambda view, stream: None) == 5
+    assert overwritten_while_read(ring, lambda view, stream: None) > 0  # not always all: the card may be busy otherwise
 
 
 @pytest.mark.needs_cuda

@@ -11,6 +11,7 @@ import os
 import signal
 import socket
 import subprocess
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -24,7 +25,7 @@ from serving import COMMAND, Server, surroundings
 from nbvision.errors import InputError
 from nbvision.serve import service as service_module
 
-FUNCTIONS = ("echo", "poisonable", "slow", "sleeping", "breaking")
+FUNCTIONS = ("echo", "poisonable", "slow", "sleeping", "breaking", "turns")
 
 
 def config(*functions: str, top: str = "cache_bytes: 0", **limits: float) -> str:
@@ -104,6 +105,10 @@ def test_one_request_with_poison_among_its_images(server: Server) -> None:
 
 
 # --- too much ---------------------------------------------------------------------------------------------------------
+
+
+def test_no_thread_keeps_the_others_from_pythons_lock_for_long(server: Server) -> None:
+    assert sys.getswitchinterval() > 1e-3 > server.ask("turns", b"whose").json()["turn_s"]
 
 
 def test_overload_turns_away_at_the_door_and_passes(server: Server) -> None:

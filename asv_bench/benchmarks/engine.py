@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import functools
+import statistics
 import tempfile
+import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -52,6 +55,46 @@ class EngineOnGPU:
             return launch_us(self.call)
 
     track_host_us.unit = "us"
+
+
+class EngineOverhead:
+    """What a call with ``out=`` takes the host more than TensorRT's own call, or the launch of the same graph, does.
+
+    Both in turns, so that both see the same machine; ten calls at a time, which the GPU's queue has room for.
+    """
+
+    params = (NETWORKS, BATCHES, ["Engine.run, out=", "Engine.run, out=, CUDA graphs"])
+    param_names = ("network", "batch", "how")
+    rounds, calls = 100, 10
+
+    def setup(self, network: str, batch: int, how: str) -> None:
+        need_cuda()
+        import cupy
+
+        engine = engines(network, "graphs" in how)
+        inputs = {"x": cupy.random.default_rng(0).standard_normal((batch, 32, 28, 28), dtype=np.float32)}
+        out = {"y": cupy.empty_like(inputs["x"])}
+        self.stream = stream = cupy.cuda.Stream(non_blocking=True)
+        with stream:
+            for _ in range(4):
+                engine.run(inputs, out)
+        lane = engine._executor._lanes[0][-1]
+        context, graph = lane._context, lane._graph
+        self.ours = lambda: engine.run(inputs, out)
+        self.bare = (lambda: context.execute_async_v3(stream.ptr)) if graph is None else (lambda: graph.launch(stream))
+
+    def track_us(self, network: str, batch: int, how: str) -> float:
+        with self.stream:
+            return statistics.median(self._host_us(self.ours) - self._host_us(self.bare) for _ in range(self.rounds))
+
+    track_us.unit = "us"
+
+    def _host_us(self, call: Callable[[], Any]) -> float:
+        self.stream.synchronize()
+        started_s = time.perf_counter()
+        for _ in range(self.calls):
+            call()
+        return (time.perf_counter() - started_s) * 1e6 / self.calls
 
 
 @functools.lru_cache(maxsize=4)

@@ -311,13 +311,9 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
         left = x_entries[x_begin * x_stride] & ~15;
         right = x_entries[x_last * x_stride] + x_entries[x_last * x_stride + 1];
     }
-    const bool across_first = !width_first && nbv_vertical_first(row[REGION_WIDTH], row[REGION_HEIGHT],
-                                                                 row[REGION_OUT_WIDTH], row[REGION_OUT_HEIGHT]);
     // Whole blocks of 16 bytes, as far as the image goes: a block that is not whole takes another instruction of each line.
     const int row_bytes = ((int)sources[4 * row[REGION_IMAGE] + 3] - row[REGION_X] - left) * PIXEL_BYTES;
-    const int first_shift = (int)(reinterpret_cast<unsigned long long>(origin + left * PIXEL_BYTES) & 15);
-    const int needed = (right - left) * PIXEL_BYTES;
-    const int line_bytes = TENSOR && !across_first ? min((needed + first_shift + 15 & ~15) - first_shift, row_bytes) : needed;
+    const int line_bytes = min((right - left) * PIXEL_BYTES + 15 & ~15, row_bytes);
     // Words of a line in shared memory, such that what a warp reads at once, of eight lines or of 32, lies in all banks.
     int line_words = (line_bytes + 15 + 15) / 16 * 4;  // 15 bytes are those of a block before the first
     if (!TENSOR)
@@ -329,6 +325,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
     const bool fits = 4 * line_words <= STAGES * STAGE_WORDS;  // lines are summed across by fours
     const bool has_two = STAGES == 2 && line_words * STAGE_LINES <= STAGE_WORDS;
     const int lines_at_once = fits ? min(STAGE_LINES, (has_two ? 1 : STAGES) * STAGE_WORDS / line_words & ~3) : STAGE_LINES;
+    const bool across_first = !width_first && nbv_vertical_first(row[REGION_WIDTH], row[REGION_HEIGHT],
+                                                                 row[REGION_OUT_WIDTH], row[REGION_OUT_HEIGHT]);
     const auto lines_from = [&](int first) {
         const int *entries = y_table + ((long long)blockIdx.z * height + first) * y_stride;
         const int count = min(LINES, height - first), begin = max(row[REGION_TOP] - first, 0);

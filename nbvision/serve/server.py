@@ -20,8 +20,8 @@ from types import FrameType
 from typing import Any, cast
 
 from nbvision.errors import InputError, MissingExtraError
-from nbvision.serve import heap
 from nbvision.serve.config import read_config
+from nbvision.serve.process import share_arenas, take_short_turns
 
 __all__ = ["serve"]
 
@@ -137,7 +137,8 @@ def run_worker(
     from nbvision.serve.service import Service
 
     signal.signal(signal.SIGHUP, signal.SIG_IGN)  # while there is nothing yet to load anew
-    heap.share_arenas()
+    share_arenas()
+    take_short_turns()
     sys.path.insert(0, str(Path(path).resolve().parent))  # for functions of one's own
     service = Service(path, worker=worker)
     app = make_app(service)

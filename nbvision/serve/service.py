@@ -14,7 +14,7 @@ from dataclasses import dataclass, field, fields
 from typing import Any
 
 from nbvision.errors import DecodeError, InputError, NbvisionError
-from nbvision.serve import heap
+from nbvision.serve import process
 from nbvision.serve.cache import ResultCache, key_of
 from nbvision.serve.config import Config, PipelineConfig, read_config
 from nbvision.serve.pipelines import PIPELINES, texts
@@ -265,7 +265,7 @@ class Service:
 
     async def start(self) -> None:
         """From now on look after pipelines that fail."""
-        await asyncio.to_thread(heap.settle)
+        await asyncio.to_thread(process.settle)
         self._prober = asyncio.create_task(self._probe_the_sick())
         logger.info("ready", extra={"worker": self.worker, "pid": os.getpid(), "models": sorted(self.served)})
 
@@ -290,8 +290,8 @@ async def _close(served: Served) -> None:
     """Close a pipeline that was replaced, and give its memory back to the system."""
     await asyncio.to_thread(served.close)
     del served  # what is still held by somebody would be kept
-    await asyncio.to_thread(heap.settle)
-    await asyncio.to_thread(heap.give_back)
+    await asyncio.to_thread(process.settle)
+    await asyncio.to_thread(process.give_back)
 
 
 def _made(config: PipelineConfig) -> Served:

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from nbvision.serve import heap, service
+from nbvision.serve import process, service
 
 
 class Pipeline:
@@ -29,12 +29,12 @@ def as_before() -> Iterator[None]:
 def test_what_lives_is_not_gone_through() -> None:
     pipeline = Pipeline()
     alive = weakref.ref(pipeline)
-    heap.settle()
+    process.settle()
     assert gc.get_freeze_count() > 1000
     del pipeline
     gc.collect()
     assert alive() is not None
-    heap.settle()
+    process.settle()
     assert alive() is None
 
 
@@ -48,7 +48,7 @@ def test_a_pipeline_that_is_replaced_goes_although_it_was_frozen() -> None:
     async def replace() -> Any:
         served: Any = Served()
         alive = weakref.ref(served)
-        heap.settle()
+        process.settle()
         closing = asyncio.create_task(service._close(served))
         del served
         await closing
