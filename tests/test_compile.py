@@ -7,6 +7,8 @@ import os
 import subprocess
 import sys
 import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -61,43 +63,76 @@ def test_kernel_compiles_everywhere(kernel):
         assert ".f64" not in linked_ptx(kernel, (9, 0))
 
 
-def test_what_began_to_compile_is_on_disk_once_it_has_ended(tmp_path, monkeypatch):
-    """Begun twice it compiles once, found on disk not at all; what does not compile leaves the error to load_kernel."""
+class Cupy:
+    """As much of CuPy as loads a kernel: what it loads is what is in the file."""
+
+    class RawModule:
+        def __init__(self, path):
+            self.code = Path(path).read_bytes()
+
+        def get_function(self, entry):
+            return entry, self.code
+
+    class cuda:
+        class driver:
+            CUDADriverError = RuntimeError
+
+
+@pytest.fixture
+def compiled(tmp_path, monkeypatch):
+    """The kernels that were compiled, in order; with ``finish`` unset a compilation goes on."""
     made = []
+    finish = threading.Event()
 
     def compile_slowly(kernel, cc):
-        made.append((kernel.name, cc))
-        if kernel is broken:
+        made.append(kernel.name)
+        assert finish.wait(10)
+        if kernel is KERNELS[1]:
             raise CompileError("on purpose")
-        finish.wait(10)
         return CompiledKernel(kernel.name, kernel.entry, b"machine code", 1, 0)
 
     monkeypatch.setattr(compiling, "kernel_cache_dir", lambda: tmp_path)
     monkeypatch.setattr(compiling, "compute_capability", lambda device_id: (9, 0))
     monkeypatch.setattr(compiling, "compile_without_spills", compile_slowly)
+    monkeypatch.setattr(compiling, "require_cupy", lambda needed_for: Cupy)
     monkeypatch.setattr(compiling, "_begun", {})
-    finish = threading.Event()
-    kernel, broken = KERNELS[:2]
+    return made, finish
+
+
+def test_who_begins_and_who_loads_share_one_compilation(compiled):
+    made, finish = compiled
+    kernel = KERNELS[0]
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(begin_to_compile, [kernel] * 4))
+        loads = [pool.submit(load_kernel.__wrapped__, kernel) for _ in range(4)]
+        time.sleep(0.05)  # all of them wait by now, or will find it on disk
+        finish.set()
+        assert {load.result() for load in loads} == {(kernel.entry, b"machine code")}
+    assert made == [kernel.name]
     begin_to_compile(kernel)
+    assert not compiling._begun  # on disk: there is nothing to begin
+
+
+def test_what_does_not_compile_in_the_thread_is_raised_where_it_is_loaded(compiled):
+    made, finish = compiled
+    kernel = KERNELS[1]
     begin_to_compile(kernel)
-    begin_to_compile(broken)
     finish.set()
-    for thread in compiling._begun.values():
-        thread.join()
-    compiling._begun.clear()
-    begin_to_compile(kernel)
-    assert sorted(made) == sorted([(kernel.name, (9, 0)), (broken.name, (9, 0))])
-    assert [path.read_bytes() for path in tmp_path.iterdir()] == [b"machine code"]
+    with pytest.raises(CompileError, match="on purpose"):
+        load_kernel.__wrapped__(kernel)
+    assert made == [kernel.name] * 2
 
 
 @pytest.mark.needs_cuda
 @pytest.mark.parametrize("parity", ["cv2", "pil"])
 def test_a_first_call_compiles_each_kernel_once(tmp_path, monkeypatch, parity):
-    """Though the frame's compilation begins in a thread, before the tables' kernels are asked for."""
-    made = []
+    """The frame in a thread of its own, which begins before the kernels of the tables are asked for."""
+    made, in_threads = [], []
 
     def compile_and_tell(kernel, cc):
         made.append(kernel.name)
+        if threading.current_thread().name.startswith("nbvision compiles"):
+            in_threads.append(kernel.name)
         return compile_without_spills(kernel, cc)
 
     monkeypatch.setattr(compiling, "kernel_cache_dir", lambda: tmp_path)
@@ -107,6 +142,7 @@ def test_a_first_call_compiles_each_kernel_once(tmp_path, monkeypatch, parity):
     plan = nbv.Preprocess((5, 4), fit="stretch", parity=parity)
     tensor = plan(nbv.ImageBatch.from_arrays([image], device="cuda"))[0]
     assert len(made) == len(set(made)) == len(list(tmp_path.iterdir())) == (2 if parity == "cv2" else 3)
+    assert [name.partition("-")[0] for name in in_threads] == ["preprocess" if parity == "cv2" else "resample"]
     np.testing.assert_array_equal(tensor.get(), plan(nbv.ImageBatch.from_arrays([image], device="cpu"))[0])
 
 

@@ -80,6 +80,8 @@ class EngineOverhead:
                 engine.run(inputs, out)
         lane = engine._executor._lanes[0][-1]
         context, graph = lane._context, lane._graph
+        if (graph is None) == ("graphs" in how):
+            raise RuntimeError(f"a call of {how!r} is {'no' if graph is None else 'a'} graph")
         self.ours = lambda: engine.run(inputs, out)
         self.bare = (lambda: context.execute_async_v3(stream.ptr)) if graph is None else (lambda: graph.launch(stream))
 

@@ -398,7 +398,7 @@ class Preprocess:
 
     def _run_cuda(self, batch: ImageBatch, boxes: Any, box_images: Any, out: Any) -> tuple[Any, Geometry]:
         stream = batch.use_on_current_stream()
-        if self._frame_key(batch) not in self._frames:
+        if len(batch) and self._frame_key(batch) not in self._frames:
             begin_to_compile(self._spec(batch), batch.table.device.id)  # while those of regions and tap tables compile
         geometry, taps = self._regions.on_device(batch, boxes, box_images, stream.ptr)
         count = len(geometry)

@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from nbvision.errors import CompileError, MissingExtraError, NbvisionError
+from nbvision.errors import CompileError, MissingExtraError
 from nbvision.runtime.cache import kernel_cache_dir, write_atomically
 from nbvision.runtime.device import CUDA_EXTRA, compute_capability, require_cupy
 
@@ -85,42 +85,43 @@ def _linked(kernel: Kernel, cc: ComputeCapability, form: Literal["cubin", "ptx"]
         raise CompileError(f"kernel {kernel.name!r} does not compile for sm_{cc[0]}{cc[1]}:\n{error}") from error
 
 
+_importing = threading.Lock()
+
+
 def _import_compilers() -> None:
-    try:
-        import cuda.bindings.nvjitlink
-        import cuda.core  # noqa: F401
-        import numba.cuda  # noqa: F401
-    except ImportError as error:
-        raise MissingExtraError(str(error.name), extra=CUDA_EXTRA, needed_for="compiling a CUDA kernel") from error
-    _spare_scipy()
-
-
-_sparing = threading.Lock()
+    """Whatever a compilation imports, by one thread at a time: imported by two at once, cuda.core lacks names."""
+    with _importing:
+        try:
+            import cuda.bindings.nvjitlink
+            import cuda.core  # noqa: F401
+            import numba.cuda  # noqa: F401
+        except ImportError as error:
+            raise MissingExtraError(str(error.name), extra=CUDA_EXTRA, needed_for="compiling a CUDA kernel") from error
+        _spare_scipy()
 
 
 def _spare_scipy() -> None:
     """Numba imports SciPy's linear algebra for its functions on arrays, to see whether there is a BLAS, which no kernel
     can call; that takes a fifth of a first compilation, so they are told that there is none."""
-    with _sparing:
-        if "numba.cuda.np.arraymath" in sys.modules:
-            return
-        try:
-            from numba.cuda.np import linalg
+    if "numba.cuda.np.arraymath" in sys.modules:
+        return
+    try:
+        from numba.cuda.np import linalg
 
-            ask = linalg.ensure_blas
-        except (ImportError, AttributeError):
-            return  # Numba is built otherwise
+        ask = linalg.ensure_blas
+    except (ImportError, AttributeError):
+        return  # Numba is built otherwise
 
-        def no_blas() -> None:
-            raise ImportError("not asked for")
+    def no_blas() -> None:
+        raise ImportError("not asked for")
 
-        linalg.ensure_blas = no_blas
-        try:
-            import numba.cuda.np.arraymath  # noqa: F401
-        except ImportError:
-            pass
-        finally:
-            linalg.ensure_blas = ask
+    linalg.ensure_blas = no_blas
+    try:
+        import numba.cuda.np.arraymath  # noqa: F401
+    except ImportError:
+        pass
+    finally:
+        linalg.ensure_blas = ask
 
 
 def _frame_ltoir(kernel: Kernel, cc: ComputeCapability) -> bytes:
@@ -207,8 +208,9 @@ def load_kernel(kernel: Kernel, device_id: int = 0) -> Any:
     cupy = require_cupy("a CUDA kernel")
     cc = compute_capability(device_id)
     path = _cubin_path(kernel, cc)
-    if begun := _begun.pop(path, None):
+    if begun := _begun.get(path):
         begun.join()
+        _begun.pop(path, None)
     if path.exists():
         try:
             return cupy.RawModule(path=str(path)).get_function(kernel.entry)
@@ -223,6 +225,7 @@ def _cubin_path(kernel: Kernel, cc: ComputeCapability) -> Path:
 
 
 _begun: dict[Path, threading.Thread] = {}
+_beginning = threading.Lock()
 
 
 def begin_to_compile(kernel: Kernel, device_id: int = 0) -> None:
@@ -235,14 +238,18 @@ def begin_to_compile(kernel: Kernel, device_id: int = 0) -> None:
     path = _cubin_path(kernel, cc)
     if path in _begun or path.exists():
         return
-    _import_compilers()
+    _import_compilers()  # not in the thread, so that who lacks them hears of it
 
     def compile_to_disk() -> None:
-        with contextlib.suppress(NbvisionError, OSError):
+        with contextlib.suppress(Exception):
             write_atomically(path, compile_without_spills(kernel, cc).cubin)
 
-    _begun[path] = threading.Thread(target=compile_to_disk, name=f"nbvision compiles {kernel.name}")
-    _begun[path].start()
+    with _beginning:
+        if path in _begun or path.exists():
+            return
+        thread = threading.Thread(target=compile_to_disk, name=f"nbvision compiles {kernel.name}")
+        thread.start()
+        _begun[path] = thread
 
 
 def compile_without_spills(kernel: Kernel, cc: ComputeCapability) -> CompiledKernel:

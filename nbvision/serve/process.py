@@ -23,7 +23,7 @@ __all__ = ["give_back", "settle", "share_arenas", "take_short_turns"]
 _settling = threading.Lock()
 _ARENAS = 2
 _M_ARENA_MAX = -8  # of malloc.h
-_TURN_S = 5e-4  # 1 ms and 0.2 ms do as well
+_TURN_S = 5e-4  # streams of decoding gain as much by 1 ms and by 0.2 ms, and less by 0.05
 
 
 def share_arenas() -> None:
