@@ -188,7 +188,7 @@ def main() -> int:
     for size in sizes:  # all formats, so that what is compiled or loaded at first is there
         for start in range(0, min(len(files), 32), size):
             recognize(files[start : start + size])
-    process.settle()  # as `nbvision serve` does, and the next
+    process.settle()  # this and the next as `nbvision serve` does
     process.take_short_turns()
     for size in sizes:
         for start in range(WARM_UP_CALLS):

@@ -6,7 +6,7 @@ import contextlib
 import math
 import operator
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
 import numpy as np
 
@@ -49,6 +49,8 @@ _INTERPOLATIONS: dict[str, tuple[str, ...]] = {
     "torch": ("linear", "cubic"),
 }
 _MAX_GRID_Z = 65535
+# A kernel, the blocks of a canvas, their threads, and the numbers of a launch.
+_Frame: TypeAlias = tuple[Any, tuple[int, int], tuple[int, int, int], tuple[Any, ...]]
 _MANY_BLOCKS = 4096  # several times as many as a card works on at once
 _FRAME_LINES, _FRAME_PIXELS = 4, 4  # lines of threads of a block, and pixels of a line that a thread has
 
@@ -192,7 +194,7 @@ class Preprocess:
         )
         self._fill = tuple(np.float32(value) for value in three_numbers("fill", fill))
         self._int_size = (np.int32(self.size[0]), np.int32(self.size[1]))
-        self._frames: dict[tuple[Any, ...], Any] = {}
+        self._frames: dict[tuple[Any, ...], _Frame] = {}
 
     def __call__(
         self,
@@ -398,17 +400,19 @@ class Preprocess:
 
     def _run_cuda(self, batch: ImageBatch, boxes: Any, box_images: Any, out: Any) -> tuple[Any, Geometry]:
         stream = batch.use_on_current_stream()
-        if len(batch) and self._frame_key(batch) not in self._frames:
+        key = (batch.table.device.id, batch.color, batch.yuv, batch.layout, batch.dtype)
+        if len(batch) and key not in self._frames:
             begin_to_compile(self._spec(batch), batch.table.device.id)  # while those of regions and tap tables compile
         geometry, taps = self._regions.on_device(batch, boxes, box_images, stream.ptr)
         count = len(geometry)
         tensor, flat = self._output(batch, count, out)
         if count:
-            self._launch(batch, geometry, taps, flat, count)
+            self._launch(self._frame(key, batch), batch.table, geometry, taps, flat)
         return tensor, geometry
 
-    def _launch(self, batch: ImageBatch, geometry: Geometry, taps: TapTables | None, flat: Any, count: int) -> None:
-        kernel, grid, block, numbers = self._frame(batch)
+    def _launch(self, frame: _Frame, table: Any, geometry: Geometry, taps: TapTables | None, flat: Any) -> None:
+        kernel, grid, block, numbers = frame
+        count = len(geometry)
         tables = tables_of(geometry) if taps is None else (geometry.regions, taps.x, taps.y)
         tap_numbers = () if taps is None else taps.numbers
         columns, lines = grid
@@ -416,16 +420,12 @@ class Preprocess:
             lines = -(-lines // 2)  # a block goes on to further lines, and so takes its first steps once for both
         for first in range(0, count, _MAX_GRID_Z):
             part = slice(first, first + _MAX_GRID_Z)
-            parts = tables if count <= _MAX_GRID_Z else [table[part] for table in tables]
+            parts = tables if count <= _MAX_GRID_Z else [each[part] for each in tables]
             target = flat if count <= _MAX_GRID_Z else flat[part]
-            kernel((columns, lines, len(target)), block, (0, batch.table, *parts, *tap_numbers, target, *numbers))
+            kernel((columns, lines, len(target)), block, (0, table, *parts, *tap_numbers, target, *numbers))
 
-    def _frame_key(self, batch: ImageBatch) -> tuple[Any, ...]:
-        return (batch.table.device.id, batch.color, batch.yuv, batch.layout, batch.dtype)
-
-    def _frame(self, batch: ImageBatch) -> tuple[Any, tuple[int, int], tuple[int, int, int], tuple[Any, ...]]:
-        """The kernel for images like these, the blocks of a canvas, their threads, and the launch's numbers; kept."""
-        key = self._frame_key(batch)
+    def _frame(self, key: tuple[Any, ...], batch: ImageBatch) -> _Frame:
+        """For images like these, of which ``key`` says all that counts; kept."""
         if key not in self._frames:
             _, _, swap = self._channels(batch)
             spec = self._spec(batch)
@@ -445,8 +445,7 @@ class Preprocess:
                 tile = (block[0] * _FRAME_PIXELS, block[1] * int(spec.defines["LINES"]))
             grid = (-(-width // tile[0]), -(-height // tile[1]))
             self._frames[key] = load_kernel(spec, batch.table.device.id), grid, block, launch_numbers
-        kept: tuple[Any, tuple[int, int], tuple[int, int, int], tuple[Any, ...]] = self._frames[key]
-        return kept
+        return self._frames[key]
 
     def _spec(self, batch: ImageBatch) -> Any:
         """The kernel for images like these, in the catalogue's words."""
