@@ -22,6 +22,7 @@ import numpy.typing as npt
 from nbvision.codecs import decode
 from nbvision.codecs.decode import Source, as_items
 from nbvision.codecs.decoder import Decoder
+from nbvision.codecs.open import OpenImage
 from nbvision.engines import Engine
 from nbvision.errors import DecodeError, EngineError, InputError
 from nbvision.image import ImageBatch, to_device
@@ -182,6 +183,10 @@ class Recognizer:
         """Length of a vector."""
         return self.embedder.outputs[0].shape[-1]
 
+    def open(self, source: Source) -> OpenImage:
+        """Begin with an image that waits for others before it is recognized; see :meth:`nbvision.Decoder.open`."""
+        return self._decoder.open(source)
+
     def recognize(
         self, sources: Source | Iterable[Source] | ImageBatch, *, times: StageTimes | None = None
     ) -> Recognition:
@@ -189,7 +194,7 @@ class Recognizer:
 
         Parameters
         ----------
-        sources : bytes, path, several of them, or an ImageBatch
+        sources : bytes, path, what :meth:`open` gave, several of them, or an ImageBatch
         times : StageTimes, optional
             Filled with each stage's time; waits for the device after every stage.
 

@@ -620,7 +620,7 @@ def test_threads_read_files_that_have_to_be_waited_for(monkeypatch: pytest.Monke
         return DecodeError(str(source), kind="unreadable")
 
     room = importlib.import_module("nbvision.codecs.decode")  # its package has a function of that name
-    monkeypatch.setattr(room, "open_image", open_slowly)
+    monkeypatch.setattr(room, "read_image", open_slowly)
     monkeypatch.setattr(room, "_WAIT_S", 0.01 if is_slow else 10.0)
     batch = decode([f"{index}.jpg" for index in range(12)], device="cpu", threads=4)
     assert [str(error) for error in batch.errors] == [f"{index}.jpg" for index in range(12)]

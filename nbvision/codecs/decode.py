@@ -6,12 +6,11 @@ import operator
 import os
 import time
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
 from typing import Any, TypeAlias, get_args
 
-from nbvision.codecs import gpu_decode, host, recovery
+from nbvision.codecs import gpu_decode, host
 from nbvision.codecs._threads import in_background, map_all, run_all
-from nbvision.codecs.headers import Header, as_bytes, read_header
+from nbvision.codecs.open import CompressedImage, How, OpenImage, decode_on_host, read_image
 from nbvision.errors import DecodeError, InputError
 from nbvision.image import CHANNELS, Color, ImageBatch, image_offsets
 from nbvision.runtime import memory
@@ -22,7 +21,7 @@ __all__ = ["LIMIT_PIXELS", "Source", "as_items", "check_options", "decode"]
 LIMIT_PIXELS = 178_956_970  # Pillow's
 _FILE_S, _WAIT_S = 150e-6, 1e-3  # what a file in memory takes at most, and what may be lost before threads help
 
-Source: TypeAlias = "bytes | bytearray | memoryview | str | os.PathLike[str]"
+Source: TypeAlias = "bytes | bytearray | memoryview | str | os.PathLike[str] | OpenImage"
 
 
 def decode(
@@ -47,8 +46,9 @@ def decode(
 
     Parameters
     ----------
-    sources : bytes-like, str, os.PathLike, or an iterable of them
-        Compressed bytes, or paths of files. A single one gives a batch of one.
+    sources : bytes-like, str, os.PathLike, OpenImage, or an iterable of them
+        Compressed bytes, paths of files, or what :meth:`Decoder.open` gave for the same options. A single one gives a
+        batch of one.
     color : {"rgb", "bgr", "rgba", "bgra", "gray"}
         ``"rgba"`` and ``"bgra"`` are decoded on the host.
     background : (int, int, int), optional
@@ -102,22 +102,23 @@ def decode(
     check_options(color, background, limit_pixels, recover, reduce, threads)
     wanted = host.Wanted(color, background and (background[0], background[1], background[2]), srgb, reduce)
     target = resolve_device(device)
+    how = How(wanted, target, recover)
     threads = threads or available_cores()
-    opened = _open_all(items, limit_pixels, recover, threads)
-    sizes = [wanted.size(item.header) if isinstance(item, OpenImage) else (0, 0) for item in opened]
+    opened = _open_all(items, how, limit_pixels, threads)
+    sizes = [wanted.size(item.header) if isinstance(item, CompressedImage) else (0, 0) for item in opened]
     offsets, total_bytes = image_offsets(sizes, CHANNELS[color])
     buffer = memory.acquire(total_bytes, device=target, wait_on_host=True)  # as gpu_decode.decode_into wants it
     images = []
     for item, offset in zip(opened, offsets, strict=True):
-        if isinstance(item, OpenImage):
+        if isinstance(item, CompressedImage):
             item.offset_bytes = offset
             images.append(item)
     if target == "cuda":
-        _decode_on_cuda(images, buffer, wanted, recover, strict, deterministic, threads)
+        _decode_on_cuda(images, buffer, how, strict, deterministic, threads)
     else:
-        _decode_on_cpu(images, buffer, wanted, recover, threads)
-    errors = [item.error if isinstance(item, OpenImage) else item for item in opened]
-    damage = [item.damage if isinstance(item, OpenImage) and item.error is None else None for item in opened]
+        _decode_on_cpu(images, buffer, how, threads)
+    errors = [item.error if isinstance(item, CompressedImage) else item for item in opened]
+    damage = [item.damage if isinstance(item, CompressedImage) and item.error is None else None for item in opened]
     return ImageBatch.in_buffer(buffer, sizes, offsets, color=color, device=target, errors=errors, damage=damage)
 
 
@@ -139,7 +140,7 @@ def as_items(sources: Any) -> list[Any]:
 
 
 def _is_source(item: Any) -> bool:
-    if isinstance(item, (bytes, str, os.PathLike)):
+    if isinstance(item, (bytes, str, os.PathLike, OpenImage)):
         return True
     try:
         view = memoryview(item)
@@ -173,176 +174,101 @@ def check_options(color: Any, background: Any, limit_pixels: Any, recover: Any, 
 # --- bytes and headers -----------------------------------------------------------------------------------------------
 
 
-@dataclass(slots=True, eq=False)
-class OpenImage:
-    """One image on its way from bytes to pixels."""
-
-    data: bytes
-    header: Header
-    source: str | None
-    offset_bytes: int = 0  # in the batch's buffer: where the pixels shall be
-    error: DecodeError | None = None
-    damage: DecodeError | None = None  # of an image that shall be recovered: what is wrong with it
-
-
-def _open_all(sources: Sequence[Any], limit_pixels: int, recover: bool, threads: int) -> list[OpenImage | DecodeError]:
+def _open_all(sources: Sequence[Any], how: How, limit_pixels: int, threads: int) -> list[CompressedImage | DecodeError]:
     """Read the files and their headers.
 
     Threads help to wait for files.  Of bytes, and of files that the system has in memory, the headers are read faster
     than threads hand Python's lock to each other: so the caller's thread reads as long as nothing keeps it waiting.
     """
+
+    def one(source: Any) -> CompressedImage | DecodeError:
+        if not isinstance(source, OpenImage):
+            return read_image(source, limit_pixels, how.recover)
+        if source.how != how:
+            raise InputError(f"{source!r} was opened for {source.how}; expected what is asked for now, {how}")
+        return source.for_batch(limit_pixels)
+
     started_s = time.perf_counter()
-    opened: list[OpenImage | DecodeError] = []
+    opened: list[CompressedImage | DecodeError] = []
     for source in sources:
         if time.perf_counter() - started_s > _WAIT_S + _FILE_S * len(opened):
             break
-        opened.append(open_image(source, limit_pixels, recover))
-    rest = sources[len(opened) :]
-    return opened + map_all(lambda source: open_image(source, limit_pixels, recover), rest, threads)
-
-
-def open_image(source: Any, limit_pixels: int, recover: bool = False) -> OpenImage | DecodeError:
-    """Read a file and its header; what is wrong with them is returned."""
-    is_path = isinstance(source, (str, os.PathLike))
-    path = os.fsdecode(source) if is_path else getattr(source, "name", None)
-    try:
-        data = _read_file(os.fsdecode(source)) if is_path else as_bytes(source)
-        header = read_header(data)
-        _check_size(header, limit_pixels)
-        damage = None if header.complete else _truncated(header)
-        if damage is not None and not recover:
-            raise damage
-    except DecodeError as error:
-        return _bare(error, path)
-    return OpenImage(data, header, path, damage=damage and _bare(damage, path))
-
-
-def _read_file(path: str) -> bytes:
-    try:
-        with open(path, "rb") as file:
-            return file.read()
-    except (OSError, ValueError) as error:  # ValueError: a zero byte in the path
-        reason = getattr(error, "strerror", None) or str(error)
-        raise DecodeError(f"the file cannot be read: {reason}", kind="unreadable") from error
-
-
-def _check_size(header: Header, limit_pixels: int) -> None:
-    if header.pixels > limit_pixels:
-        raise DecodeError(
-            f"the header says {header.height} x {header.width} = {header.pixels} pixels; the limit is {limit_pixels}. "
-            "Raise limit_pixels if you trust the file",
-            kind="too_large",
-        )
-
-
-def _truncated(header: Header) -> DecodeError:
-    return DecodeError(
-        f"this {header.format.upper()} of {header.height} x {header.width} pixels ends before its last pixel",
-        kind="truncated",
-    )
-
-
-def _bare(error: DecodeError, path: str | None) -> DecodeError:
-    """The error without its traceback, whose frames would keep the file and the buffers as long as the error lives."""
-    return DecodeError(str(error), kind=error.kind, source=path, valid_rows=error.valid_rows)
+        opened.append(one(source))
+    return opened + map_all(one, sources[len(opened) :], threads)
 
 
 # --- pixels ----------------------------------------------------------------------------------------------------------
 
 
-def _decode_on_cpu(
-    images: Sequence[OpenImage], buffer: memory.Buffer, wanted: host.Wanted, recover: bool, threads: int
-) -> None:
-    def one(image: OpenImage) -> None:
-        _decode_on_host(image, _view(image, buffer, wanted), wanted, recover)
+def _decode_on_cpu(images: Sequence[CompressedImage], buffer: memory.Buffer, how: How, threads: int) -> None:
+    def one(image: CompressedImage) -> None:
+        view = buffer.view(how.shape(image), offset_bytes=image.offset_bytes)
+        if image.ahead is None:
+            decode_on_host(image, view, how)
+        elif (pixels := image.ahead.give(image)) is not None:
+            view[:] = pixels
 
     run_all(one, _largest_first(images), threads)
 
 
-def _largest_first(images: Sequence[OpenImage]) -> list[OpenImage]:
+def _largest_first(images: Sequence[CompressedImage]) -> list[CompressedImage]:
     """So that no thread begins with a large image when the others are about to end."""
     return sorted(images, key=lambda image: image.header.pixels, reverse=True)
 
 
-def _view(image: OpenImage, buffer: memory.Buffer, wanted: host.Wanted) -> Any:
-    """(H, W, C) on the device of the batch: where the image's pixels shall be."""
-    shape = (*wanted.size(image.header), CHANNELS[wanted.color])
-    return buffer.view(shape, offset_bytes=image.offset_bytes)
-
-
 def _decode_on_cuda(
-    images: Sequence[OpenImage],
+    images: Sequence[CompressedImage],
     buffer: memory.Buffer,
-    wanted: host.Wanted,
-    recover: bool,
+    how: How,
     strict: bool,
     deterministic: bool,
     threads: int,
 ) -> None:
-    for_gpu = [image for image in images if image.damage is None and _is_for_gpu(image.header, wanted)]
-    for_host = [image for image in images if image.damage is not None or not _is_for_gpu(image.header, wanted)]
-    staged = _staging_for(for_host, wanted)
+    for_gpu = [image for image in images if how.is_for_gpu(image)]
+    ahead = [image for image in images if image.ahead is not None]
+    staged = _staging_for([image for image in images if image.ahead is None and not how.is_for_gpu(image)], how)
+    doubtful: set[CompressedImage] = set()
 
-    def stage(image: OpenImage) -> None:
-        _decode_on_host(image, staged[image], wanted, recover)
+    def stage(image: CompressedImage) -> None:
+        decode_on_host(image, staged[image], how)
 
-    doubtful: set[OpenImage] = set()
-
-    def stage_or_look_through(image: OpenImage) -> None:
+    def work_on(image: CompressedImage) -> None:
         if image in staged:
             stage(image)
-            return
-        try:
-            host.check_jpeg(image.data, image.header)
-        except DecodeError:
-            doubtful.add(image)
+        elif image.ahead is not None:
+            image.ahead.decode()
+        else:
+            try:
+                host.check_jpeg(image.data, image.header)
+            except DecodeError:
+                doubtful.add(image)
 
-    with in_background(stage_or_look_through, _largest_first([*for_host, *(for_gpu if strict else ())]), threads):
+    unready = [image for image in ahead if image.ahead is not None and not image.ahead.is_decoded]
+    with in_background(work_on, _largest_first([*staged, *unready, *(for_gpu if strict else ())]), threads):
         decoded = gpu_decode.decode_into(
             [buffer.address + image.offset_bytes for image in for_gpu],
             [image.data for image in for_gpu],
             [image.header for image in for_gpu],
-            color=wanted.color,
+            color=how.wanted.color,
             deterministic=deterministic,
         )
     # What the GPU refused, or made up, the host decodes, or it says what is wrong.
     refused = [image for image, done in zip(for_gpu, decoded, strict=True) if not done or image in doubtful]
-    staged |= _staging_for(refused, wanted)
+    staged |= _staging_for(refused, how)
     run_all(stage, refused, threads)
+    staged |= {image: image.ahead.give(image) for image in ahead if image.ahead is not None}
     stream = array_module("cuda").cuda.get_current_stream()
     for image, pixels in staged.items():
         if image.error is None:
             # The memory manager gives the pinned memory out after the copy.
-            _view(image, buffer, wanted).set(pixels, stream=stream)
+            buffer.view(how.shape(image), offset_bytes=image.offset_bytes).set(pixels, stream=stream)
 
 
-def _is_for_gpu(header: Header, wanted: host.Wanted) -> bool:
-    return wanted.reduce == 1 and gpu_decode.takes(header, wanted.color) and not wanted.converts(header)
-
-
-def _staging_for(images: Sequence[OpenImage], wanted: host.Wanted) -> dict[OpenImage, Any]:
+def _staging_for(images: Sequence[CompressedImage], how: How) -> dict[CompressedImage, Any]:
     """Pinned memory for the pixels of each image, from which they are copied to the GPU."""
     if not images:
         return {}
-    channels = CHANNELS[wanted.color]
-    sizes = [wanted.size(image.header) for image in images]
-    offsets, total_bytes = image_offsets(sizes, channels)
+    offsets, total_bytes = image_offsets([how.shape(image)[:2] for image in images], CHANNELS[how.wanted.color])
     buffer = memory.acquire(total_bytes, device="pinned")
-    views = [buffer.view((*size, channels), offset_bytes=offset) for size, offset in zip(sizes, offsets, strict=True)]
+    views = [buffer.view(how.shape(image), offset_bytes=at) for image, at in zip(images, offsets, strict=True)]
     return dict(zip(images, views, strict=True))
-
-
-def _decode_on_host(image: OpenImage, out: Any, wanted: host.Wanted, recover: bool) -> None:
-    try:
-        if image.damage is None:
-            try:
-                host.decode_into(out, image.data, image.header, wanted=wanted)
-                return
-            except DecodeError as error:
-                if not recover or error.kind not in ("truncated", "corrupt"):
-                    raise
-                image.damage = _bare(error, image.source)
-        rows = recovery.decode_into(out, image.data, image.header, wanted=wanted, damage=image.damage)
-        image.damage.valid_rows = rows
-    except DecodeError as error:
-        image.error = image.damage or _bare(error, image.source)

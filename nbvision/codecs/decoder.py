@@ -9,15 +9,17 @@ from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
-from nbvision.codecs import png
+from nbvision.codecs import host, png
 from nbvision.codecs._threads import ahead
 from nbvision.codecs.decode import LIMIT_PIXELS, Source, as_items, check_options, decode
+from nbvision.codecs.open import Allowance, How, OpenImage
 from nbvision.errors import InputError
 from nbvision.image import Color, ImageBatch
 from nbvision.runtime.device import Device, array_module, available_cores, own_stream, resolve_device
 
 __all__ = ["Decoder"]
 
+_AHEAD_BYTES = 512 << 20
 _WORKERS_ON_CUDA = 2  # one reads headers while the other has its turn on the JPEG engine
 
 
@@ -31,11 +33,15 @@ class Decoder:
     workers : int, optional
         Batches that are decoded at the same time. Default: 2 on CUDA, where they take turns on the JPEG engine, and one
         for each core on the CPU, where single images come from many callers.
+    ahead_bytes : int, optional
+        Of pixels that opened images may hold together before their batches are decoded; see :meth:`open`. Default: 512
+        MiB on CUDA, and 0 on the CPU, where the batches under way need the same cores.
 
     Raises
     ------
     InputError
-        For options that :func:`nbvision.decode` does not take, or ``workers`` that are no positive integer.
+        For options that :func:`nbvision.decode` does not take, ``workers`` that are no positive integer, or
+        ``ahead_bytes`` that are negative.
     DeviceError, MissingExtraError
         If the device cannot be used.
 
@@ -59,15 +65,23 @@ class Decoder:
         reduce: int = 1,
         threads: int | None = None,
         workers: int | None = None,
+        ahead_bytes: int | None = None,
     ) -> None:
         check_options(color, background, limit_pixels, recover, reduce, threads)
         if workers is not None and (not isinstance(workers, int) or workers <= 0):
             raise InputError(f"workers is {workers!r}; expected a positive integer, or None")
+        if ahead_bytes is not None and (not isinstance(ahead_bytes, int) or ahead_bytes < 0):
+            raise InputError(f"ahead_bytes is {ahead_bytes!r}; expected an integer of 0 or more, or None")
         self.device: Device = resolve_device(device)
         self.workers = workers or (_WORKERS_ON_CUDA if self.device == "cuda" else available_cores())
         self._options: dict[str, Any] = {"color": color, "background": background, "srgb": srgb, "device": self.device}
         self._options |= {"limit_pixels": limit_pixels, "recover": recover, "strict": strict}
         self._options |= {"deterministic": deterministic, "reduce": reduce, "threads": threads}
+        blended = background and (background[0], background[1], background[2])
+        if ahead_bytes is None:
+            ahead_bytes = _AHEAD_BYTES if self.device == "cuda" else 0
+        self._allowance = Allowance(ahead_bytes)
+        self._how = How(host.Wanted(color, blended, srgb, reduce), self.device, recover)
         self._device_id = array_module("cuda").cuda.Device().id if self.device == "cuda" else None
         self._closed = False
         self._pool: tuple[int, ThreadPoolExecutor] | None = None
@@ -75,6 +89,39 @@ class Decoder:
     def __call__(self, sources: Source | Iterable[Source]) -> ImageBatch:
         """Decode now, in the caller's thread and on its stream; see :func:`nbvision.decode`."""
         return decode(sources, **self._options)
+
+    def open(self, source: Source) -> OpenImage:
+        """Read a file's header now, and begin what the host has to decode, in the threads of every decode.
+
+        For an image that waits until others make a batch with it: all but the JPEGs of the GPU are pixels by then. It
+        takes microseconds, and the time to read the file if ``source`` is a path. An image that is let go of before a
+        thread has come to it is not decoded; one for whose pixels nothing of ``ahead_bytes`` is left is decoded with
+        its batch.
+
+        Parameters
+        ----------
+        source : bytes-like, str or os.PathLike
+
+        Returns
+        -------
+        OpenImage
+            For this decoder's :meth:`__call__`, :meth:`submit` and :meth:`stream`, and for :func:`nbvision.decode` with
+            the same options. What is wrong with the file is its ``error``, and that of its batch.
+
+        Raises
+        ------
+        InputError
+            If ``source`` is none, or the decoder is closed.
+        """
+        if self._closed:
+            raise InputError("this Decoder is closed; make another")
+        items = as_items(source)
+        if len(items) != 1:
+            raise InputError(f"source is {len(items)} files; expected one")
+        if isinstance(items[0], OpenImage):
+            return items[0]
+        limit = self._options["limit_pixels"]
+        return OpenImage(items[0], self._how, self._allowance, limit_pixels=limit, device_id=self._device_id)
 
     def submit(self, sources: Source | Iterable[Source]) -> Future[ImageBatch]:
         """Decode in a thread of the decoder.

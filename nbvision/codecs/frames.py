@@ -5,7 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 from nbvision.codecs import host
-from nbvision.codecs.decode import LIMIT_PIXELS, Source, as_items, check_options, open_image
+from nbvision.codecs.decode import LIMIT_PIXELS, Source, as_items, check_options
+from nbvision.codecs.open import OpenImage, read_image
 from nbvision.errors import DecodeError, InputError
 from nbvision.image import Color, ImageBatch
 from nbvision.runtime.device import Device, resolve_device
@@ -60,7 +61,9 @@ def decode_frames(
     if not isinstance(limit_frames, int) or limit_frames <= 0:
         raise InputError(f"limit_frames is {limit_frames!r}; expected a positive integer")
     target = resolve_device(device)
-    image = open_image(items[0], limit_pixels)
+    if isinstance(items[0], OpenImage):
+        raise InputError(f"source is {items[0]!r}; expected bytes or a path, for an opened image is its first frame")
+    image = read_image(items[0], limit_pixels)
     if isinstance(image, DecodeError):
         raise image
     wanted = host.Wanted(color, background and (background[0], background[1], background[2]))

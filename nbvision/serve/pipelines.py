@@ -18,7 +18,8 @@ import numpy as np
 import numpy.typing as npt
 from nbvision_kernels.codes import HEIGHT, WIDTH, X, Y
 
-from nbvision.codecs import decode, encode
+from nbvision.codecs import Decoder, encode
+from nbvision.codecs.open import OpenImage
 from nbvision.engines import Engine
 from nbvision.errors import InputError
 from nbvision.image import to_device
@@ -70,9 +71,13 @@ class Pipeline(ABC):
     digest: str
     takes_images = True
 
+    def open(self, item: Any) -> Any:
+        """The item as it shall wait for its batch; what can be done to it by itself may begin. Returns at once."""
+        return item
+
     @abstractmethod
     def run(self, items: list[Any]) -> list[Any]:
-        """A result for each item, or the exception that is its own."""
+        """A result for each item, opened or not, or the exception that is its own."""
 
     @abstractmethod
     def probe(self) -> Any:
@@ -164,7 +169,8 @@ class RecognizerPipeline(Pipeline):
             self._index = Index.load(index, model=self.digest)
             self.digest = _with_files(self.digest, index)
         self._nearest, self._crops = nearest, crops
-        self._stage_times, self._limit_pixels = stage_times, limit_pixels
+        self._stage_times = stage_times
+        self._decoder = Decoder(device=self.device, limit_pixels=limit_pixels)
         dimension = self._recognizer.dimension
         self.inputs = (TensorInfo("IMAGE", "BYTES", (-1,)),)
         self.outputs = (
@@ -176,11 +182,14 @@ class RecognizerPipeline(Pipeline):
             TensorInfo("VECTORS", "FP32", (-1, dimension)),
         )
 
-    def run(self, items: list[bytes]) -> list[Any]:
+    def open(self, item: bytes) -> OpenImage:
+        return self._decoder.open(item)
+
+    def run(self, items: list[Any]) -> list[Any]:
         times = StageTimes() if self._stage_times else None
         stage = (lambda name, count: times.stage(name, self.device, items=count)) if times else _not_timed
         with stage("decode", len(items)):
-            images = decode(items, device=self.device, limit_pixels=self._limit_pixels)
+            images = self._decoder(items)
         found = self._recognizer.recognize(images, times=times)
         rle = mask_to_rle(found.masks)
         goods = None

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from nbvision.batching import Batcher, BatcherStats
+from nbvision.codecs.open import OpenImage
 from nbvision.errors import DeviceError, EngineError
 from nbvision.serve.pipelines import Pipeline
 from nbvision.serve.tracing import span
@@ -61,7 +62,7 @@ class Served:
             max_queue_items=limits.max_queue_items,
             max_queue_bytes=limits.max_queue_bytes,
             in_flight=limits.in_flight,
-            size_of=lambda item: len(item) if isinstance(item, bytes) else sum(row.nbytes for row in item.values()),
+            size_of=_size_bytes,
             device=pipeline.device,
         )
         self._lock = threading.Lock()
@@ -81,6 +82,10 @@ class Served:
             self.last_answer_ms = int(time.time() * 1e3)
         self.is_healthy = True
         return results
+
+    async def answer(self, item: Any, *, deadline_ms: float | None, priority: int = 0) -> Any:
+        """The result of one item; raises what :meth:`Batcher.answer` raises."""
+        return await self.batcher.answer(self.pipeline.open(item), deadline_ms=deadline_ms, priority=priority)
 
     def warm_up(self) -> None:
         """Answer in each thread, so that no client waits for what is compiled, loaded or allocated at first.
@@ -102,3 +107,10 @@ class Served:
         """Answer what waits, then take no more, and let go of the models."""
         self.batcher.close()
         self.pipeline.close()
+
+
+def _size_bytes(item: Any) -> int:
+    """Of what waits: a file, opened or not, or a model's inputs."""
+    if isinstance(item, bytes):
+        return len(item)
+    return item.nbytes if isinstance(item, OpenImage) else sum(row.nbytes for row in item.values())

@@ -133,7 +133,7 @@ class Service:
         async def one(item: Any) -> Any:
             async def compute() -> Any:
                 try:
-                    return await served.batcher.answer(item, deadline_ms=deadline_ms, priority=priority)
+                    return await served.answer(item, deadline_ms=deadline_ms, priority=priority)
                 except DecodeError as error:  # which the same bytes will get again: a result, and kept as one
                     return error.with_traceback(None)
 
@@ -275,7 +275,7 @@ class Service:
             for served in list(self.served.values()):  # which change while it waits
                 if not served.is_healthy:
                     with contextlib.suppress(Exception):  # which is what it is being watched for
-                        await served.batcher.answer(served.pipeline.probe(), deadline_ms=10_000)
+                        await served.answer(served.pipeline.probe(), deadline_ms=10_000)
 
     async def close(self) -> None:
         """Answer what waits, and end."""
