@@ -28,6 +28,7 @@ from nbvision.runtime.device import (
     cuda_unavailable_because,
     device_of,
     on_stream,
+    require_cupy,
 )
 
 if TYPE_CHECKING:
@@ -444,7 +445,10 @@ class Preprocess:
                 block = (int(spec.defines["LINE_THREADS"]), _FRAME_LINES, 1)
                 tile = (block[0] * _FRAME_PIXELS, block[1] * int(spec.defines["LINES"]))
             grid = (-(-width // tile[0]), -(-height // tile[1]))
-            self._frames[key] = load_kernel(spec, batch.table.device.id), grid, block, launch_numbers
+            # CuPy makes such an object of every number at every launch, which takes an eighth of a call.
+            by_value = require_cupy("a launch").cuda.function.CNumpyArray
+            kept_numbers = tuple([by_value(np.array(number)) for number in launch_numbers])
+            self._frames[key] = load_kernel(spec, batch.table.device.id), grid, block, kept_numbers
         return self._frames[key]
 
     def _spec(self, batch: ImageBatch) -> Any:
