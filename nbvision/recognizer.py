@@ -19,7 +19,6 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from nbvision.codecs import decode
 from nbvision.codecs.decode import Source, as_items
 from nbvision.codecs.decoder import Decoder
 from nbvision.codecs.open import OpenImage
@@ -123,6 +122,8 @@ class Recognizer:
     score_threshold, iou_threshold : float
     max_detections : int
         Objects of an image, at most.
+    decode_processes : int
+        Processes that decode what is the host's; see :class:`nbvision.Decoder`. For a service of single images.
 
     Raises
     ------
@@ -139,10 +140,11 @@ class Recognizer:
         score_threshold: float = 0.35,
         iou_threshold: float = 0.5,
         max_detections: int = 16,
+        decode_processes: int = 0,
     ) -> None:
         self.detector, self.masker, self.embedder = detector, masker, embedder
         self.device: Device = detector.device
-        self._decoder = Decoder(device=self.device)
+        self._decoder = Decoder(device=self.device, processes=decode_processes)
         self._decoder.warm_up()
         self.classes = _class_names(detector)
         self.score_threshold = score_threshold
@@ -206,7 +208,7 @@ class Recognizer:
         if not isinstance(sources, ImageBatch):
             items = as_items(sources)
             with self._stage(times, "decode", len(items)):
-                batch = decode(items, device=self.device)
+                batch = self._decoder(items)
         else:
             batch = sources.to(self.device)
 

@@ -1,13 +1,16 @@
-"""Decoder.open: what the host decodes begins before there is a batch, and nothing else changes."""
+"""Decoder.open, and processes that decode: before there is a batch, and nothing else changes."""
 
 from __future__ import annotations
 
 import gc
+import os
+import signal
+import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -17,41 +20,56 @@ from test_decode import encode, photo
 from test_decoder import BMP, JPEG, PNG, assert_same
 
 import nbvision as nbv
-from nbvision.codecs import _threads, host
-from nbvision.codecs.open import OpenImage
+from nbvision.codecs import _processes, host
+from nbvision.codecs._processes import FAILED, RUNNING, STATE, Processes
 from nbvision.errors import InputError
-from nbvision.runtime import memory
-from nbvision.runtime.device import available_cores
 
 PROGRESSIVE = encode(photo(), "JPEG", progressive=True)
-AHEAD = 1 << 24  # also on the CPU
 FILES = [JPEG, PNG, b"broken", PROGRESSIVE, PNG[:3000], BMP, b""]
+SHARED = 1 << 24
 
 
-def wait_for(image: OpenImage) -> None:
-    ends_s = time.monotonic() + 20
-    while not image.is_decoded:
-        assert time.monotonic() < ends_s, f"{image} was not begun"
+@pytest.fixture(scope="module")
+def shared() -> Processes:
+    """Two processes, for as long as this file runs; every decoder that asks for as many has them."""
+    found = _processes.processes(2, SHARED)
+    found.wait_until_ready()
+    return found
+
+
+def decoder_of(device: Any, **options: Any) -> nbv.Decoder:
+    return nbv.Decoder(device=device, processes=2, shared_bytes=SHARED, **options)
+
+
+def wait_until(is_so: Callable[[], Any]) -> None:
+    ends_s = time.monotonic() + 30
+    while not is_so():
+        assert time.monotonic() < ends_s
         time.sleep(0.001)
 
 
+def ids_of(processes: Processes) -> list[int]:
+    return [worker.process.pid for worker in processes._workers]
+
+
 @contextmanager
-def no_free_thread() -> Iterator[None]:
-    """Within this context the threads of every decode are busy with something else."""
-    go_on = threading.Event()
-    all_in = threading.Barrier(available_cores() + 1)
-
-    def wait() -> None:
-        all_in.wait(20)
-        go_on.wait(20)
-
-    for _ in range(available_cores()):
-        _threads.begin(wait)
-    all_in.wait(20)
+def stopped(processes: Processes) -> Iterator[None]:
+    """Within this context the processes do nothing."""
+    held = ids_of(processes)
+    for process_id in held:
+        os.kill(process_id, signal.SIGSTOP)
     try:
         yield
     finally:
-        go_on.set()
+        for process_id in held:
+            with suppress(ProcessLookupError):
+                os.kill(process_id, signal.SIGCONT)
+
+
+def free_bytes(processes: Processes) -> int:
+    with processes._changing:
+        processes._reclaim()
+        return sum(size for _, size in processes._free)
 
 
 @pytest.mark.parametrize(
@@ -67,9 +85,9 @@ def no_free_thread() -> Iterator[None]:
     ],
     ids=str,
 )
-def test_opened_images_are_decoded_as_their_files_are(device: Any, options: Any) -> None:
+def test_opened_images_are_decoded_as_their_files_are(device: Any, options: Any, shared: Processes) -> None:
     expected = nbv.decode(FILES, device=device, **options)
-    with nbv.Decoder(device=device, ahead_bytes=AHEAD, **options) as decoder:
+    with decoder_of(device, **options) as decoder:
         opened = [decoder.open(data) for data in FILES]
         for sources in (opened, opened, [opened[0], *FILES[1:3], *opened[3:]]):
             for batch in (
@@ -83,12 +101,14 @@ def test_opened_images_are_decoded_as_their_files_are(device: Any, options: Any)
                 assert rows[0] == rows[1]
 
 
-def test_what_the_host_decodes_is_decoded_before_the_batch(device: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_the_host_decodes_is_decoded_before_the_batch(
+    device: Any, shared: Processes, monkeypatch: pytest.MonkeyPatch
+) -> None:
     expected = nbv.decode([PNG, PROGRESSIVE, JPEG], device=device)
-    with nbv.Decoder(device=device, ahead_bytes=AHEAD) as decoder:
+    with decoder_of(device) as decoder:
         opened = [decoder.open(data) for data in (PNG, PROGRESSIVE, JPEG)]
         for image in opened[: 3 if device == "cpu" else 2]:
-            wait_for(image)
+            wait_until(lambda image=image: image.is_decoded)
 
         def refuse(*arguments: Any, **options: Any) -> None:
             raise AssertionError("it was decoded already")
@@ -97,10 +117,17 @@ def test_what_the_host_decodes_is_decoded_before_the_batch(device: Any, monkeypa
         assert_same(decoder(opened), expected)
 
 
-def test_headers_are_read_at_once(device: Any, tmp_path: Path) -> None:
+def test_a_decoder_without_processes_opens_as_well(device: Any) -> None:
+    with nbv.Decoder(device=device) as decoder:
+        opened = [decoder.open(data) for data in FILES]
+        assert_same(decoder(opened), nbv.decode(FILES, device=device))
+        assert not any(image.is_decoded for image in opened)
+
+
+def test_headers_are_read_at_once(device: Any, shared: Processes, tmp_path: Path) -> None:
     path = tmp_path / "cut.png"
     path.write_bytes(PNG[:3000])
-    with nbv.Decoder(device=device, limit_pixels=97 * 1000, ahead_bytes=AHEAD) as decoder:
+    with decoder_of(device, limit_pixels=97 * 1000) as decoder:
         whole, cut, missing, none = map(decoder.open, (PNG, path, tmp_path / "missing", b"no image"))
         assert (whole.header and whole.header.format, whole.error, whole.nbytes) == ("png", None, len(PNG))
         assert "png" in repr(whole)
@@ -108,103 +135,79 @@ def test_headers_are_read_at_once(device: Any, tmp_path: Path) -> None:
         assert kinds == ["truncated", "unreadable", "not_an_image"]
         assert cut.error is not None
         assert cut.error.source == str(path)
-        assert "truncated" in repr(cut) or "ends before" in repr(cut)
-        path.unlink()
+        assert "ends before" in repr(cut)
         assert decoder.open(whole) is whole
         big = decoder.open(nbv.encode(np.zeros((1000, 98, 3), np.uint8), "png"))
         assert big.error is not None
         assert big.error.kind == "too_large"
 
 
-def test_an_image_that_nobody_waits_for_is_not_decoded(device: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    decoded = []
-    decode_into = host.decode_into
+def test_errors_that_processes_find_know_their_file(device: Any, shared: Processes, tmp_path: Path) -> None:
+    path = tmp_path / "damaged.png"
+    path.write_bytes(PNG[:600] + b"damage" + PNG[606:])
+    with decoder_of(device) as decoder:
+        (error,) = decoder(decoder.open(path)).errors
+        (expected,) = nbv.decode(path, device=device).errors
+        assert error is not None
+        assert expected is not None
+        assert (str(error), error.kind, error.source) == (str(expected), expected.kind, str(path))
 
-    def note(out: Any, data: bytes, *arguments: Any, **options: Any) -> None:
-        decoded.append(data)
-        decode_into(out, data, *arguments, **options)
 
-    monkeypatch.setattr(host, "decode_into", note)
-    with nbv.Decoder(device=device, ahead_bytes=AHEAD) as decoder:
-        with no_free_thread():
-            given_up, wanted = decoder.open(BMP), decoder.open(PNG)
-            del given_up
+def test_an_image_that_nobody_waits_for_is_not_decoded(device: Any, shared: Processes) -> None:
+    with decoder_of(device) as decoder:
+        with stopped(shared):
+            opened = [decoder.open(BMP), decoder.open(PNG)]
+            place = opened[0]._image.ahead._place
+            del opened[0]
             gc.collect()
-        wait_for(wanted)
-        assert decoded == [PNG]
+        wait_until(lambda: opened[0].is_decoded)
+        wait_until(lambda: shared.shared.numbers(place)[STATE] == FAILED)
+    opened.clear()
+    gc.collect()
+    assert free_bytes(shared) == SHARED
 
 
-def test_no_free_thread_is_waited_for(device: Any) -> None:
-    """The caller decodes what nobody has begun."""
-    expected = nbv.decode([PNG, BMP], device=device)
-    with nbv.Decoder(device=device, ahead_bytes=AHEAD) as decoder, no_free_thread():
-        assert_same(decoder([decoder.open(PNG), decoder.open(BMP)]), expected)
-
-
-def test_no_more_pixels_are_ahead_than_allowed(device: Any) -> None:
-    height, width = nbv.decode(PNG, device="cpu").sizes[0].tolist()
-    expected = nbv.decode([PNG] * 3, device=device)
-    with nbv.Decoder(device=device, ahead_bytes=2 * height * width * 3) as decoder:
-        opened = [decoder.open(PNG) for _ in range(3)]
-        wait_for(opened[0])
-        wait_for(opened[1])
-        assert_same(decoder(opened), expected)
-        assert not opened[2].is_decoded  # but in its batch
-        del opened[0]
+def test_what_finds_no_room_is_decoded_by_threads(device: Any, shared: Processes) -> None:
+    size = (701, 903)
+    pictures = [nbv.encode(np.full((*size, 3), level, np.uint8), "png") for level in range(0, 240, 10)]
+    assert len(pictures) * size[0] * size[1] * 3 > 2 * SHARED
+    huge = nbv.encode(np.zeros((1300, 1400, 3), np.uint8), "png")  # more than a quarter by itself
+    with decoder_of(device) as decoder:
+        opened = [decoder.open(data) for data in (*pictures, huge)]
+        began = [image._image.ahead is not None for image in opened]
+        assert 3 < sum(began) < len(pictures)
+        assert not began[-1]
+        batch = decoder(opened)
+        assert batch.sizes[-1].tolist() == [1300, 1400]
+        for level, pixels in zip(range(0, 240, 10), batch.to("cpu"), strict=False):
+            assert (pixels == level).all()
+        del opened
         gc.collect()
-        another = decoder.open(PNG)
-        wait_for(another)
-        assert not opened[1].is_decoded
-    with nbv.Decoder(device=device, ahead_bytes=0) as decoder:
-        image = decoder.open(PNG)
-        assert_same(decoder([image] * 3), expected)
-        assert not image.is_decoded
+        assert free_bytes(shared) == SHARED
 
 
-def test_by_default_it_is_the_gpu_that_the_host_works_ahead_for(device: Any) -> None:
-    with nbv.Decoder(device=device) as decoder:
-        image = decoder.open(PNG)
-        if device == "cuda":
-            wait_for(image)
-        assert decoder(image).ok.all()
-        assert image.is_decoded is (device == "cuda")
-
-
-def test_many_threads_decode_the_same_opened_images(device: Any) -> None:
+def test_many_threads_decode_the_same_opened_images(device: Any, shared: Processes) -> None:
     expected = nbv.decode(FILES, device=device)
-    with nbv.Decoder(device=device, workers=4, ahead_bytes=AHEAD) as decoder, ThreadPoolExecutor(8) as threads:
+    with decoder_of(device, workers=4) as decoder, ThreadPoolExecutor(8) as threads:
         for _ in range(10):
             opened = [decoder.open(data) for data in FILES]
             for future in [threads.submit(decoder, opened) for _ in range(8)]:
                 assert_same(future.result(), expected)
 
 
-def test_pixels_ahead_outlive_their_image_until_they_are_copied(device: Any) -> None:
-    """Pinned memory is given out again only after the copy from it; the same files over and over reuse it."""
-    pictures = [nbv.encode(np.full((301, 403, 3), level, np.uint8), "png") for level in range(0, 250, 10)]
-    with nbv.Decoder(device=device, ahead_bytes=AHEAD) as decoder:
-        batches = []
-        for _ in range(12):
-            batches.append(decoder([decoder.open(data) for data in pictures]))
+def test_pixels_are_not_overwritten_before_they_are_copied(device: Any, shared: Processes) -> None:
+    """The same memory over and over, faster than anybody looks at the batches."""
+    levels = range(0, 250, 10)
+    pictures = [nbv.encode(np.full((301, 403, 3), level, np.uint8), "png") for level in levels]
+    with decoder_of(device) as decoder:
+        batches = [decoder(pictures) for _ in range(12)]
         for batch in batches:
-            for level, pixels in zip(range(0, 250, 10), batch.to("cpu"), strict=True):
+            for level, pixels in zip(levels, batch.to("cpu"), strict=True):
                 assert (pixels == level).all()
 
 
-def test_memory_is_of_the_source_that_opened(device: Any) -> None:
-    with nbv.Decoder(device=device, ahead_bytes=AHEAD) as decoder:
-        with memory.source("opened here"):
-            image = decoder.open(PNG)
-        wait_for(image)
-        place = "pinned" if device == "cuda" else "cpu"
-        assert memory.stats(device=place).sources["opened here"].used_bytes > 0
-        del image
-        gc.collect()
-        assert memory.stats(device=place).sources["opened here"].used_bytes == 0
-
-
-def test_a_batch_has_its_own_limit_and_options(device: Any) -> None:
-    with nbv.Decoder(device=device, ahead_bytes=AHEAD) as decoder:
+def test_a_batch_has_its_own_limit_and_options(device: Any, shared: Processes) -> None:
+    with decoder_of(device) as decoder:
         image = decoder.open(PNG)
         (error,) = nbv.decode(image, device=device, limit_pixels=10).errors
         assert error is not None
@@ -218,29 +221,124 @@ def test_a_batch_has_its_own_limit_and_options(device: Any) -> None:
 
 
 def test_what_is_no_source_is_refused_at_once(device: Any) -> None:
-    decoder = nbv.Decoder(device=device, ahead_bytes=AHEAD)
+    decoder = nbv.Decoder(device=device)
     for source in (3, None, [PNG, PNG], []):
         with pytest.raises(InputError):
             decoder.open(source)
+    for options in ({"processes": -1}, {"processes": 1.5}, {"shared_bytes": 0}, {"shared_bytes": None}):
+        with pytest.raises(InputError, match=next(iter(options))):
+            nbv.Decoder(device=device, **options)
+
+
+# --- processes that end -----------------------------------------------------------------------------------------------
+
+LARGE = nbv.encode(np.random.default_rng(3).integers(0, 256, (1500, 1000, 3), np.uint8), "png")
+
+
+@pytest.fixture
+def lonely() -> Processes:
+    """One process."""
+    found = Processes(1, 1 << 26)
+    found.wait_until_ready()
+    return found
+
+
+def opened_by(processes: Processes, data: bytes, device: Any) -> tuple[nbv.Decoder, Any]:
+    decoder = nbv.Decoder(device=device)
+    decoder._processes = processes
+    return decoder, decoder.open(data)
+
+
+def kill_at_work(processes: Processes, image: Any) -> None:
+    place = image._image.ahead._place
+    wait_until(lambda: processes.shared.numbers(place)[STATE] == RUNNING)
+    (process_id,) = ids_of(processes)
+    os.kill(process_id, signal.SIGKILL)
+
+
+def test_another_process_decodes_what_one_has_died_of(device: Any, lonely: Processes) -> None:
+    decoder, image = opened_by(lonely, LARGE, device)
+    before = ids_of(lonely)
+    kill_at_work(lonely, image)
+    assert_same(decoder(image), nbv.decode(LARGE, device=device))
+    assert ids_of(lonely) != before
+    assert_same(decoder([LARGE, PNG]), nbv.decode([LARGE, PNG], device=device))
+
+
+def test_what_kills_two_processes_is_an_error_and_nothing_else_is(device: Any, lonely: Processes) -> None:
+    decoder, image = opened_by(lonely, LARGE, device)
+    other = decoder.open(PNG)
+    results: list[Any] = []
+    thread = threading.Thread(target=lambda: results.append(decoder([other, image])))
+    kill_at_work(lonely, image)
+    (dead,) = ids_of(lonely)
+    thread.start()
+    wait_until(lambda: ids_of(lonely) not in ([dead], []))
+    kill_at_work(lonely, image)
+    thread.join(30)
+    (batch,) = results
+    assert_same(batch.select([0]), nbv.decode(PNG, device=device))
+    assert batch.errors[1] is not None
+    assert batch.errors[1].kind == "corrupt"
+    assert "two processes ended" in str(batch.errors[1])
+
+
+def test_where_no_process_starts_threads_decode(device: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "executable", "/bin/false")
+    processes = Processes(2, 1 << 22)
+    processes.wait_until_ready()
+    assert not processes.has_any()
+    decoder, image = opened_by(processes, PNG, device)
+    assert_same(decoder([image, BMP]), nbv.decode([PNG, BMP], device=device))
+
+
+def test_who_waits_for_a_process_when_the_last_one_ends_decodes_itself(
+    device: Any, lonely: Processes, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(_processes, "_STARTS", 0)
+    (process_id,) = ids_of(lonely)
+    with stopped(lonely):
+        decoder, image = opened_by(lonely, PNG, device)
+        os.kill(process_id, signal.SIGKILL)
+        assert_same(decoder(image), nbv.decode(PNG, device=device))
+    assert_same(decoder(BMP), nbv.decode(BMP, device=device))
+
+
+def test_processes_end_with_their_last_decoder(device: Any) -> None:
+    decoder = nbv.Decoder(device=device, processes=1, shared_bytes=1 << 22)
+    other = nbv.Decoder(device=device, processes=1, shared_bytes=1 << 22)
+    assert decoder._processes is other._processes is not None
+    decoder.warm_up()
+    assert decoder(PNG).ok.all()
+    (process_id,) = ids_of(decoder._processes)
     decoder.close()
-    with pytest.raises(InputError, match="make another"):
-        decoder.open(PNG)
-    for ahead_bytes in (-1, 1.5):
-        with pytest.raises(InputError, match="ahead_bytes"):
-            nbv.Decoder(device=device, ahead_bytes=ahead_bytes)
+    os.kill(process_id, 0)
+    assert decoder(PNG).ok.all()  # by threads
+    other.close()
+    gc.collect()
+    with pytest.raises(ProcessLookupError):
+        os.kill(process_id, 0)
 
 
-def test_memory_that_is_refused_ahead_is_asked_for_again(device: Any) -> None:
-    """What fails in a thread fails nobody: who decodes the batch tries again, as of its own source."""
-    expected = nbv.decode(PNG, device=device)
-    with nbv.Decoder(device=device, ahead_bytes=AHEAD) as decoder:
-        with memory.source("tight", budget_bytes=1):
-            image = decoder.open(PNG)
-        with no_free_thread():  # who has come to an end with it
-            assert not image.is_decoded
-        with (
-            memory.source("tight, too", budget_bytes=1),
-            pytest.raises(nbv.errors.MemoryLimitError, match="tight, too"),
-        ):
-            decoder(image)
-        assert_same(decoder(image), expected)
+def test_no_process_outlives_who_started_it(tmp_path: Path) -> None:
+    import subprocess
+
+    code = (
+        "import os, signal, nbvision as nbv\n"
+        "decoder = nbv.Decoder(device='cpu', processes=2, shared_bytes=1 << 22)\n"
+        "print(*[worker.process.pid for worker in decoder._processes._workers], flush=True)\n"
+        "decoder.warm_up()\n"
+        "os.kill(os.getpid(), signal.SIGKILL)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    assert done.returncode == -signal.SIGKILL, done.stderr
+
+    def is_gone(process_id: str) -> bool:
+        try:
+            return Path(f"/proc/{process_id}/stat").read_text().rpartition(")")[2].split()[0] == "Z"
+        except (FileNotFoundError, ProcessLookupError):
+            return True
+
+    assert len(done.stdout.split()) == 2
+    for process_id in done.stdout.split():
+        wait_until(lambda process_id=process_id: is_gone(process_id))

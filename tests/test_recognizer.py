@@ -187,6 +187,16 @@ def test_an_image_batch_equals_its_files(device: str, files: list[bytes]) -> Non
     assert_same_objects(found, recognizer(device).recognize([*files, b""]))
 
 
+def test_opened_images_equal_their_files(device: str, files: list[bytes]) -> None:
+    engines = (recognizer(device).detector, recognizer(device).masker, recognizer(device).embedder)
+    with_processes = Recognizer(*engines, decode_processes=1)
+    sources = [*files, b""]
+    for one in (recognizer(device), with_processes):
+        found = one.recognize([one.open(data) for data in sources])
+        assert [error and error.kind for error in found.errors] == [None] * len(files) + ["empty"]
+        assert_same_objects(found, recognizer(device).recognize(sources))
+
+
 def test_stream_is_the_batches_one_after_the_other(device: str, files: list[bytes]) -> None:
     parts = list(recognizer(device).stream(iter(files), batch_size=5))
     assert [len(sources) for sources, _ in parts] == [5, 5, 2]

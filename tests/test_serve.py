@@ -104,6 +104,7 @@ def server(tmp_path_factory: pytest.TempPathFactory, pictures: Path, recognizer:
         crops: true
         stage_times: true
         limit_pixels: 4000000
+        decode_processes: 1
       affine:
         kind: engine
         device: cpu

@@ -496,7 +496,7 @@ def test_who_looks_after_failing_pipelines_goes_on_while_others_come_and_go(
         service = service_module.Service(path)
         asked, may_answer = asyncio.Event(), asyncio.Event()
 
-        async def answer(item: object, *, deadline_ms: float) -> None:
+        async def answer(item: object, *, deadline_ms: float, priority: int) -> None:
             asked.set()
             await may_answer.wait()
 

@@ -30,6 +30,9 @@ def files(size: str, count: int) -> list[bytes]:
     return [encoded[index % DIFFERENT] for index in range(count)]
 
 
+IN_PROCESSES = "nbvision, ahead in processes"
+
+
 class JpegOnGPU:
     """Into device memory, the wait for the GPU included, a call for each batch; OpenCV stays on the host.
 
@@ -92,13 +95,13 @@ class MixedOnGPU:
     OpenCV's pixels stay on the host.
     """
 
-    params = (["nbvision", "nbvision, ahead", "nvImageCodec", "OpenCV, a thread a core"],)
+    params = (["nbvision", "nbvision, ahead", IN_PROCESSES, "nvImageCodec", "OpenCV, a thread a core"],)
     param_names = ("how",)
 
     def setup(self, how: str) -> None:
         need_cuda()
         batch = mixed_files(MIXED)
-        self.images = MIXED * (AHEAD if how.endswith("ahead") else 1)
+        self.images = MIXED * (AHEAD if "ahead" in how else 1)
         self.call = _GPU_DECODERS[how](batch)
         for _ in range(3):
             assert len(self.call()) == MIXED
@@ -173,10 +176,11 @@ def _nbvision(device: Any, **options: Any) -> Callable[[list[bytes]], Callable[[
     return prepare
 
 
-def _ahead(batch: list[bytes]) -> Callable[[], Any]:
+def _ahead(batch: list[bytes], **options: Any) -> Callable[[], Any]:
     from nbvision import Decoder
 
-    decoder = Decoder(device="cuda")
+    decoder = Decoder(device="cuda", **options)
+    decoder.warm_up()
 
     def call() -> Any:
         images = None
@@ -232,6 +236,7 @@ _GPU_DECODERS = {
     "nbvision": _nbvision("cuda"),
     "nbvision, deterministic": _nbvision("cuda", deterministic=True),
     "nbvision, ahead": _ahead,
+    IN_PROCESSES: functools.partial(_ahead, processes=CORES, shared_bytes=2 << 30),
     "nvImageCodec": _nvimgcodec,
     "nvImageCodec, engine alone": functools.partial(_nvimgcodec, engine_alone=True),
     "torchvision": _torchvision,

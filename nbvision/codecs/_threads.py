@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 
 from nbvision.runtime.device import available_cores
 
-__all__ = ["Turns", "ahead", "begin", "in_background", "map_all", "run_all"]
+__all__ = ["Turns", "ahead", "in_background", "map_all", "run_all"]
 
 T = TypeVar("T")
 R = TypeVar("R")
@@ -30,11 +30,6 @@ def _pool() -> ThreadPoolExecutor:
 
 
 os.register_at_fork(after_in_child=_pool.cache_clear)  # a forked child has the pool without its threads
-
-
-def begin(function: Callable[..., object], *arguments: Any) -> None:
-    """Call a function in a thread when one is free; what it raises is nobody's."""
-    _pool().submit(function, *arguments)
 
 
 @contextlib.contextmanager

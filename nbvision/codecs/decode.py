@@ -203,7 +203,7 @@ def _open_all(sources: Sequence[Any], how: How, limit_pixels: int, threads: int)
 def _decode_on_cpu(images: Sequence[CompressedImage], buffer: memory.Buffer, how: How, threads: int) -> None:
     def one(image: CompressedImage) -> None:
         view = buffer.view(how.shape(image), offset_bytes=image.offset_bytes)
-        if image.ahead is None:
+        if image.ahead is None or not image.ahead.wait():
             decode_on_host(image, view, how)
         elif (pixels := image.ahead.give(image)) is not None:
             view[:] = pixels
@@ -225,26 +225,23 @@ def _decode_on_cuda(
     threads: int,
 ) -> None:
     for_gpu = [image for image in images if how.is_for_gpu(image)]
-    ahead = [image for image in images if image.ahead is not None]
-    staged = _staging_for([image for image in images if image.ahead is None and not how.is_for_gpu(image)], how)
+    for_host = [image for image in images if image.ahead is None and not how.is_for_gpu(image)]
+    staged = _staging_for(for_host, how)
     doubtful: set[CompressedImage] = set()
 
     def stage(image: CompressedImage) -> None:
         decode_on_host(image, staged[image], how)
 
-    def work_on(image: CompressedImage) -> None:
+    def stage_or_look_through(image: CompressedImage) -> None:
         if image in staged:
             stage(image)
-        elif image.ahead is not None:
-            image.ahead.decode()
-        else:
-            try:
-                host.check_jpeg(image.data, image.header)
-            except DecodeError:
-                doubtful.add(image)
+            return
+        try:
+            host.check_jpeg(image.data, image.header)
+        except DecodeError:
+            doubtful.add(image)
 
-    unready = [image for image in ahead if image.ahead is not None and not image.ahead.is_decoded]
-    with in_background(work_on, _largest_first([*staged, *unready, *(for_gpu if strict else ())]), threads):
+    with in_background(stage_or_look_through, _largest_first([*for_host, *(for_gpu if strict else ())]), threads):
         decoded = gpu_decode.decode_into(
             [buffer.address + image.offset_bytes for image in for_gpu],
             [image.data for image in for_gpu],
@@ -252,16 +249,22 @@ def _decode_on_cuda(
             color=how.wanted.color,
             deterministic=deterministic,
         )
-    # What the GPU refused, or made up, the host decodes, or it says what is wrong.
+    # What the GPU refused, or made up, the host decodes, or it says what is wrong; and what no process could.
+    ahead = {image: image.ahead for image in images if image.ahead is not None}
     refused = [image for image, done in zip(for_gpu, decoded, strict=True) if not done or image in doubtful]
+    refused += [image for image, job in ahead.items() if not job.wait()]
     staged |= _staging_for(refused, how)
     run_all(stage, refused, threads)
-    staged |= {image: image.ahead.give(image) for image in ahead if image.ahead is not None}
+    staged |= {image: job.give(image) for image, job in ahead.items() if image not in staged}
     stream = array_module("cuda").cuda.get_current_stream()
     for image, pixels in staged.items():
         if image.error is None:
             # The memory manager gives the pinned memory out after the copy.
             buffer.view(how.shape(image), offset_bytes=image.offset_bytes).set(pixels, stream=stream)
+    if ahead:
+        copied = stream.record()
+        for job in ahead.values():
+            job.keep_until(copied)
 
 
 def _staging_for(images: Sequence[CompressedImage], how: How) -> dict[CompressedImage, Any]:

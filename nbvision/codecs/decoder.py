@@ -10,16 +10,16 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
 from nbvision.codecs import host, png
+from nbvision.codecs._processes import processes as shared_processes
 from nbvision.codecs._threads import ahead
 from nbvision.codecs.decode import LIMIT_PIXELS, Source, as_items, check_options, decode
-from nbvision.codecs.open import Allowance, How, OpenImage
+from nbvision.codecs.open import How, OpenImage
 from nbvision.errors import InputError
 from nbvision.image import Color, ImageBatch
 from nbvision.runtime.device import Device, array_module, available_cores, own_stream, resolve_device
 
 __all__ = ["Decoder"]
 
-_AHEAD_BYTES = 512 << 20
 _WORKERS_ON_CUDA = 2  # one reads headers while the other has its turn on the JPEG engine
 
 
@@ -33,17 +33,22 @@ class Decoder:
     workers : int, optional
         Batches that are decoded at the same time. Default: 2 on CUDA, where they take turns on the JPEG engine, and one
         for each core on the CPU, where single images come from many callers.
-    ahead_bytes : int, optional
-        Of pixels that opened images may hold together before their batches are decoded; see :meth:`open`. Default: 512
-        MiB on CUDA, and 0 on the CPU, where the batches under way need the same cores.
+    processes : int
+        Processes that decode what is the host's in place of threads of this one; 0, the default, has none. A service
+        that is asked for single images is faster with them, for its Python and that of decoding then do not wait for
+        each other: three for every four cores, say. Each takes 0.1 GB; decoders of a process that ask for the same
+        share theirs, which end with the last of them. Linux only.
+    shared_bytes : int
+        Of files and pixels that the processes may have under way, together. What finds no room, or would take more than
+        a quarter of it, is decoded by threads.
 
     Raises
     ------
     InputError
-        For options that :func:`nbvision.decode` does not take, ``workers`` that are no positive integer, or
-        ``ahead_bytes`` that are negative.
+        For options that :func:`nbvision.decode` does not take, ``workers`` that are no positive integer, negative
+        ``processes``, or ``shared_bytes`` that are not positive.
     DeviceError, MissingExtraError
-        If the device cannot be used.
+        If the device cannot be used, or there can be no processes.
 
     Notes
     -----
@@ -65,38 +70,40 @@ class Decoder:
         reduce: int = 1,
         threads: int | None = None,
         workers: int | None = None,
-        ahead_bytes: int | None = None,
+        processes: int = 0,
+        shared_bytes: int = 256 << 20,
     ) -> None:
         check_options(color, background, limit_pixels, recover, reduce, threads)
         if workers is not None and (not isinstance(workers, int) or workers <= 0):
             raise InputError(f"workers is {workers!r}; expected a positive integer, or None")
-        if ahead_bytes is not None and (not isinstance(ahead_bytes, int) or ahead_bytes < 0):
-            raise InputError(f"ahead_bytes is {ahead_bytes!r}; expected an integer of 0 or more, or None")
+        if not isinstance(processes, int) or processes < 0:
+            raise InputError(f"processes is {processes!r}; expected an integer of 0 or more")
+        if not isinstance(shared_bytes, int) or shared_bytes <= 0:
+            raise InputError(f"shared_bytes is {shared_bytes!r}; expected a positive integer")
         self.device: Device = resolve_device(device)
         self.workers = workers or (_WORKERS_ON_CUDA if self.device == "cuda" else available_cores())
         self._options: dict[str, Any] = {"color": color, "background": background, "srgb": srgb, "device": self.device}
         self._options |= {"limit_pixels": limit_pixels, "recover": recover, "strict": strict}
         self._options |= {"deterministic": deterministic, "reduce": reduce, "threads": threads}
         blended = background and (background[0], background[1], background[2])
-        if ahead_bytes is None:
-            ahead_bytes = _AHEAD_BYTES if self.device == "cuda" else 0
-        self._allowance = Allowance(ahead_bytes)
         self._how = How(host.Wanted(color, blended, srgb, reduce), self.device, recover)
         self._device_id = array_module("cuda").cuda.Device().id if self.device == "cuda" else None
+        self._processes = shared_processes(processes, shared_bytes) if processes else None
+        if self._processes is not None and self.device == "cuda":
+            self._processes.pin()
         self._closed = False
         self._pool: tuple[int, ThreadPoolExecutor] | None = None
 
     def __call__(self, sources: Source | Iterable[Source]) -> ImageBatch:
         """Decode now, in the caller's thread and on its stream; see :func:`nbvision.decode`."""
-        return decode(sources, **self._options)
+        return decode(self._opened(as_items(sources)), **self._options)
 
     def open(self, source: Source) -> OpenImage:
-        """Read a file's header now, and begin what the host has to decode, in the threads of every decode.
+        """Read a file's header now, and let a process begin with what the host has to decode.
 
-        For an image that waits until others make a batch with it: all but the JPEGs of the GPU are pixels by then. It
-        takes microseconds, and the time to read the file if ``source`` is a path. An image that is let go of before a
-        thread has come to it is not decoded; one for whose pixels nothing of ``ahead_bytes`` is left is decoded with
-        its batch.
+        For an image that waits until others make a batch with it: with ``processes``, all but the JPEGs of the GPU are
+        pixels by then. It takes microseconds, and the time to read the file if ``source`` is a path. An image that is
+        let go of before a process has come to it is not decoded.
 
         Parameters
         ----------
@@ -111,17 +118,14 @@ class Decoder:
         Raises
         ------
         InputError
-            If ``source`` is none, or the decoder is closed.
+            If ``source`` is none.
         """
-        if self._closed:
-            raise InputError("this Decoder is closed; make another")
         items = as_items(source)
         if len(items) != 1:
             raise InputError(f"source is {len(items)} files; expected one")
         if isinstance(items[0], OpenImage):
             return items[0]
-        limit = self._options["limit_pixels"]
-        return OpenImage(items[0], self._how, self._allowance, limit_pixels=limit, device_id=self._device_id)
+        return OpenImage(items[0], self._how, self._processes, limit_pixels=self._options["limit_pixels"])
 
     def submit(self, sources: Source | Iterable[Source]) -> Future[ImageBatch]:
         """Decode in a thread of the decoder.
@@ -162,12 +166,15 @@ class Decoder:
         return ahead(self._submit, batches)
 
     def warm_up(self) -> None:
-        """Load what the first files would wait for.
+        """Load what the first files would wait for: processes, if there shall be any, or what they would load.
 
         That is Numba and its loops for PNGs: 0.5 s, and 3 s for the first time on a machine. A process that has not
         imported Numba leaves PNGs to Pillow until they come to 100 MB of pixels; those that come then wait.
         """
-        png.warm_up(self._options["color"])
+        if self._processes is None:
+            png.warm_up(self._options["color"])
+        else:
+            self._processes.wait_until_ready()
 
     def close(self) -> None:
         """End the threads once their work is done. Work is not taken any more."""
@@ -175,6 +182,7 @@ class Decoder:
         if self._pool is not None and self._pool[0] == os.getpid():
             self._pool[1].shutdown()
         self._pool = None
+        self._processes = None
 
     def __enter__(self) -> Decoder:
         return self
@@ -195,4 +203,7 @@ class Decoder:
 
     def _decode(self, sources: Any) -> ImageBatch:
         with contextlib.nullcontext() if self._device_id is None else own_stream(self._device_id):
-            return decode(sources, **self._options)
+            return decode(self._opened(sources), **self._options)
+
+    def _opened(self, sources: list[Any]) -> list[Any]:
+        return sources if self._processes is None else [self.open(source) for source in sources]

@@ -2,24 +2,18 @@
 
 from __future__ import annotations
 
-import contextlib
-import contextvars
-import math
 import os
-import threading
-import weakref
 from dataclasses import dataclass, replace
 from typing import Any
 
 from nbvision.codecs import gpu_decode, host, recovery
-from nbvision.codecs._threads import begin
+from nbvision.codecs._processes import HostJob, Processes
 from nbvision.codecs.headers import Header, as_bytes, read_header
 from nbvision.errors import DecodeError
 from nbvision.image import CHANNELS
-from nbvision.runtime import memory
-from nbvision.runtime.device import Device, own_stream
+from nbvision.runtime.device import Device
 
-__all__ = ["Allowance", "CompressedImage", "How", "OpenImage", "decode_on_host", "read_image"]
+__all__ = ["CompressedImage", "How", "OpenImage", "decode_on_host", "read_image"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,7 +46,7 @@ class CompressedImage:
     offset_bytes: int = 0  # in the batch's buffer: where the pixels shall be
     error: DecodeError | None = None
     damage: DecodeError | None = None  # of an image that shall be recovered: what is wrong with it
-    ahead: OpenImage | None = None  # whose host pixels it shall have
+    ahead: HostJob | None = None  # of a process that decodes it
 
 
 # --- bytes and headers -----------------------------------------------------------------------------------------------
@@ -124,29 +118,8 @@ def decode_on_host(image: CompressedImage, out: Any, how: How) -> None:
         image.error = image.damage or _bare(error, image.source)
 
 
-class Allowance:
-    """Bytes of pixels that images may hold, together, ahead of their batches."""
-
-    def __init__(self, limit_bytes: int) -> None:
-        self._left_bytes = limit_bytes
-        self._changing = threading.RLock()  # a finalizer may run while it is held
-
-    def take(self, holder: object, size_bytes: int) -> bool:
-        """Whether so much is left for an object, which then has it for as long as it lives."""
-        with self._changing:
-            if size_bytes > self._left_bytes:
-                return False
-            self._left_bytes -= size_bytes
-        weakref.finalize(holder, self._give_back, size_bytes).atexit = False
-        return True
-
-    def _give_back(self, size_bytes: int) -> None:
-        with self._changing:
-            self._left_bytes += size_bytes
-
-
 class OpenImage:
-    """A compressed image whose header is read, and which a thread decodes if that is the host's to do.
+    """A compressed image whose header is read, and which a process decodes if that is the host's to do.
 
     :meth:`nbvision.Decoder.open` makes it. Whatever takes compressed images takes it in their place, from any thread
     and as often as wanted.
@@ -161,32 +134,29 @@ class OpenImage:
         Bytes of the file.
     """
 
-    def __init__(
-        self, source: Any, how: How, allowance: Allowance, *, limit_pixels: int, device_id: int | None
-    ) -> None:
+    def __init__(self, source: Any, how: How, by: Processes | None, *, limit_pixels: int) -> None:
         self.how = how
         self.header: Header | None = None
         self.error: DecodeError | None = None
         self.nbytes = 0
-        self.is_decoded = False  # the host's part
-        self._deciding = threading.Lock()
-        self._pixels: tuple[memory.Buffer, Any] | None = None
         found = read_image(source, limit_pixels, how.recover)
         if isinstance(found, DecodeError):
             self.error = found
             return
         self._image, self.header, self.nbytes = found, found.header, len(found.data)
-        # Beyond what may be ahead, its batch decodes it.
-        self._is_ahead = not how.is_for_gpu(found) and allowance.take(self, math.prod(how.shape(found)))
-        if self._is_ahead:
-            # In the caller's context: memory counts as of its source.
-            begin(contextvars.copy_context().run, _decode_if_wanted, weakref.ref(self), device_id)
+        if by is not None and not how.is_for_gpu(found):
+            found.ahead = by.begin(found, how)
 
     def __repr__(self) -> str:
         if self.header is None:
             return f"OpenImage({self.error!r})"
         height, width = self.how.wanted.size(self.header)
         return f"OpenImage({self.header.format}, {height} x {width})"
+
+    @property
+    def is_decoded(self) -> bool:
+        """Whether a process has decoded it, or has found what is wrong with it."""
+        return self.error is None and self._image.ahead is not None and self._image.ahead.is_over
 
     def for_batch(self, limit_pixels: int) -> CompressedImage | DecodeError:
         """The image as a batch wants it, which may have a limit of its own, or what is wrong with it."""
@@ -196,37 +166,4 @@ class OpenImage:
             _check_size(self._image.header, limit_pixels)
         except DecodeError as error:
             return _bare(error, self._image.source)
-        return replace(self._image, ahead=self if self._is_ahead else None)
-
-    def decode(self) -> None:
-        """Decode what is the host's, or wait until another thread has."""
-        with self._deciding:
-            if self.is_decoded:
-                return
-            shape = self.how.shape(self._image)
-            buffer = memory.acquire(math.prod(shape), device="pinned" if self.how.device == "cuda" else "cpu")
-            pixels = buffer.view(shape)
-            decode_on_host(self._image, pixels, self.how)
-            if self._image.error is None:
-                self._pixels = buffer, pixels
-            self.is_decoded = True
-
-    def give(self, image: CompressedImage) -> Any:
-        """The host's pixels for a batch's image, which gets to know what is wrong; None if there are none.
-
-        On CUDA they are for CuPy's current stream to copy.
-        """
-        self.decode()
-        image.error, image.damage = self._image.error, self._image.damage
-        if self._pixels is None:
-            return None
-        buffer, pixels = self._pixels
-        buffer.record_stream()
-        return pixels
-
-
-def _decode_if_wanted(reference: weakref.ref[OpenImage], device_id: int | None) -> None:
-    image = reference()
-    if image is not None:  # or it was given up, and nobody waits for it
-        with contextlib.nullcontext() if device_id is None else own_stream(device_id):
-            image.decode()
+        return replace(self._image)

@@ -1,0 +1,405 @@
+"""Processes that decode on the host, so that their Python does not wait for ours, nor ours for theirs.
+
+Files and pixels are in memory that all of them share, in blocks: a page that says what to do and what came of it, the
+file, the pixels.  Places of blocks go to the processes through one pipe; whoever is free takes the next.  A process
+ends when nobody holds the other end of the pipe any more, so none outlives who started it.
+"""
+
+from __future__ import annotations
+
+import bisect
+import collections
+import contextlib
+import ctypes
+import functools
+import json
+import math
+import mmap
+import os
+import pickle
+import subprocess
+import sys
+import threading
+import time
+import weakref
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import numpy.typing as npt
+
+from nbvision.errors import DecodeError, DeviceError
+from nbvision.runtime.device import require_cupy
+
+if TYPE_CHECKING:
+    from nbvision.codecs.open import CompressedImage, How
+
+__all__ = ["HostJob", "Processes", "Shared", "post", "processes"]
+
+_PAGE = 4096
+_NUMBERS_AT, _TEXT_AT = 64, 128  # in a block's first page; before them is a semaphore
+STATE, WORKER, IS_WANTED, FILE_BYTES, HOW_BYTES, HEIGHT, WIDTH, CHANNELS = range(8)  # the numbers, of 8 bytes each
+QUEUED, RUNNING, DONE, REFUSED, FAILED = range(
+    5
+)  # states; REFUSED has a DecodeError, FAILED is the process's own fault
+
+_LOOK_S = 0.1  # between looks at whether a process still lives
+_START_S = 60.0  # to import what it decodes with, on a busy machine
+_LARGEST = 4  # no block is larger than this part of the memory: what is, threads decode
+_STARTS = 3  # in a row that come to nothing, and no more are tried
+_FOR_ALL_DEVICES = 1  # cudaHostRegisterPortable
+
+
+class Shared:
+    """Memory of several processes, as each of them sees it."""
+
+    def __init__(self, descriptor: int, size_bytes: int) -> None:
+        self.descriptor = descriptor
+        self._map = mmap.mmap(descriptor, size_bytes)
+        self.bytes: npt.NDArray[np.uint8] = np.frombuffer(self._map, np.uint8)
+        self.address: int = self.bytes.ctypes.data
+
+    def numbers(self, place: int) -> npt.NDArray[np.int64]:
+        """What a block's page says, to read and to write."""
+        return self.bytes[place + _NUMBERS_AT : place + _TEXT_AT].view(np.int64)
+
+    def how(self, place: int) -> npt.NDArray[np.uint8]:
+        return self.bytes[place + _TEXT_AT : place + _TEXT_AT + int(self.numbers(place)[HOW_BYTES])]
+
+    def file(self, place: int) -> npt.NDArray[np.uint8]:
+        return self.bytes[place + _PAGE : place + _PAGE + int(self.numbers(place)[FILE_BYTES])]
+
+    def pixels(self, place: int) -> npt.NDArray[np.uint8]:
+        """(H, W, C)"""
+        numbers = self.numbers(place)
+        shape = [int(length) for length in numbers[HEIGHT : CHANNELS + 1]]
+        begin = place + _PAGE + _whole_pages(int(numbers[FILE_BYTES]))
+        return self.bytes[begin : begin + shape[0] * shape[1] * shape[2]].reshape(shape)
+
+    def text(self, place: int) -> str:
+        """What is wrong, in JSON."""
+        return self.bytes[place + _TEXT_AT : place + _PAGE].tobytes().rstrip(b"\0").decode()
+
+    def write_text(self, place: int, text: str) -> None:
+        room = self.bytes[place + _TEXT_AT : place + _PAGE]
+        data = text.encode()[: len(room)]
+        room[:] = 0
+        room[: len(data)] = np.frombuffer(data, np.uint8)
+
+
+def _whole_pages(size_bytes: int) -> int:
+    return -(-size_bytes // _PAGE) * _PAGE
+
+
+# --- semaphores that processes share, which Python has for its own only -----------------------------------------------
+
+
+@functools.cache
+def _libc(keeps_lock: bool) -> Any:
+    library = ctypes.PyDLL(None, use_errno=True) if keeps_lock else ctypes.CDLL(None, use_errno=True)
+    for name, others in {"init": [ctypes.c_int, ctypes.c_uint], "post": [], "trywait": []}.items():
+        getattr(library, f"sem_{name}").argtypes = [ctypes.c_void_p, *others]
+    library.sem_timedwait.argtypes = [ctypes.c_void_p, ctypes.POINTER(_Time)]
+    return library
+
+
+class _Time(ctypes.Structure):
+    _fields_ = (("seconds", ctypes.c_long), ("nanoseconds", ctypes.c_long))
+
+
+def make_semaphore(address: int) -> None:
+    if _libc(True).sem_init(address, 1, 0):
+        raise OSError(ctypes.get_errno(), "sem_init")
+
+
+def post(address: int) -> None:
+    _libc(True).sem_post(address)
+
+
+def wait_for(address: int, seconds: float) -> bool:
+    """Whether it was posted by then."""
+    if not _libc(True).sem_trywait(address):
+        return True
+    ends_s = time.time() + seconds
+    until = _Time(int(ends_s), int(ends_s % 1 * 1e9))
+    return not _libc(False).sem_timedwait(address, ctypes.byref(until))
+
+
+# --- the processes ---------------------------------------------------------------------------------------------------
+
+
+class _Worker:
+    """A process, and whether it has imported what it decodes with."""
+
+    def __init__(self, shared: Shared, jobs: int) -> None:
+        self._said, says = os.pipe()
+        arguments = [str(number) for number in (shared.descriptor, shared.bytes.nbytes, jobs, says)]
+        # No sys.path but its own would find what this one was told where to find.
+        kept = {
+            "PYTHONPATH": os.pathsep.join(filter(None, sys.path)),
+            "CUDA_VISIBLE_DEVICES": "",
+            "OMP_NUM_THREADS": "1",
+        }
+        self.process = subprocess.Popen(
+            [sys.executable, "-m", "nbvision.codecs._worker", *arguments],
+            pass_fds=(shared.descriptor, jobs, says),
+            stdin=subprocess.DEVNULL,
+            start_new_session=True,  # an interrupt from the keyboard is for whom it serves
+            env=os.environ | kept,
+        )
+        os.close(says)
+        os.set_blocking(self._said, False)
+        self._is_ready = False
+
+    def is_ready(self) -> bool:
+        if not self._is_ready:
+            with contextlib.suppress(BlockingIOError):
+                self._is_ready = bool(os.read(self._said, 1))
+        return self._is_ready
+
+    def end(self) -> None:
+        """End it, whatever it does, unless it has ended."""
+        os.close(self._said)
+        self.process.kill()
+        self.process.wait()
+
+
+class Processes:
+    """Some processes, and the memory that they share with this one, until nobody holds this object any more.
+
+    Parameters
+    ----------
+    count : int
+    size_bytes : int
+        Of files and pixels under way, together.
+
+    Raises
+    ------
+    DeviceError
+        Where there is no such memory (``memfd_create``): beside Linux.
+    """
+
+    def __init__(self, count: int, size_bytes: int) -> None:
+        if not hasattr(os, "memfd_create") or not sys.executable:
+            raise DeviceError("processes that decode need Linux and a python executable; leave processes at 0 here")
+        size_bytes = _whole_pages(size_bytes)
+        memory = os.memfd_create("nbvision-decode")
+        os.ftruncate(memory, size_bytes)
+        self.shared = Shared(memory, size_bytes)
+        self.owner = os.getpid()
+        self._free = [(0, size_bytes)]  # places and sizes, in order
+        self._released: collections.deque[tuple[int, int, list[Any]]] = collections.deque()
+        self._changing = threading.Lock()
+        self._jobs_read, self._jobs = os.pipe()
+        self._useless_starts = 0
+        self._pinned: list[int] = []  # the address, once it is
+        self._workers: list[_Worker] = []
+        files = (memory, self._jobs_read, self._jobs)
+        weakref.finalize(self, _end, self.owner, self._workers, files, self._released, self._pinned)
+        self._workers += [_Worker(self.shared, self._jobs_read) for _ in range(count)]
+
+    def begin(self, image: CompressedImage, how: How) -> HostJob | None:
+        """Let a process decode an image; None if none is ready, or there is no room for the image."""
+        shape = how.shape(image)
+        size_bytes = _PAGE + _whole_pages(len(image.data)) + _whole_pages(math.prod(shape))
+        place = self._take(size_bytes)
+        if place is None:
+            return None
+        said = _pickled(how)
+        self.shared.numbers(place)[:] = (QUEUED, 0, 1, len(image.data), len(said), *shape)
+        self.shared.how(place)[:] = np.frombuffer(said, np.uint8)
+        np.copyto(self.shared.file(place), np.frombuffer(image.data, np.uint8))
+        make_semaphore(self.shared.address + place)
+        job = HostJob(self, place, size_bytes)
+        self.queue(place)
+        return job
+
+    def queue(self, place: int) -> None:
+        os.write(self._jobs, place.to_bytes(8, "little"))
+
+    def pin(self) -> None:
+        """Let the GPU copy from the memory while the host goes on; where the system forbids that, the host waits."""
+        with self._changing:
+            if not self._pinned:
+                runtime = require_cupy("pinned memory").cuda.runtime
+                with contextlib.suppress(runtime.CUDARuntimeError):
+                    runtime.hostRegister(self.shared.address, self.shared.bytes.nbytes, _FOR_ALL_DEVICES)
+                    self._pinned.append(self.shared.address)
+
+    def wait_until_ready(self) -> None:
+        """Until all processes have imported what they decode with, or have ended."""
+        ends_s = time.monotonic() + _START_S
+        while time.monotonic() < ends_s and self.has_any():
+            with self._changing:
+                if all(worker.is_ready() for worker in self._workers):
+                    return
+            time.sleep(0.01)
+
+    def has_any(self) -> bool:
+        """Whether there is a process to wait for; those that have ended are replaced."""
+        with self._changing:
+            self._replace()
+            return bool(self._workers)
+
+    def lives(self, process_id: int) -> bool:
+        with self._changing:
+            self._replace()
+            return self._has(process_id)
+
+    def release(self, place: int, size_bytes: int, events: list[Any]) -> None:
+        """Take a block back, once nobody writes or reads it any more."""
+        self.shared.numbers(place)[IS_WANTED] = 0
+        self._released.append((place, size_bytes, events))  # called by finalizers, which must not take locks
+
+    def _has(self, process_id: int) -> bool:
+        return any(worker.process.pid == process_id for worker in self._workers)
+
+    def _replace(self) -> None:
+        for worker in [worker for worker in self._workers if worker.process.poll() is not None]:
+            self._useless_starts = 0 if worker.is_ready() else self._useless_starts + 1
+            self._workers.remove(worker)
+            worker.end()
+            if self._useless_starts < _STARTS:
+                self._workers.append(_Worker(self.shared, self._jobs_read))
+
+    # --- memory
+
+    def _take(self, size_bytes: int) -> int | None:
+        if size_bytes > self.shared.bytes.nbytes // _LARGEST:
+            return None
+        with self._changing:
+            if not any(worker.is_ready() for worker in self._workers):
+                return None
+            self._reclaim()
+            for index, (place, free_bytes) in enumerate(self._free):
+                if free_bytes >= size_bytes:
+                    rest = (place + size_bytes, free_bytes - size_bytes)
+                    self._free[index : index + 1] = [rest] if rest[1] else []
+                    return place
+        return None
+
+    def _reclaim(self) -> None:
+        for _ in range(len(self._released)):
+            place, size_bytes, events = self._released.popleft()
+            if self._is_used(place) or not all(event.done for event in events):
+                self._released.append((place, size_bytes, events))
+                continue
+            index = bisect.bisect(self._free, (place, size_bytes))
+            self._free.insert(index, (place, size_bytes))
+            for left in (index, index - 1):  # one with its neighbours
+                if 0 <= left < len(self._free) - 1 and sum(self._free[left]) == self._free[left + 1][0]:
+                    both = (self._free[left][0], self._free[left][1] + self._free[left + 1][1])
+                    self._free[left : left + 2] = [both]
+
+    def _is_used(self, place: int) -> bool:
+        """Whether a process may still write to a block, or find it in the pipe."""
+        state, worker = self.shared.numbers(place)[[STATE, WORKER]].tolist()
+        return state == QUEUED or (state == RUNNING and self._has(worker))
+
+
+def _end(
+    owner: int,
+    workers: list[_Worker],
+    files: tuple[int, ...],
+    released: Iterable[tuple[int, int, list[Any]]],
+    pinned: list[int],
+) -> None:
+    """What is left to do for processes that nobody uses any more."""
+    if os.getpid() != owner:
+        return  # a forked child, whose parent still uses them
+    for worker in workers:
+        worker.end()
+    for file in files:
+        os.close(file)
+    for address in pinned:
+        for _, _, events in released:
+            for event in events:
+                event.synchronize()
+        require_cupy("pinned memory").cuda.runtime.hostUnregister(address)
+
+
+@functools.lru_cache(maxsize=64)
+def _pickled(how: How) -> bytes:
+    return pickle.dumps(how)
+
+
+class HostJob:
+    """An image that a process decodes. Who lets go of it before a process has come to it calls it off."""
+
+    def __init__(self, by: Processes, place: int, size_bytes: int) -> None:
+        self._by, self._place, self._size_bytes = by, place, size_bytes
+        self._events: list[Any] = []  # of streams that copy the pixels
+        self._waiting = threading.Lock()
+        self._is_over = False
+        self._is_decoded = False
+        self._deaths = 0
+        self._said: dict[str, Any] = {}
+
+    def __del__(self) -> None:
+        self._by.release(self._place, self._size_bytes, self._events)
+
+    @property
+    def is_over(self) -> bool:
+        """Whether there is nothing to wait for."""
+        return self._is_over or bool(self._by.shared.numbers(self._place)[STATE] >= DONE)
+
+    def wait(self) -> bool:
+        """Wait for the process; False if it came to nothing, and somebody else has to decode the image."""
+        with self._waiting:
+            while not self._is_over:
+                if wait_for(self._by.shared.address + self._place, _LOOK_S):
+                    self._end()
+                else:
+                    self._look()
+            return self._is_decoded
+
+    def give(self, image: CompressedImage) -> npt.NDArray[np.uint8] | None:
+        """The pixels, after :meth:`wait`, for as long as this lives; None, and why in the image, if there are none."""
+        for name, said in self._said.items():
+            error = DecodeError(said["message"], kind=said["kind"], source=image.source, valid_rows=said["valid_rows"])
+            setattr(image, name, error)
+        return None if image.error is not None else self._by.shared.pixels(self._place)
+
+    def keep_until(self, event: Any) -> None:
+        """The pixels are read until then."""
+        self._events.append(event)
+
+    def _end(self) -> None:
+        self._is_over = True
+        state = self._by.shared.numbers(self._place)[STATE]
+        self._is_decoded = state in (DONE, REFUSED)
+        if self._is_decoded:
+            self._said = json.loads(self._by.shared.text(self._place))
+
+    def _look(self) -> None:
+        """Nothing has come for a while: whether something still may."""
+        numbers = self._by.shared.numbers(self._place)
+        worker = int(numbers[WORKER])
+        if worker == 0:
+            self._is_over = not self._by.has_any()
+        elif not self._by.lives(worker) and numbers[STATE] == RUNNING:
+            self._deaths += 1
+            if self._deaths == 1:  # it may have been anything
+                numbers[[STATE, WORKER]] = QUEUED, 0
+                self._by.queue(self._place)
+                return
+            self._is_over = self._is_decoded = True
+            numbers[STATE] = REFUSED
+            message = "two processes ended while they decoded this file"
+            self._said = {"error": {"message": message, "kind": "corrupt", "valid_rows": None}}
+
+
+# --- those of this process -------------------------------------------------------------------------------------------
+
+_making = threading.Lock()
+_in_use: weakref.WeakValueDictionary[tuple[int, int, int], Processes] = weakref.WeakValueDictionary()
+
+
+def processes(count: int, size_bytes: int) -> Processes:
+    """Those that all decoders of this process share which ask for as many."""
+    key = (os.getpid(), count, size_bytes)
+    with _making:
+        found = _in_use.get(key)
+        if found is None:
+            found = _in_use[key] = Processes(count, size_bytes)
+        return found

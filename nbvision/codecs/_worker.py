@@ -1,0 +1,65 @@
+"""One of the processes of :mod:`nbvision.codecs._processes`: ``python -m nbvision.codecs._worker``."""
+
+from __future__ import annotations
+
+import json
+import os
+import pickle
+import sys
+from typing import Any
+
+from nbvision.codecs import png
+from nbvision.codecs._processes import (
+    DONE,
+    FAILED,
+    IS_WANTED,
+    REFUSED,
+    RUNNING,
+    STATE,
+    WORKER,
+    Shared,
+    post,
+)
+from nbvision.codecs.open import CompressedImage, decode_on_host, read_image
+from nbvision.errors import DecodeError
+
+_PLACE_BYTES = 8
+
+
+def main(memory: int, size_bytes: int, jobs: int, ready: int) -> None:
+    """Decode until nobody can hand in more."""
+    shared = Shared(memory, size_bytes)
+    png.warm_up("rgb")
+    os.write(ready, b"1")
+    os.close(ready)
+    while len(place := os.read(jobs, _PLACE_BYTES)) == _PLACE_BYTES:
+        work(shared, int.from_bytes(place, "little"))
+
+
+def work(shared: Shared, place: int) -> None:
+    """Do what one block says, and say in it what came of it."""
+    numbers = shared.numbers(place)
+    numbers[WORKER] = os.getpid()
+    numbers[STATE] = RUNNING
+    state = FAILED
+    if numbers[IS_WANTED]:
+        how = pickle.loads(shared.how(place).tobytes())
+        try:
+            image = read_image(shared.file(place).tobytes(), sys.maxsize, how.recover)
+            if isinstance(image, CompressedImage):
+                decode_on_host(image, shared.pixels(place), how)
+                state = DONE if image.error is None else REFUSED
+                said = {"error": image.error, "damage": image.damage}
+                shared.write_text(place, json.dumps({name: _said(error) for name, error in said.items() if error}))
+        except Exception as error:  # which is told where it happens again, in who asked
+            print(f"nbvision: a decoding process failed: {type(error).__name__}: {error}", file=sys.stderr)
+    numbers[STATE] = state
+    post(shared.address + place)
+
+
+def _said(error: DecodeError) -> dict[str, Any]:
+    return {"message": str(error)[:1000], "kind": error.kind, "valid_rows": error.valid_rows}
+
+
+if __name__ == "__main__":
+    main(*map(int, sys.argv[1:]))
