@@ -304,6 +304,23 @@ def test_who_waits_for_a_process_when_the_last_one_ends_decodes_itself(
     assert_same(decoder(BMP), nbv.decode(BMP, device=device))
 
 
+def test_a_job_that_ended_with_who_took_it_is_decoded_all_the_same(
+    device: Any, lonely: Processes, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(lonely, "queue", lambda place: None)  # taken, and never heard of again
+    decoder, image = opened_by(lonely, PNG, device)
+    assert_same(decoder(image), nbv.decode(PNG, device=device))
+
+
+def test_idle_processes_that_end_are_replaced(device: Any, lonely: Processes, monkeypatch: pytest.MonkeyPatch) -> None:
+    (before,) = ids_of(lonely)
+    os.kill(before, signal.SIGKILL)
+    monkeypatch.setattr(_processes, "_REPLACE_S", 0.0)
+    decoder, _ = opened_by(lonely, PNG, device)
+    wait_until(lambda: decoder.open(PNG)._image.ahead is not None and ids_of(lonely) != [before])
+    assert_same(decoder(decoder.open(PNG)), nbv.decode(PNG, device=device))
+
+
 def test_processes_end_with_their_last_decoder(device: Any) -> None:
     decoder = nbv.Decoder(device=device, processes=1, shared_bytes=1 << 22)
     other = nbv.Decoder(device=device, processes=1, shared_bytes=1 << 22)

@@ -43,7 +43,8 @@ QUEUED, RUNNING, DONE, REFUSED, FAILED = range(
     5
 )  # states; REFUSED has a DecodeError, FAILED is the process's own fault
 
-_LOOK_S = 0.1  # between looks at whether a process still lives
+_LOOK_S = 0.1  # between looks at whether the process still lives that one waits for
+_REPLACE_S = 1.0  # and at all of them
 _START_S = 60.0  # to import what it decodes with, on a busy machine
 _LARGEST = 4  # no block is larger than this part of the memory: what is, threads decode
 _STARTS = 3  # in a row that come to nothing, and no more are tried
@@ -192,6 +193,7 @@ class Processes:
         self._changing = threading.Lock()
         self._jobs_read, self._jobs = os.pipe()
         self._useless_starts = 0
+        self._looked_s = time.monotonic()
         self._pinned: list[int] = []  # the address, once it is
         self._workers: list[_Worker] = []
         files = (memory, self._jobs_read, self._jobs)
@@ -235,6 +237,14 @@ class Processes:
                     return
             time.sleep(0.01)
 
+    def has_taken_all(self) -> bool:
+        """Whether no job is left for a process to take."""
+        import fcntl  # not on every system
+        import termios
+
+        left = fcntl.ioctl(self._jobs_read, termios.FIONREAD, bytes(4))
+        return not int.from_bytes(left, sys.byteorder)
+
     def has_any(self) -> bool:
         """Whether there is a process to wait for; those that have ended are replaced."""
         with self._changing:
@@ -255,6 +265,7 @@ class Processes:
         return any(worker.process.pid == process_id for worker in self._workers)
 
     def _replace(self) -> None:
+        self._looked_s = time.monotonic()
         for worker in [worker for worker in self._workers if worker.process.poll() is not None]:
             self._useless_starts = 0 if worker.is_ready() else self._useless_starts + 1
             self._workers.remove(worker)
@@ -268,6 +279,8 @@ class Processes:
         if size_bytes > self.shared.bytes.nbytes // _LARGEST:
             return None
         with self._changing:
+            if time.monotonic() - self._looked_s > _REPLACE_S:
+                self._replace()
             if not any(worker.is_ready() for worker in self._workers):
                 return None
             self._reclaim()
@@ -312,10 +325,12 @@ def _end(
     for file in files:
         os.close(file)
     for address in pinned:
-        for _, _, events in released:
-            for event in events:
-                event.synchronize()
-        require_cupy("pinned memory").cuda.runtime.hostUnregister(address)
+        runtime = require_cupy("pinned memory").cuda.runtime
+        with contextlib.suppress(runtime.CUDARuntimeError):  # the device may be gone
+            for _, _, events in released:
+                for event in events:
+                    event.synchronize()
+            runtime.hostUnregister(address)
 
 
 @functools.lru_cache(maxsize=64)
@@ -332,6 +347,7 @@ class HostJob:
         self._waiting = threading.Lock()
         self._is_over = False
         self._is_decoded = False
+        self._is_taken = False  # when it was looked at last
         self._deaths = 0
         self._said: dict[str, Any] = {}
 
@@ -347,7 +363,8 @@ class HostJob:
         """Wait for the process; False if it came to nothing, and somebody else has to decode the image."""
         with self._waiting:
             while not self._is_over:
-                if wait_for(self._by.shared.address + self._place, _LOOK_S):
+                # A block that was let go of may be posted once more, for what it was before.
+                if wait_for(self._by.shared.address + self._place, _LOOK_S) and self.is_over:
                     self._end()
                 else:
                     self._look()
@@ -376,7 +393,9 @@ class HostJob:
         numbers = self._by.shared.numbers(self._place)
         worker = int(numbers[WORKER])
         if worker == 0:
-            self._is_over = not self._by.has_any()
+            # Who took it, and has not said so since the last look, ended in between.
+            is_lost, self._is_taken = self._is_taken, self._by.has_taken_all()
+            self._is_over = not self._by.has_any() or (is_lost and self._is_taken and numbers[WORKER] == 0)
         elif not self._by.lives(worker) and numbers[STATE] == RUNNING:
             self._deaths += 1
             if self._deaths == 1:  # it may have been anything
