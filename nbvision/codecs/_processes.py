@@ -23,7 +23,7 @@ import threading
 import time
 import weakref
 from collections.abc import Iterable
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
@@ -49,6 +49,10 @@ _START_S = 60.0  # to import what it decodes with, on a busy machine
 _LARGEST = 4  # no block is larger than this part of the memory: what is, threads decode
 _STARTS = 3  # in a row that come to nothing, and no more are tried
 _FOR_ALL_DEVICES = 1  # cudaHostRegisterPortable
+
+
+# A block that was let go of: its place, its size, and who may still read it.
+Released: TypeAlias = "tuple[int, int, list[tuple[Any, Any]]]"
 
 
 class Shared:
@@ -189,7 +193,7 @@ class Processes:
         self.shared = Shared(memory, size_bytes)
         self.owner = os.getpid()
         self._free = [(0, size_bytes)]  # places and sizes, in order
-        self._released: collections.deque[tuple[int, int, list[Any]]] = collections.deque()
+        self._released: collections.deque[Released] = collections.deque()
         self._changing = threading.Lock()
         self._jobs_read, self._jobs = os.pipe()
         self._useless_starts = 0
@@ -256,10 +260,10 @@ class Processes:
             self._replace()
             return self._has(process_id)
 
-    def release(self, place: int, size_bytes: int, events: list[Any]) -> None:
+    def release(self, place: int, size_bytes: int, reads: list[tuple[Any, Any]]) -> None:
         """Take a block back, once nobody writes or reads it any more."""
         self.shared.numbers(place)[IS_WANTED] = 0
-        self._released.append((place, size_bytes, events))  # called by finalizers, which must not take locks
+        self._released.append((place, size_bytes, reads))  # called by finalizers, which must not take locks
 
     def _has(self, process_id: int) -> bool:
         return any(worker.process.pid == process_id for worker in self._workers)
@@ -293,9 +297,9 @@ class Processes:
 
     def _reclaim(self) -> None:
         for _ in range(len(self._released)):
-            place, size_bytes, events = self._released.popleft()
-            if self._is_used(place) or not all(event.done for event in events):
-                self._released.append((place, size_bytes, events))
+            place, size_bytes, reads = self._released.popleft()
+            if self._is_used(place) or not all(event.done for event, _ in reads):
+                self._released.append((place, size_bytes, reads))
                 continue
             index = bisect.bisect(self._free, (place, size_bytes))
             self._free.insert(index, (place, size_bytes))
@@ -314,7 +318,7 @@ def _end(
     owner: int,
     workers: list[_Worker],
     files: tuple[int, ...],
-    released: Iterable[tuple[int, int, list[Any]]],
+    released: Iterable[Released],
     pinned: list[int],
 ) -> None:
     """What is left to do for processes that nobody uses any more."""
@@ -327,8 +331,8 @@ def _end(
     for address in pinned:
         runtime = require_cupy("pinned memory").cuda.runtime
         with contextlib.suppress(runtime.CUDARuntimeError):  # the device may be gone
-            for _, _, events in released:
-                for event in events:
+            for _, _, reads in released:
+                for event, _ in reads:
                     event.synchronize()
             runtime.hostUnregister(address)
 
@@ -343,7 +347,7 @@ class HostJob:
 
     def __init__(self, by: Processes, place: int, size_bytes: int) -> None:
         self._by, self._place, self._size_bytes = by, place, size_bytes
-        self._events: list[Any] = []  # of streams that copy the pixels
+        self._reads: list[tuple[Any, Any]] = []  # events, and the streams on which the pixels are copied
         self._waiting = threading.Lock()
         self._is_over = False
         self._is_decoded = False
@@ -352,7 +356,7 @@ class HostJob:
         self._said: dict[str, Any] = {}
 
     def __del__(self) -> None:
-        self._by.release(self._place, self._size_bytes, self._events)
+        self._by.release(self._place, self._size_bytes, self._reads)
 
     @property
     def is_over(self) -> bool:
@@ -377,9 +381,9 @@ class HostJob:
             setattr(image, name, error)
         return None if image.error is not None else self._by.shared.pixels(self._place)
 
-    def keep_until(self, event: Any) -> None:
-        """The pixels are read until then."""
-        self._events.append(event)
+    def keep_until(self, event: Any, stream: Any) -> None:
+        """The pixels are read until then. An event must not be asked once its stream is gone."""
+        self._reads.append((event, stream))
 
     def _end(self) -> None:
         self._is_over = True

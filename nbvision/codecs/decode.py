@@ -264,7 +264,7 @@ def _decode_on_cuda(
     if ahead:
         copied = stream.record()
         for job in ahead.values():
-            job.keep_until(copied)
+            job.keep_until(copied, stream)
 
 
 def _staging_for(images: Sequence[CompressedImage], how: How) -> dict[CompressedImage, Any]:
