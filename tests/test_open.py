@@ -186,6 +186,21 @@ def test_what_finds_no_room_is_decoded_by_threads(device: Any, shared: Processes
         assert free_bytes(shared) == SHARED
 
 
+def test_images_in_a_cycle_give_their_memory_back(device: Any, shared: Processes) -> None:
+    """What is collected along with a job, such as an event of CUDA, is gone before the job is."""
+    with decoder_of(device) as decoder:
+        for _ in range(3):
+            cycle: list[Any] = [decoder.open(PNG), decoder.open(BMP)]
+            assert decoder(cycle[:2]).ok.all()
+            assert decoder.submit(cycle[:2]).result().ok.all()
+            cycle.append(cycle)
+            del cycle
+            gc.collect()
+    if device == "cuda":
+        nbv.decode(PNG, device=device).to("cpu")  # after which the copies are over, too
+    assert free_bytes(shared) == SHARED
+
+
 def test_many_threads_decode_the_same_opened_images(device: Any, shared: Processes) -> None:
     expected = nbv.decode(FILES, device=device)
     with decoder_of(device, workers=4) as decoder, ThreadPoolExecutor(8) as threads:

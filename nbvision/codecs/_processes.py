@@ -12,6 +12,7 @@ import collections
 import contextlib
 import ctypes
 import functools
+import itertools
 import json
 import math
 import mmap
@@ -22,7 +23,6 @@ import sys
 import threading
 import time
 import weakref
-from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
@@ -51,8 +51,8 @@ _STARTS = 3  # in a row that come to nothing, and no more are tried
 _FOR_ALL_DEVICES = 1  # cudaHostRegisterPortable
 
 
-# A block that was let go of: its place, its size, and who may still read it.
-Released: TypeAlias = "tuple[int, int, list[tuple[Any, Any]]]"
+# Who copies from a block: events, and their streams, by the block's place.
+Reads: TypeAlias = "dict[int, list[tuple[Any, Any]]]"
 
 
 class Shared:
@@ -193,7 +193,9 @@ class Processes:
         self.shared = Shared(memory, size_bytes)
         self.owner = os.getpid()
         self._free = [(0, size_bytes)]  # places and sizes, in order
-        self._released: collections.deque[Released] = collections.deque()
+        self._released: collections.deque[tuple[int, int]] = collections.deque()  # places and sizes
+        # Here and not with the jobs: of a cycle that is collected, events and streams may go before their job.
+        self._reads: Reads = collections.defaultdict(list)
         self._changing = threading.Lock()
         self._jobs_read, self._jobs = os.pipe()
         self._useless_starts = 0
@@ -201,7 +203,7 @@ class Processes:
         self._pinned: list[int] = []  # the address, once it is
         self._workers: list[_Worker] = []
         files = (memory, self._jobs_read, self._jobs)
-        weakref.finalize(self, _end, self.owner, self._workers, files, self._released, self._pinned)
+        weakref.finalize(self, _end, self.owner, self._workers, files, self._reads, self._pinned)
         self._workers += [_Worker(self.shared, self._jobs_read) for _ in range(count)]
 
     def begin(self, image: CompressedImage, how: How) -> HostJob | None:
@@ -260,10 +262,14 @@ class Processes:
             self._replace()
             return self._has(process_id)
 
-    def release(self, place: int, size_bytes: int, reads: list[tuple[Any, Any]]) -> None:
+    def keep_until(self, place: int, event: Any, stream: Any) -> None:
+        """A block is read on a stream until an event of it, which must not be asked once the stream is gone."""
+        self._reads[place].append((event, stream))
+
+    def release(self, place: int, size_bytes: int) -> None:
         """Take a block back, once nobody writes or reads it any more."""
         self.shared.numbers(place)[IS_WANTED] = 0
-        self._released.append((place, size_bytes, reads))  # called by finalizers, which must not take locks
+        self._released.append((place, size_bytes))  # called by finalizers, which must not take locks
 
     def _has(self, process_id: int) -> bool:
         return any(worker.process.pid == process_id for worker in self._workers)
@@ -297,10 +303,11 @@ class Processes:
 
     def _reclaim(self) -> None:
         for _ in range(len(self._released)):
-            place, size_bytes, reads = self._released.popleft()
-            if self._is_used(place) or not all(event.done for event, _ in reads):
-                self._released.append((place, size_bytes, reads))
+            place, size_bytes = self._released.popleft()
+            if self._is_used(place) or not all(event.done for event, _ in self._reads.get(place, ())):
+                self._released.append((place, size_bytes))
                 continue
+            self._reads.pop(place, None)
             index = bisect.bisect(self._free, (place, size_bytes))
             self._free.insert(index, (place, size_bytes))
             for left in (index, index - 1):  # one with its neighbours
@@ -318,7 +325,7 @@ def _end(
     owner: int,
     workers: list[_Worker],
     files: tuple[int, ...],
-    released: Iterable[Released],
+    reads: Reads,
     pinned: list[int],
 ) -> None:
     """What is left to do for processes that nobody uses any more."""
@@ -331,9 +338,8 @@ def _end(
     for address in pinned:
         runtime = require_cupy("pinned memory").cuda.runtime
         with contextlib.suppress(runtime.CUDARuntimeError):  # the device may be gone
-            for _, _, reads in released:
-                for event, _ in reads:
-                    event.synchronize()
+            for event, _ in itertools.chain(*reads.values()):
+                event.synchronize()
             runtime.hostUnregister(address)
 
 
@@ -347,7 +353,6 @@ class HostJob:
 
     def __init__(self, by: Processes, place: int, size_bytes: int) -> None:
         self._by, self._place, self._size_bytes = by, place, size_bytes
-        self._reads: list[tuple[Any, Any]] = []  # events, and the streams on which the pixels are copied
         self._waiting = threading.Lock()
         self._is_over = False
         self._is_decoded = False
@@ -356,7 +361,7 @@ class HostJob:
         self._said: dict[str, Any] = {}
 
     def __del__(self) -> None:
-        self._by.release(self._place, self._size_bytes, self._reads)
+        self._by.release(self._place, self._size_bytes)
 
     @property
     def is_over(self) -> bool:
@@ -382,8 +387,8 @@ class HostJob:
         return None if image.error is not None else self._by.shared.pixels(self._place)
 
     def keep_until(self, event: Any, stream: Any) -> None:
-        """The pixels are read until then. An event must not be asked once its stream is gone."""
-        self._reads.append((event, stream))
+        """The pixels are copied on a stream until an event of it."""
+        self._by.keep_until(self._place, event, stream)
 
     def _end(self) -> None:
         self._is_over = True
