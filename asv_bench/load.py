@@ -33,7 +33,6 @@ from nbvision.demo.run import models_directory
 from nbvision.recognizer import Recognizer
 from nbvision.runtime.device import resolve_device
 from nbvision.serve import process
-from nbvision.serve.pipelines import decode_processes_for
 
 BURSTS = (1, 8, 16)
 SHARES = (0.8, 1.5)
@@ -165,13 +164,12 @@ def main() -> int:
     parser.add_argument("--max-batch", type=int, default=16)
     parser.add_argument("--in-flight", type=int, default=2, help="batches at a time (%(default)s)")
     parser.add_argument("--policy", action="append", choices=list(POLICIES), help="only this one; may be repeated")
-    parser.add_argument("--processes", type=int, help="that decode (default: as many as `nbvision serve` has)")
+    parser.add_argument("--processes", type=int, default=0, help="that decode (%(default)s)")
     parser.add_argument("--images", type=int, default=128)
     arguments = parser.parse_args()
     device = resolve_device(arguments.device)
     files = catalogue_files(arguments.images)
-    processes = decode_processes_for(device) if arguments.processes is None else arguments.processes
-    recognizer = Recognizer.load(models_directory(), device=device, decode_processes=processes)
+    recognizer = Recognizer.load(models_directory(), device=device, decode_processes=arguments.processes)
 
     def recognize(items: list[Any]) -> list[Any]:
         found = recognizer.recognize(items)
@@ -219,7 +217,7 @@ def main() -> int:
         "deadline_ms": arguments.deadline_ms,
         "max_batch": arguments.max_batch,
         "in_flight": arguments.in_flight,
-        "processes": processes,
+        "processes": arguments.processes,
         "capacity_per_s": most,
         "alone_ms": {size: curve(size) * 1e3 for size in (1, arguments.max_batch)},
         "runs": [],

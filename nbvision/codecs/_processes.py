@@ -45,6 +45,8 @@ QUEUED, RUNNING, DONE, REFUSED, FAILED = range(
 
 _LOOK_S = 0.1  # between looks at whether the process still lives that one waits for
 _REPLACE_S = 1.0  # and at all of them
+_RECLAIM_S = 0.005  # between looks at blocks that were let go of
+_LEFT_ALONE = 64  # of those, before there is need
 _START_S = 60.0  # to import what it decodes with, on a busy machine
 _LARGEST = 4  # no block is larger than this part of the memory: what is, threads decode
 _STARTS = 3  # in a row that come to nothing, and no more are tried
@@ -59,52 +61,63 @@ class Shared:
     """Memory of several processes, as each of them sees it."""
 
     def __init__(self, descriptor: int, size_bytes: int) -> None:
-        self.descriptor = descriptor
+        self.descriptor, self.size_bytes = descriptor, size_bytes
         self._map = mmap.mmap(descriptor, size_bytes)
-        self.bytes: npt.NDArray[np.uint8] = np.frombuffer(self._map, np.uint8)
-        self.address: int = self.bytes.ctypes.data
+        self._words = memoryview(self._map).cast("q")
+        self._bytes: npt.NDArray[np.uint8] = np.frombuffer(self._map, np.uint8)
+        self.address: int = self._bytes.ctypes.data
 
-    def numbers(self, place: int) -> npt.NDArray[np.int64]:
-        """What a block's page says, to read and to write."""
-        return self.bytes[place + _NUMBERS_AT : place + _TEXT_AT].view(np.int64)
+    def number(self, place: int, name: int) -> int:
+        """What a block's page says."""
+        return self._words[(place + _NUMBERS_AT) // 8 + name]
 
-    def how(self, place: int) -> npt.NDArray[np.uint8]:
-        return self.bytes[place + _TEXT_AT : place + _TEXT_AT + int(self.numbers(place)[HOW_BYTES])]
+    def say(self, place: int, name: int, number: int) -> None:
+        self._words[(place + _NUMBERS_AT) // 8 + name] = number
 
-    def file(self, place: int) -> npt.NDArray[np.uint8]:
-        return self.bytes[place + _PAGE : place + _PAGE + int(self.numbers(place)[FILE_BYTES])]
+    def write(self, place: int, how: bytes, file: bytes, shape: tuple[int, int, int]) -> None:
+        """What is to be done. A copy by NumPy would let go of Python's lock, and get it back when others like to."""
+        for name, number in enumerate((QUEUED, 0, 1, len(file), len(how), *shape)):
+            self.say(place, name, number)
+        self._map[place + _TEXT_AT : place + _TEXT_AT + len(how)] = how
+        self._map[place + _PAGE : place + _PAGE + len(file)] = file
+
+    def how(self, place: int) -> bytes:
+        return self._map[place + _TEXT_AT : place + _TEXT_AT + self.number(place, HOW_BYTES)]
+
+    def file(self, place: int) -> bytes:
+        return self._map[place + _PAGE : place + _PAGE + self.number(place, FILE_BYTES)]
 
     def pixels(self, place: int) -> npt.NDArray[np.uint8]:
         """(H, W, C)"""
-        numbers = self.numbers(place)
-        shape = [int(length) for length in numbers[HEIGHT : CHANNELS + 1]]
-        begin = place + _PAGE + _whole_pages(int(numbers[FILE_BYTES]))
-        return self.bytes[begin : begin + shape[0] * shape[1] * shape[2]].reshape(shape)
+        shape = [self.number(place, name) for name in (HEIGHT, WIDTH, CHANNELS)]
+        begin = place + _PAGE + _whole_pages(self.number(place, FILE_BYTES))
+        return self._bytes[begin : begin + math.prod(shape)].reshape(shape)
 
     def text(self, place: int) -> str:
         """What is wrong, in JSON."""
-        return self.bytes[place + _TEXT_AT : place + _PAGE].tobytes().rstrip(b"\0").decode()
+        return self._map[place + _TEXT_AT : place + _PAGE].rstrip(b"\0").decode()
 
     def write_text(self, place: int, text: str) -> None:
-        room = self.bytes[place + _TEXT_AT : place + _PAGE]
-        data = text.encode()[: len(room)]
-        room[:] = 0
-        room[: len(data)] = np.frombuffer(data, np.uint8)
+        room = _PAGE - _TEXT_AT
+        self._map[place + _TEXT_AT : place + _PAGE] = text.encode()[:room].ljust(room, b"\0")
 
 
 def _whole_pages(size_bytes: int) -> int:
     return -(-size_bytes // _PAGE) * _PAGE
 
 
-# --- semaphores that processes share, which Python has for its own only -----------------------------------------------
+# --- the C library's semaphores, for Python's own are no part of such memory ------------------------------------------
 
 
 @functools.cache
 def _libc(keeps_lock: bool) -> Any:
+    """The C library, whose functions are called without Python's lock, or, if they never wait, with it."""
     library = ctypes.PyDLL(None, use_errno=True) if keeps_lock else ctypes.CDLL(None, use_errno=True)
-    for name, others in {"init": [ctypes.c_int, ctypes.c_uint], "post": [], "trywait": []}.items():
-        getattr(library, f"sem_{name}").argtypes = [ctypes.c_void_p, *others]
+    library.sem_init.argtypes = [ctypes.c_void_p, ctypes.c_int, ctypes.c_uint]
+    library.sem_post.argtypes = library.sem_trywait.argtypes = [ctypes.c_void_p]
     library.sem_timedwait.argtypes = [ctypes.c_void_p, ctypes.POINTER(_Time)]
+    library.write.argtypes = [ctypes.c_int, ctypes.c_char_p, ctypes.c_size_t]
+    library.write.restype = ctypes.c_ssize_t
     return library
 
 
@@ -138,7 +151,7 @@ class _Worker:
 
     def __init__(self, shared: Shared, jobs: int) -> None:
         self._said, says = os.pipe()
-        arguments = [str(number) for number in (shared.descriptor, shared.bytes.nbytes, jobs, says)]
+        arguments = [str(number) for number in (shared.descriptor, shared.size_bytes, jobs, says)]
         # No sys.path but its own would find what this one was told where to find.
         kept = {
             "PYTHONPATH": os.pathsep.join(filter(None, sys.path)),
@@ -198,8 +211,10 @@ class Processes:
         self._reads: Reads = collections.defaultdict(list)
         self._changing = threading.Lock()
         self._jobs_read, self._jobs = os.pipe()
+        os.set_blocking(self._jobs, False)
         self._useless_starts = 0
         self._looked_s = time.monotonic()
+        self._reclaimed_s = 0.0
         self._pinned: list[int] = []  # the address, once it is
         self._workers: list[_Worker] = []
         files = (memory, self._jobs_read, self._jobs)
@@ -213,17 +228,17 @@ class Processes:
         place = self._take(size_bytes)
         if place is None:
             return None
-        said = _pickled(how)
-        self.shared.numbers(place)[:] = (QUEUED, 0, 1, len(image.data), len(said), *shape)
-        self.shared.how(place)[:] = np.frombuffer(said, np.uint8)
-        np.copyto(self.shared.file(place), np.frombuffer(image.data, np.uint8))
+        self.shared.write(place, _pickled(how), image.data, shape)
         make_semaphore(self.shared.address + place)
         job = HostJob(self, place, size_bytes)
-        self.queue(place)
+        if not self.queue(place):
+            self.shared.say(place, STATE, FAILED)
+            return None
         return job
 
-    def queue(self, place: int) -> None:
-        os.write(self._jobs, place.to_bytes(8, "little"))
+    def queue(self, place: int) -> bool:
+        """Whether the pipe had room for a job."""
+        return bool(_libc(True).write(self._jobs, place.to_bytes(8, "little"), 8) == 8)
 
     def pin(self) -> None:
         """Let the GPU copy from the memory while the host goes on; where the system forbids that, the host waits."""
@@ -231,7 +246,7 @@ class Processes:
             if not self._pinned:
                 runtime = require_cupy("pinned memory").cuda.runtime
                 with contextlib.suppress(runtime.CUDARuntimeError):
-                    runtime.hostRegister(self.shared.address, self.shared.bytes.nbytes, _FOR_ALL_DEVICES)
+                    runtime.hostRegister(self.shared.address, self.shared.size_bytes, _FOR_ALL_DEVICES)
                     self._pinned.append(self.shared.address)
 
     def wait_until_ready(self) -> None:
@@ -268,7 +283,7 @@ class Processes:
 
     def release(self, place: int, size_bytes: int) -> None:
         """Take a block back, once nobody writes or reads it any more."""
-        self.shared.numbers(place)[IS_WANTED] = 0
+        self.shared.say(place, IS_WANTED, 0)
         self._released.append((place, size_bytes))  # called by finalizers, which must not take locks
 
     def _has(self, process_id: int) -> bool:
@@ -286,22 +301,33 @@ class Processes:
     # --- memory
 
     def _take(self, size_bytes: int) -> int | None:
-        if size_bytes > self.shared.bytes.nbytes // _LARGEST:
+        if size_bytes > self.shared.size_bytes // _LARGEST:
             return None
         with self._changing:
             if time.monotonic() - self._looked_s > _REPLACE_S:
                 self._replace()
             if not any(worker.is_ready() for worker in self._workers):
                 return None
-            self._reclaim()
-            for index, (place, free_bytes) in enumerate(self._free):
-                if free_bytes >= size_bytes:
-                    rest = (place + size_bytes, free_bytes - size_bytes)
-                    self._free[index : index + 1] = [rest] if rest[1] else []
-                    return place
+            if len(self._released) > _LEFT_ALONE:
+                self._reclaim()
+            place = self._first_fit(size_bytes)
+            if place is None and self._released:
+                self._reclaim()
+                place = self._first_fit(size_bytes)
+            return place
+
+    def _first_fit(self, size_bytes: int) -> int | None:
+        for index, (place, free_bytes) in enumerate(self._free):
+            if free_bytes >= size_bytes:
+                rest = (place + size_bytes, free_bytes - size_bytes)
+                self._free[index : index + 1] = [rest] if rest[1] else []
+                return place
         return None
 
     def _reclaim(self) -> None:
+        if time.monotonic() - self._reclaimed_s < _RECLAIM_S:
+            return  # of what was still used then, most still is
+        self._reclaimed_s = time.monotonic()
         for _ in range(len(self._released)):
             place, size_bytes = self._released.popleft()
             if self._is_used(place) or not all(event.done for event, _ in self._reads.get(place, ())):
@@ -317,8 +343,8 @@ class Processes:
 
     def _is_used(self, place: int) -> bool:
         """Whether a process may still write to a block, or find it in the pipe."""
-        state, worker = self.shared.numbers(place)[[STATE, WORKER]].tolist()
-        return state == QUEUED or (state == RUNNING and self._has(worker))
+        state = self.shared.number(place, STATE)
+        return state == QUEUED or (state == RUNNING and self._has(self.shared.number(place, WORKER)))
 
 
 def _end(
@@ -366,7 +392,7 @@ class HostJob:
     @property
     def is_over(self) -> bool:
         """Whether there is nothing to wait for."""
-        return self._is_over or bool(self._by.shared.numbers(self._place)[STATE] >= DONE)
+        return self._is_over or self._by.shared.number(self._place, STATE) >= DONE
 
     def wait(self) -> bool:
         """Wait for the process; False if it came to nothing, and somebody else has to decode the image."""
@@ -392,27 +418,27 @@ class HostJob:
 
     def _end(self) -> None:
         self._is_over = True
-        state = self._by.shared.numbers(self._place)[STATE]
-        self._is_decoded = state in (DONE, REFUSED)
+        self._is_decoded = self._by.shared.number(self._place, STATE) in (DONE, REFUSED)
         if self._is_decoded:
             self._said = json.loads(self._by.shared.text(self._place))
 
     def _look(self) -> None:
         """Nothing has come for a while: whether something still may."""
-        numbers = self._by.shared.numbers(self._place)
-        worker = int(numbers[WORKER])
+        shared, place = self._by.shared, self._place
+        worker = shared.number(place, WORKER)
         if worker == 0:
             # Who took it, and has not said so since the last look, ended in between.
             is_lost, self._is_taken = self._is_taken, self._by.has_taken_all()
-            self._is_over = not self._by.has_any() or (is_lost and self._is_taken and numbers[WORKER] == 0)
-        elif not self._by.lives(worker) and numbers[STATE] == RUNNING:
+            self._is_over = not self._by.has_any() or (is_lost and self._is_taken and not shared.number(place, WORKER))
+        elif not self._by.lives(worker) and shared.number(place, STATE) == RUNNING:
             self._deaths += 1
             if self._deaths == 1:  # it may have been anything
-                numbers[[STATE, WORKER]] = QUEUED, 0
-                self._by.queue(self._place)
+                shared.say(place, WORKER, 0)
+                shared.say(place, STATE, QUEUED)
+                self._is_over = not self._by.queue(place)
                 return
             self._is_over = self._is_decoded = True
-            numbers[STATE] = REFUSED
+            shared.say(place, STATE, REFUSED)
             message = "two processes ended while they decoded this file"
             self._said = {"error": {"message": message, "kind": "corrupt", "valid_rows": None}}
 

@@ -38,14 +38,13 @@ def main(memory: int, size_bytes: int, jobs: int, ready: int) -> None:
 
 def work(shared: Shared, place: int) -> None:
     """Do what one block says, and say in it what came of it."""
-    numbers = shared.numbers(place)
-    numbers[WORKER] = os.getpid()
-    numbers[STATE] = RUNNING
+    shared.say(place, WORKER, os.getpid())
+    shared.say(place, STATE, RUNNING)
     state = FAILED
-    if numbers[IS_WANTED]:
-        how = pickle.loads(shared.how(place).tobytes())
+    if shared.number(place, IS_WANTED):
+        how = pickle.loads(shared.how(place))
         try:
-            image = read_image(shared.file(place).tobytes(), sys.maxsize, how.recover)
+            image = read_image(shared.file(place), sys.maxsize, how.recover)
             if isinstance(image, CompressedImage):
                 decode_on_host(image, shared.pixels(place), how)
                 state = DONE if image.error is None else REFUSED
@@ -53,7 +52,7 @@ def work(shared: Shared, place: int) -> None:
                 shared.write_text(place, json.dumps({name: _said(error) for name, error in said.items() if error}))
         except Exception as error:  # which is told where it happens again, in who asked
             print(f"nbvision: a decoding process failed: {type(error).__name__}: {error}", file=sys.stderr)
-    numbers[STATE] = state
+    shared.say(place, STATE, state)
     post(shared.address + place)
 
 

@@ -34,10 +34,10 @@ class Decoder:
         Batches that are decoded at the same time. Default: 2 on CUDA, where they take turns on the JPEG engine, and one
         for each core on the CPU, where single images come from many callers.
     processes : int
-        Processes that decode what is the host's in place of threads of this one; 0, the default, has none. A service
-        that is asked for single images is faster with them, for its Python and that of decoding then do not wait for
-        each other: three for every four cores, say. Each takes 0.1 GB; decoders of a process that ask for the same
-        share theirs, which end with the last of them. Linux only.
+        Processes that decode what is the host's in place of threads of this one; 0, the default, has none. Their Python
+        does not wait for this one's, and a file that ends a process is an error like any other; docs/codecs.md says
+        what they bring. Each takes 0.1 GB. Decoders of a process that ask for the same share theirs, which end with the
+        last of them. Linux only.
     shared_bytes : int
         Of files and pixels that the processes may have under way, together. What finds no room, or would take more than
         a quarter of it, is decoded by threads.

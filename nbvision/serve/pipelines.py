@@ -26,7 +26,7 @@ from nbvision.image import to_device
 from nbvision.ops.crop import crop
 from nbvision.ops.rle import mask_to_rle
 from nbvision.recognizer import Recognition, Recognizer, StageTimes
-from nbvision.runtime.device import Device, available_cores, resolve_device
+from nbvision.runtime.device import Device, resolve_device
 from nbvision.search import Index
 from nbvision.serve.protocol import DATATYPES, datatype_of
 from nbvision.serve.status import PipelineError
@@ -37,11 +37,8 @@ __all__ = [
     "Pipeline",
     "PythonPipeline",
     "RecognizerPipeline",
-    "decode_processes_for",
     "texts",
 ]
-
-_MOST_PROCESSES = 12
 
 Tensors = Mapping[str, npt.NDArray[Any]]
 
@@ -125,11 +122,6 @@ class Pipeline(ABC):
 # --- recognizer -------------------------------------------------------------------------------------------------------
 
 
-def decode_processes_for(device: Device) -> int:
-    """As many as one GPU's pictures keep busy; on the CPU the models need the same cores."""
-    return min(_MOST_PROCESSES, available_cores() * 3 // 4) if device == "cuda" else 0
-
-
 class RecognizerPipeline(Pipeline):
     """Compressed images to the objects in them: boxes, masks, embeddings, and the nearest goods of an index.
 
@@ -150,9 +142,8 @@ class RecognizerPipeline(Pipeline):
         Whether results say how long the stages of their batch took. Each stage then waits for the device.
     limit_pixels : int
         Images of more are refused before memory is allocated for them.
-    decode_processes : int, optional
-        Processes that decode what no GPU decodes, from when a request has come; see :class:`nbvision.Decoder`. Default:
-        three for every four cores on CUDA, 12 at most, and none on the CPU.
+    decode_processes : int
+        Processes that decode what no GPU decodes, from when a request has come; see :class:`nbvision.Decoder`.
     """
 
     def __init__(
@@ -167,15 +158,13 @@ class RecognizerPipeline(Pipeline):
         cuda_graphs: bool = False,
         stage_times: bool = False,
         limit_pixels: int = 50_000_000,
-        decode_processes: int | None = None,
+        decode_processes: int = 0,
     ) -> None:
         if models is None:
             from nbvision.demo.run import models_directory
 
             models = str(models_directory())
         self.device = resolve_device(device)
-        if decode_processes is None:
-            decode_processes = decode_processes_for(self.device)
         self._decoder = Decoder(device=self.device, limit_pixels=limit_pixels, processes=decode_processes)
         self._recognizer = Recognizer.load(models, device=self.device, precision=precision, cuda_graphs=cuda_graphs)
         self._decoder.warm_up()  # the processes have started meanwhile
