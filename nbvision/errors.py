@@ -38,7 +38,9 @@ __all__ = [
     "SearchError",
 ]
 
-DecodeErrorKind = Literal["empty", "not_an_image", "truncated", "corrupt", "unsupported", "too_large", "unreadable"]
+DecodeErrorKind = Literal[
+    "empty", "not_an_image", "truncated", "corrupt", "unsupported", "too_large", "unreadable", "failed"
+]
 
 
 class NbvisionError(Exception):
@@ -99,7 +101,8 @@ class DecodeError(NbvisionError, ValueError):
     kind : str
         ``"empty"`` (no bytes), ``"not_an_image"`` (no known signature), ``"truncated"`` (ends too early),
         ``"corrupt"`` (damaged inside), ``"unsupported"`` (a format or variant nobody here decodes),
-        ``"too_large"`` (over the pixel limit), ``"unreadable"`` (the file cannot be opened).
+        ``"too_large"`` (over the pixel limit), ``"unreadable"`` (the file cannot be opened),
+        ``"failed"`` (two processes ended while they decoded it, be it by the file or by the machine).
     source : str, optional
         The file's path, where there is one.
     valid_rows : int, optional

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import fcntl
 import gc
 import os
 import signal
+import subprocess
 import sys
+import textwrap
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -20,8 +23,8 @@ from test_decoder import BMP, JPEG, PNG, assert_same
 
 import nbvision as nbv
 from nbvision.codecs import _processes, host
-from nbvision.codecs._processes import FAILED, RUNNING, STATE, WORKER, Processes
-from nbvision.errors import InputError
+from nbvision.codecs._processes import DONE, FAILED, HAS_LEFT, RUNNING, STATE, WORKER, Processes
+from nbvision.errors import DeviceError, InputError
 
 PROGRESSIVE = encode(photo(), "JPEG", progressive=True)
 FILES = [JPEG, PNG, b"broken", PROGRESSIVE, PNG[:3000], BMP, b""]
@@ -297,8 +300,154 @@ def test_what_kills_two_processes_is_an_error_and_nothing_else_is(
     batch = decoder([other, image])
     assert_same(batch.select([0]), nbv.decode(PNG, device=device))
     assert batch.errors[1] is not None
-    assert batch.errors[1].kind == "corrupt"
+    assert batch.errors[1].kind == "failed"
     assert "two processes ended" in str(batch.errors[1])
+
+
+@pytest.mark.parametrize("said", ["who has it", "that it is done"])
+def test_a_process_may_end_between_any_two_words(
+    device: Any, lonely: Processes, said: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    queue, shared = lonely.queue, lonely.shared
+
+    def kill(place: int) -> bool:
+        (process_id,) = ids_of(lonely)
+        os.kill(process_id, signal.SIGKILL)
+        shared.say(place, WORKER, process_id)
+        if said == "that it is done":
+            shared.pixels(place)[:] = 7
+            shared.write_text(place, "{}")
+            shared.say(place, STATE, DONE)
+        monkeypatch.setattr(lonely, "queue", queue)
+        return True
+
+    monkeypatch.setattr(lonely, "queue", kill)
+    decoder, image = opened_by(lonely, BMP, device)
+    pixels = decoder(image).to("cpu")[0]
+    if said == "that it is done":
+        assert (pixels == 7).all()
+    else:
+        np.testing.assert_array_equal(pixels, nbv.decode(BMP, device="cpu")[0])
+    size_bytes = lonely.shared.size_bytes
+    del image
+    gc.collect()
+    lonely.has_any()
+    wait_until(lambda: free_bytes(lonely) == size_bytes)
+
+
+def test_a_block_is_not_given_out_before_its_process_has_left_it(device: Any, lonely: Processes) -> None:
+    decoder, image = opened_by(lonely, BMP, device)
+    place, size_bytes = image._image.ahead._place, lonely.shared.size_bytes
+    wait_until(lambda: lonely.shared.number(place, HAS_LEFT))
+    lonely.shared.say(place, HAS_LEFT, 0)  # as if it had just said that it is done
+    del image
+    gc.collect()
+    assert free_bytes(lonely) < size_bytes
+    lonely.shared.say(place, HAS_LEFT, 1)
+    assert free_bytes(lonely) == size_bytes
+    assert decoder(PNG).ok.all()
+
+
+def test_a_pipe_that_is_full_leaves_the_rest_to_threads(device: Any, lonely: Processes) -> None:
+    files = [nbv.encode(np.full((3, 2, 3), level, np.uint8), "png") for level in range(200)] * 5
+    fcntl.fcntl(lonely._jobs, fcntl.F_SETPIPE_SZ, 4096)
+    with stopped(lonely):
+        decoder, _ = opened_by(lonely, PNG, device)
+        opened = [decoder.open(data) for data in files]
+    began = [image._image.ahead is not None for image in opened]
+    assert 500 < sum(began) <= 4096 // 8
+    for index, pixels in enumerate(decoder(opened).to("cpu")):
+        assert (pixels == index % 200).all()
+
+
+def test_a_process_that_cannot_be_started_is_no_error(
+    device: Any, lonely: Processes, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*arguments: Any, **options: Any) -> None:
+        raise BlockingIOError("no more processes")
+
+    decoder, image = opened_by(lonely, PNG, device)
+    wait_until(lambda: image.is_decoded)
+    monkeypatch.setattr(subprocess, "Popen", refuse)
+    monkeypatch.setattr(_processes, "_REPLACE_S", 0.0)
+    for process_id in ids_of(lonely):
+        os.kill(process_id, signal.SIGKILL)
+    before = len(os.listdir("/proc/self/fd"))
+    for _ in range(5):
+        assert_same(decoder([image, BMP]), nbv.decode([PNG, BMP], device=device))
+    assert len(os.listdir("/proc/self/fd")) <= before
+
+
+def run_script(code: str, **options: Any) -> str:
+    path = options.pop("path")
+    path.write_text(textwrap.dedent(code))
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", str(path)], capture_output=True, text=True, timeout=60, check=False, **options
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout + done.stderr
+
+
+def test_forks_leave_the_processes_alone(tmp_path: Path) -> None:
+    png = tmp_path / "a.png"
+    png.write_bytes(PNG)
+    code = f"""
+        import gc, os
+        import numpy as np, nbvision as nbv
+        decoder = nbv.Decoder(device="cpu", processes=2, shared_bytes=1 << 22)
+        decoder.warm_up()
+        expected = nbv.decode({str(png)!r}, device="cpu", threads=1)[0]
+        opened = [decoder.open({str(png)!r}) for _ in range(20)]
+        child = os.fork()
+        if not child:
+            alone = nbv.decode(opened[:10], device="cpu", threads=1)
+            assert all((pixels == expected).all() for pixels in alone)
+            assert not any(image.is_decoded for image in opened)
+            opened.clear()
+            gc.collect()
+            decoder.close()
+            os._exit(0)
+        assert os.waitpid(child, 0)[1] == 0
+        assert all((pixels == expected).all() for pixels in decoder(opened))
+        assert all(image.is_decoded for image in opened)
+    """
+    run_script(code, path=tmp_path / "forks.py")
+
+
+def test_what_is_decoded_at_exit_is_decoded_by_threads(tmp_path: Path) -> None:
+    png = tmp_path / "a.png"
+    png.write_bytes(PNG)
+    code = f"""
+        import atexit
+        @atexit.register
+        def late():
+            _processes._REPLACE_S = 0.0
+            print(decoder({str(png)!r}).ok.all(), decoder.open({str(png)!r}).is_decoded)
+        import nbvision as nbv
+        from nbvision.codecs import _processes
+        decoder = nbv.Decoder(device="cpu", processes=1, shared_bytes=1 << 22, threads=1)
+        decoder.warm_up()
+    """
+    assert run_script(code, path=tmp_path / "late.py").split() == ["True", "False"]
+
+
+def test_processes_import_nothing_from_where_they_happen_to_be(tmp_path: Path) -> None:
+    (tmp_path / "here").mkdir()
+    (tmp_path / "here" / "simplejpeg.py").write_text("raise SystemExit('from the current directory')")
+    code = """
+        import nbvision as nbv
+        decoder = nbv.Decoder(device="cpu", processes=1, shared_bytes=1 << 22)
+        decoder.warm_up()
+        print(decoder._processes.has_any())
+    """
+    assert run_script(code, path=tmp_path / "there.py", cwd=tmp_path / "here").split() == ["True"]
+
+
+def test_memory_that_cannot_be_shared_is_refused(device: Any) -> None:
+    before = len(os.listdir("/proc/self/fd"))
+    with pytest.raises(DeviceError, match="use fewer"):
+        nbv.Decoder(device=device, processes=1, shared_bytes=1 << 62)
+    assert len(os.listdir("/proc/self/fd")) <= before
 
 
 def test_where_no_process_starts_threads_decode(device: Any, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -356,8 +505,6 @@ def test_processes_end_with_their_last_decoder(device: Any) -> None:
 
 
 def test_no_process_outlives_who_started_it(tmp_path: Path) -> None:
-    import subprocess
-
     code = (
         "import os, signal, nbvision as nbv\n"
         "decoder = nbv.Decoder(device='cpu', processes=2, shared_bytes=1 << 22)\n"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import io
 from typing import Any
 
@@ -16,7 +17,8 @@ import nbvision as nbv
 from nbvision.codecs.decode import decode
 from nbvision.codecs.gpu_decode import takes
 from nbvision.codecs.headers import read_header
-from nbvision.codecs.host import check_jpeg
+from nbvision.codecs.host import Wanted, check_jpeg
+from nbvision.codecs.open import CompressedImage, How, decode_on_host, read_image
 from nbvision.errors import DecodeError
 
 HEIGHT, WIDTH = 150, 203
@@ -203,6 +205,20 @@ def test_without_recover_damage_is_an_error(device: str, tmp_path: Any) -> None:
     assert recovered.damage[0] is not None
     assert recovered.damage[0].source == str(path)
     assert str(recovered.damage[0]) == str(batch.errors[0])
+
+
+def test_what_is_lost_shows_nothing_of_what_the_memory_held_before() -> None:
+    data = IN_ORDER["jpeg"]
+    at = data.index(b"\xff\xc0")
+    segment = data[at : at + 2 + int.from_bytes(data[at + 2 : at + 4], "big")]
+    twice = data[:at] + segment + segment + data[at + len(segment) :]  # of which libjpeg decodes nothing
+    image = read_image(twice, 1 << 30, recover=True)
+    assert isinstance(image, CompressedImage)
+    how = How(Wanted("gray"), "cpu", recover=True)
+    pixels = [np.full((HEIGHT, WIDTH, 1), held, np.uint8) for held in (0, 9, 200)]
+    for out in pixels:
+        decode_on_host(dataclasses.replace(image), out, how)
+        np.testing.assert_array_equal(out, pixels[0])
 
 
 def test_batches_keep_what_is_known(device: str) -> None:

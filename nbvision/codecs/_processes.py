@@ -2,7 +2,9 @@
 
 Files and pixels are in memory that all of them share, in blocks: a page that says what to do and what came of it, the
 file, the pixels.  Places of blocks go to the processes through one pipe; whoever is free takes the next.  A process
-ends when nobody holds the other end of the pipe any more, so none outlives who started it.
+ends when nobody holds the other end of the pipe any more, so none outlives who started it, and their forks.
+
+Processes are those of who made them.  A forked child has copies of this memory's owner, and uses none of them.
 """
 
 from __future__ import annotations
@@ -37,8 +39,9 @@ if TYPE_CHECKING:
 __all__ = ["HostJob", "Processes", "Shared", "post", "processes"]
 
 _PAGE = 4096
-_NUMBERS_AT, _TEXT_AT = 64, 128  # in a block's first page; before them is a semaphore
-STATE, WORKER, IS_WANTED, FILE_BYTES, HOW_BYTES, HEIGHT, WIDTH, CHANNELS = range(8)  # the numbers, of 8 bytes each
+_NUMBERS_AT, _TEXT_AT = 64, 192  # in a block's first page; before them is a semaphore
+# The numbers, of 8 bytes each. A worker's last word is HAS_LEFT; before it, it may still touch the page.
+STATE, WORKER, IS_WANTED, HAS_LEFT, FILE_BYTES, HOW_BYTES, HEIGHT, WIDTH, CHANNELS = range(9)
 QUEUED, RUNNING, DONE, REFUSED, FAILED = range(
     5
 )  # states; REFUSED has a DecodeError, FAILED is the process's own fault
@@ -53,8 +56,8 @@ _STARTS = 3  # in a row that come to nothing, and no more are tried
 _FOR_ALL_DEVICES = 1  # cudaHostRegisterPortable
 
 
-# Who copies from a block: events, and their streams, by the block's place.
-Reads: TypeAlias = "dict[int, list[tuple[Any, Any]]]"
+# Who copies from a block: by its place, the last event of each stream, by address.
+Reads: TypeAlias = "dict[int, dict[int, tuple[Any, Any]]]"
 
 
 class Shared:
@@ -76,7 +79,7 @@ class Shared:
 
     def write(self, place: int, how: bytes, file: bytes, shape: tuple[int, int, int]) -> None:
         """What is to be done. A copy by NumPy would let go of Python's lock, and get it back when others like to."""
-        for name, number in enumerate((QUEUED, 0, 1, len(file), len(how), *shape)):
+        for name, number in enumerate((QUEUED, 0, 1, 0, len(file), len(how), *shape)):
             self.say(place, name, number)
         self._map[place + _TEXT_AT : place + _TEXT_AT + len(how)] = how
         self._map[place + _PAGE : place + _PAGE + len(file)] = file
@@ -151,23 +154,25 @@ class _Worker:
 
     def __init__(self, shared: Shared, jobs: int) -> None:
         self._said, says = os.pipe()
-        arguments = [str(number) for number in (shared.descriptor, shared.size_bytes, jobs, says)]
-        # No sys.path but its own would find what this one was told where to find.
-        kept = {
-            "PYTHONPATH": os.pathsep.join(filter(None, sys.path)),
-            "CUDA_VISIBLE_DEVICES": "",
-            "OMP_NUM_THREADS": "1",
-        }
-        self.process = subprocess.Popen(
-            [sys.executable, "-m", "nbvision.codecs._worker", *arguments],
-            pass_fds=(shared.descriptor, jobs, says),
-            stdin=subprocess.DEVNULL,
-            start_new_session=True,  # an interrupt from the keyboard is for whom it serves
-            env=os.environ | kept,
-        )
-        os.close(says)
         os.set_blocking(self._said, False)
         self._is_ready = False
+        # It finds what this process finds, and nothing in the directory where it happens to be.
+        path = [str(entry) for entry in sys.path if entry]
+        code = f"import sys; sys.path[:] = {path!r}; from nbvision.codecs._worker import main; main(*sys.argv[1:])"
+        arguments = [str(number) for number in (shared.descriptor, shared.size_bytes, jobs, says)]
+        try:
+            self.process = subprocess.Popen(
+                [sys.executable, "-c", code, *arguments],
+                pass_fds=(shared.descriptor, jobs, says),
+                stdin=subprocess.DEVNULL,
+                start_new_session=True,  # an interrupt from the keyboard is for whom it serves
+                env=os.environ | {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"},
+            )
+        except OSError:
+            os.close(self._said)
+            raise
+        finally:
+            os.close(says)
 
     def is_ready(self) -> bool:
         if not self._is_ready:
@@ -194,7 +199,7 @@ class Processes:
     Raises
     ------
     DeviceError
-        Where there is no such memory (``memfd_create``): beside Linux.
+        Where there is no such memory (``memfd_create``), or not so much.
     """
 
     def __init__(self, count: int, size_bytes: int) -> None:
@@ -202,13 +207,17 @@ class Processes:
             raise DeviceError("processes that decode need Linux and a python executable; leave processes at 0 here")
         size_bytes = _whole_pages(size_bytes)
         memory = os.memfd_create("nbvision-decode")
-        os.ftruncate(memory, size_bytes)
-        self.shared = Shared(memory, size_bytes)
-        self.owner = os.getpid()
+        try:
+            os.ftruncate(memory, size_bytes)
+            self.shared = Shared(memory, size_bytes)
+        except (OSError, ValueError, OverflowError) as error:
+            os.close(memory)
+            raise DeviceError(f"{size_bytes} bytes of memory cannot be shared: {error}; use fewer") from error
+        self._owner = os.getpid()
         self._free = [(0, size_bytes)]  # places and sizes, in order
         self._released: collections.deque[tuple[int, int]] = collections.deque()  # places and sizes
         # Here and not with the jobs: of a cycle that is collected, events and streams may go before their job.
-        self._reads: Reads = collections.defaultdict(list)
+        self._reads: Reads = collections.defaultdict(dict)
         self._changing = threading.Lock()
         self._jobs_read, self._jobs = os.pipe()
         os.set_blocking(self._jobs, False)
@@ -218,27 +227,33 @@ class Processes:
         self._pinned: list[int] = []  # the address, once it is
         self._workers: list[_Worker] = []
         files = (memory, self._jobs_read, self._jobs)
-        weakref.finalize(self, _end, self.owner, self._workers, files, self._reads, self._pinned)
-        self._workers += [_Worker(self.shared, self._jobs_read) for _ in range(count)]
+        weakref.finalize(self, _end, self._owner, self._workers, files, self._reads, self._pinned)
+        for _ in range(count):
+            self._start()
+
+    def is_ours(self) -> bool:
+        """Whether this is the process that made it, and not a fork of it."""
+        return os.getpid() == self._owner
 
     def begin(self, image: CompressedImage, how: How) -> HostJob | None:
         """Let a process decode an image; None if none is ready, or there is no room for the image."""
-        shape = how.shape(image)
+        shape, said = how.shape(image), _pickled(how)
         size_bytes = _PAGE + _whole_pages(len(image.data)) + _whole_pages(math.prod(shape))
-        place = self._take(size_bytes)
+        place = self._take(size_bytes) if self.is_ours() else None
         if place is None:
             return None
-        self.shared.write(place, _pickled(how), image.data, shape)
-        make_semaphore(self.shared.address + place)
         job = HostJob(self, place, size_bytes)
-        if not self.queue(place):
-            self.shared.say(place, STATE, FAILED)
-            return None
-        return job
+        self.shared.write(place, said, image.data, shape)
+        make_semaphore(self.shared.address + place)
+        return job if self.queue(place) else None
 
     def queue(self, place: int) -> bool:
-        """Whether the pipe had room for a job."""
-        return bool(_libc(True).write(self._jobs, place.to_bytes(8, "little"), 8) == 8)
+        """Let a process take a block; False, and nobody will, if the pipe is full."""
+        if _libc(True).write(self._jobs, place.to_bytes(8, "little"), 8) == 8:
+            return True
+        self.shared.say(place, STATE, FAILED)
+        self.shared.say(place, HAS_LEFT, 1)
+        return False
 
     def pin(self) -> None:
         """Let the GPU copy from the memory while the host goes on; where the system forbids that, the host waits."""
@@ -279,7 +294,7 @@ class Processes:
 
     def keep_until(self, place: int, event: Any, stream: Any) -> None:
         """A block is read on a stream until an event of it, which must not be asked once the stream is gone."""
-        self._reads[place].append((event, stream))
+        self._reads[place][stream.ptr] = event, stream
 
     def release(self, place: int, size_bytes: int) -> None:
         """Take a block back, once nobody writes or reads it any more."""
@@ -296,7 +311,13 @@ class Processes:
             self._workers.remove(worker)
             worker.end()
             if self._useless_starts < _STARTS:
-                self._workers.append(_Worker(self.shared, self._jobs_read))
+                self._start()
+
+    def _start(self) -> None:
+        try:
+            self._workers.append(_Worker(self.shared, self._jobs_read))
+        except OSError:  # threads decode as well
+            self._useless_starts += 1
 
     # --- memory
 
@@ -329,10 +350,11 @@ class Processes:
             return  # of what was still used then, most still is
         self._reclaimed_s = time.monotonic()
         for _ in range(len(self._released)):
-            place, size_bytes = self._released.popleft()
-            if self._is_used(place) or not all(event.done for event, _ in self._reads.get(place, ())):
-                self._released.append((place, size_bytes))
+            place, size_bytes = self._released[0]
+            if self._is_used(place) or not all(event.done for event, _ in self._reads.get(place, {}).values()):
+                self._released.rotate(-1)
                 continue
+            self._released.popleft()
             self._reads.pop(place, None)
             index = bisect.bisect(self._free, (place, size_bytes))
             self._free.insert(index, (place, size_bytes))
@@ -342,9 +364,14 @@ class Processes:
                     self._free[left : left + 2] = [both]
 
     def _is_used(self, place: int) -> bool:
-        """Whether a process may still write to a block, or find it in the pipe."""
-        state = self.shared.number(place, STATE)
-        return state == QUEUED or (state == RUNNING and self._has(self.shared.number(place, WORKER)))
+        """Whether a process may still write to a block, or find it in the pipe.
+
+        A block that is lost with a process, between the pipe and its first word, is used for good.
+        """
+        if self.shared.number(place, HAS_LEFT):
+            return False
+        worker = self.shared.number(place, WORKER)
+        return self._has(worker) if worker else True
 
 
 def _end(
@@ -357,14 +384,14 @@ def _end(
     """What is left to do for processes that nobody uses any more."""
     if os.getpid() != owner:
         return  # a forked child, whose parent still uses them
-    for worker in workers:
-        worker.end()
+    while workers:  # none is left to whoever still asks
+        workers.pop().end()
     for file in files:
         os.close(file)
     for address in pinned:
         runtime = require_cupy("pinned memory").cuda.runtime
         with contextlib.suppress(runtime.CUDARuntimeError):  # the device may be gone
-            for event, _ in itertools.chain(*reads.values()):
+            for event, _ in itertools.chain(*(streams.values() for streams in reads.values())):
                 event.synchronize()
             runtime.hostUnregister(address)
 
@@ -382,24 +409,33 @@ class HostJob:
         self._waiting = threading.Lock()
         self._is_over = False
         self._is_decoded = False
-        self._is_taken = False  # when it was looked at last
+        self._pipe_was_empty = False
         self._deaths = 0
         self._said: dict[str, Any] = {}
 
     def __del__(self) -> None:
-        self._by.release(self._place, self._size_bytes)
+        if self._by.is_ours():
+            self._by.release(self._place, self._size_bytes)
 
     @property
     def is_over(self) -> bool:
         """Whether there is nothing to wait for."""
-        return self._is_over or self._by.shared.number(self._place, STATE) >= DONE
+        return self._is_over or not self._by.is_ours() or self._by.shared.number(self._place, STATE) >= DONE
+
+    @property
+    def is_decoded(self) -> bool:
+        """Whether a process has decoded it, or has found what is wrong with it."""
+        return self._by.is_ours() and self._by.shared.number(self._place, STATE) in (DONE, REFUSED)
 
     def wait(self) -> bool:
         """Wait for the process; False if it came to nothing, and somebody else has to decode the image."""
+        if not self._by.is_ours():
+            return False
         with self._waiting:
             while not self._is_over:
-                # A block that was let go of may be posted once more, for what it was before.
-                if wait_for(self._by.shared.address + self._place, _LOOK_S) and self.is_over:
+                # It only saves time: who ends between its last word and this leaves the word.
+                wait_for(self._by.shared.address + self._place, _LOOK_S)
+                if self.is_over:
                     self._end()
                 else:
                     self._look()
@@ -417,30 +453,32 @@ class HostJob:
         self._by.keep_until(self._place, event, stream)
 
     def _end(self) -> None:
-        self._is_over = True
-        self._is_decoded = self._by.shared.number(self._place, STATE) in (DONE, REFUSED)
-        if self._is_decoded:
+        if self.is_decoded:
             self._said = json.loads(self._by.shared.text(self._place))
+            self._is_decoded = True
+        self._is_over = True
 
     def _look(self) -> None:
         """Nothing has come for a while: whether something still may."""
         shared, place = self._by.shared, self._place
         worker = shared.number(place, WORKER)
         if worker == 0:
-            # Who took it, and has not said so since the last look, ended in between.
-            is_lost, self._is_taken = self._is_taken, self._by.has_taken_all()
-            self._is_over = not self._by.has_any() or (is_lost and self._is_taken and not shared.number(place, WORKER))
-        elif not self._by.lives(worker) and shared.number(place, STATE) == RUNNING:
+            # Who took it before the last look, and has not said so since, ended in between.
+            was_empty, self._pipe_was_empty = self._pipe_was_empty, self._by.has_taken_all()
+            is_lost = was_empty and not shared.number(place, WORKER)
+            self._is_over = is_lost or not self._by.has_any()
+        elif not self._by.lives(worker) and not self.is_over:
             self._deaths += 1
             if self._deaths == 1:  # it may have been anything
                 shared.say(place, WORKER, 0)
                 shared.say(place, STATE, QUEUED)
-                self._is_over = not self._by.queue(place)
+                self._pipe_was_empty = False
+                self._by.queue(place)
                 return
-            self._is_over = self._is_decoded = True
+            message = "two processes ended while they decoded this file; it may be damaged, or memory was short"
+            self._said = {"error": {"message": message, "kind": "failed", "valid_rows": None}}
             shared.say(place, STATE, REFUSED)
-            message = "two processes ended while they decoded this file"
-            self._said = {"error": {"message": message, "kind": "corrupt", "valid_rows": None}}
+            self._is_over = self._is_decoded = True
 
 
 # --- those of this process -------------------------------------------------------------------------------------------

@@ -1,7 +1,8 @@
-"""One of the processes of :mod:`nbvision.codecs._processes`: ``python -m nbvision.codecs._worker``."""
+"""What the processes of :mod:`nbvision.codecs._processes` do."""
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import pickle
@@ -12,6 +13,7 @@ from nbvision.codecs import png
 from nbvision.codecs._processes import (
     DONE,
     FAILED,
+    HAS_LEFT,
     IS_WANTED,
     REFUSED,
     RUNNING,
@@ -26,11 +28,13 @@ from nbvision.errors import DecodeError
 _PLACE_BYTES = 8
 
 
-def main(memory: int, size_bytes: int, jobs: int, ready: int) -> None:
+def main(*inherited: str) -> None:
     """Decode until nobody can hand in more."""
+    memory, size_bytes, jobs, ready = map(int, inherited)
     shared = Shared(memory, size_bytes)
     png.warm_up("rgb")
-    os.write(ready, b"1")
+    with contextlib.suppress(BrokenPipeError):  # nobody waits any more
+        os.write(ready, b"1")
     os.close(ready)
     while len(place := os.read(jobs, _PLACE_BYTES)) == _PLACE_BYTES:
         work(shared, int.from_bytes(place, "little"))
@@ -42,23 +46,20 @@ def work(shared: Shared, place: int) -> None:
     shared.say(place, STATE, RUNNING)
     state = FAILED
     if shared.number(place, IS_WANTED):
-        how = pickle.loads(shared.how(place))
         try:
+            how = pickle.loads(shared.how(place))
             image = read_image(shared.file(place), sys.maxsize, how.recover)
             if isinstance(image, CompressedImage):
                 decode_on_host(image, shared.pixels(place), how)
-                state = DONE if image.error is None else REFUSED
                 said = {"error": image.error, "damage": image.damage}
                 shared.write_text(place, json.dumps({name: _said(error) for name, error in said.items() if error}))
+                state = DONE if image.error is None else REFUSED
         except Exception as error:  # which is told where it happens again, in who asked
             print(f"nbvision: a decoding process failed: {type(error).__name__}: {error}", file=sys.stderr)
     shared.say(place, STATE, state)
     post(shared.address + place)
+    shared.say(place, HAS_LEFT, 1)
 
 
 def _said(error: DecodeError) -> dict[str, Any]:
-    return {"message": str(error)[:1000], "kind": error.kind, "valid_rows": error.valid_rows}
-
-
-if __name__ == "__main__":
-    main(*map(int, sys.argv[1:]))
+    return {"message": str(error)[:300], "kind": error.kind, "valid_rows": error.valid_rows}

@@ -9,6 +9,7 @@ from collections.abc import Iterable, Sequence
 from typing import Any, TypeAlias, get_args
 
 from nbvision.codecs import gpu_decode, host
+from nbvision.codecs._processes import Processes
 from nbvision.codecs._threads import in_background, map_all, run_all
 from nbvision.codecs.open import CompressedImage, How, OpenImage, decode_on_host, read_image
 from nbvision.errors import DecodeError, InputError
@@ -16,7 +17,7 @@ from nbvision.image import CHANNELS, Color, ImageBatch, image_offsets
 from nbvision.runtime import memory
 from nbvision.runtime.device import Device, array_module, available_cores, resolve_device
 
-__all__ = ["LIMIT_PIXELS", "Source", "as_items", "check_options", "decode"]
+__all__ = ["LIMIT_PIXELS", "Source", "as_items", "check_options", "decode", "decode_items", "how_to_decode"]
 
 LIMIT_PIXELS = 178_956_970  # Pillow's
 _FILE_S, _WAIT_S = 150e-6, 1e-3  # what a file in memory takes at most, and what may be lost before threads help
@@ -100,12 +101,25 @@ def decode(
     """
     items = as_items(sources)
     check_options(color, background, limit_pixels, recover, reduce, threads)
-    wanted = host.Wanted(color, background and (background[0], background[1], background[2]), srgb, reduce)
-    target = resolve_device(device)
-    how = How(wanted, target, recover)
+    how = how_to_decode(color, background, srgb, reduce, device, recover)
+    return decode_items(items, how, limit_pixels, strict=strict, deterministic=deterministic, threads=threads)
+
+
+def decode_items(
+    items: Sequence[Any],
+    how: How,
+    limit_pixels: int,
+    *,
+    strict: bool,
+    deterministic: bool,
+    threads: int | None,
+    by: Processes | None = None,
+) -> ImageBatch:
+    """What :func:`decode` does once its arguments are checked; ``by``: who decodes what is the host's, in its place."""
     threads = threads or available_cores()
-    opened = _open_all(items, how, limit_pixels, threads)
-    sizes = [wanted.size(item.header) if isinstance(item, CompressedImage) else (0, 0) for item in opened]
+    opened = _open_all(items, how, limit_pixels, threads, by)
+    sizes = [how.shape(item)[:2] if isinstance(item, CompressedImage) else (0, 0) for item in opened]
+    color, target = how.wanted.color, how.device
     offsets, total_bytes = image_offsets(sizes, CHANNELS[color])
     buffer = memory.acquire(total_bytes, device=target, wait_on_host=True)  # as gpu_decode.decode_into wants it
     images = []
@@ -120,6 +134,19 @@ def decode(
     errors = [item.error if isinstance(item, CompressedImage) else item for item in opened]
     damage = [item.damage if isinstance(item, CompressedImage) and item.error is None else None for item in opened]
     return ImageBatch.in_buffer(buffer, sizes, offsets, color=color, device=target, errors=errors, damage=damage)
+
+
+def how_to_decode(
+    color: Color,
+    background: Sequence[int] | None,
+    srgb: bool,
+    reduce: int,
+    device: Device | None,
+    recover: bool,
+) -> How:
+    """Checked options, put together."""
+    blended = None if background is None else (background[0], background[1], background[2])
+    return How(host.Wanted(color, blended, srgb, reduce), resolve_device(device), recover)
 
 
 # --- arguments -------------------------------------------------------------------------------------------------------
@@ -174,7 +201,9 @@ def check_options(color: Any, background: Any, limit_pixels: Any, recover: Any, 
 # --- bytes and headers -----------------------------------------------------------------------------------------------
 
 
-def _open_all(sources: Sequence[Any], how: How, limit_pixels: int, threads: int) -> list[CompressedImage | DecodeError]:
+def _open_all(
+    sources: Sequence[Any], how: How, limit_pixels: int, threads: int, by: Processes | None
+) -> list[CompressedImage | DecodeError]:
     """Read the files and their headers.
 
     Threads help to wait for files.  Of bytes, and of files that the system has in memory, the headers are read faster
@@ -182,11 +211,14 @@ def _open_all(sources: Sequence[Any], how: How, limit_pixels: int, threads: int)
     """
 
     def one(source: Any) -> CompressedImage | DecodeError:
-        if not isinstance(source, OpenImage):
-            return read_image(source, limit_pixels, how.recover)
-        if source.how != how:
-            raise InputError(f"{source!r} was opened for {source.how}; expected what is asked for now, {how}")
-        return source.for_batch(limit_pixels)
+        if isinstance(source, OpenImage):
+            if source.how != how:
+                raise InputError(f"{source!r} was opened for {source.how}; expected what is asked for now, {how}")
+            return source.for_batch(limit_pixels)
+        image = read_image(source, limit_pixels, how.recover)
+        if by is not None and isinstance(image, CompressedImage) and not how.is_for_gpu(image):
+            image.ahead = by.begin(image, how)
+        return image
 
     started_s = time.perf_counter()
     opened: list[CompressedImage | DecodeError] = []
@@ -212,8 +244,8 @@ def _decode_on_cpu(images: Sequence[CompressedImage], buffer: memory.Buffer, how
 
 
 def _largest_first(images: Sequence[CompressedImage]) -> list[CompressedImage]:
-    """So that no thread begins with a large image when the others are about to end."""
-    return sorted(images, key=lambda image: image.header.pixels, reverse=True)
+    """So that no thread begins with a large image when the others are about to end, or waits while it could decode."""
+    return sorted(images, key=lambda image: (image.ahead is None, image.header.pixels), reverse=True)
 
 
 def _decode_on_cuda(
@@ -256,15 +288,18 @@ def _decode_on_cuda(
     staged |= _staging_for(refused, how)
     run_all(stage, refused, threads)
     staged |= {image: job.give(image) for image, job in ahead.items() if image not in staged}
-    stream = array_module("cuda").cuda.get_current_stream()
-    for image, pixels in staged.items():
-        if image.error is None:
-            # The memory manager gives the pinned memory out after the copy.
-            buffer.view(how.shape(image), offset_bytes=image.offset_bytes).set(pixels, stream=stream)
-    if ahead:
-        copied = stream.record()
-        for job in ahead.values():
-            job.keep_until(copied, stream)
+    cuda = array_module("cuda").cuda
+    stream = cuda.get_current_stream()
+    try:
+        for image, pixels in staged.items():
+            if image.error is None:
+                # The memory manager gives the pinned memory out after the copy.
+                buffer.view(how.shape(image), offset_bytes=image.offset_bytes).set(pixels, stream=stream)
+    finally:
+        if ahead:
+            copied = stream.record(cuda.Event(disable_timing=True))
+            for job in ahead.values():
+                job.keep_until(copied, stream)
 
 
 def _staging_for(images: Sequence[CompressedImage], how: How) -> dict[CompressedImage, Any]:

@@ -9,14 +9,14 @@ from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
-from nbvision.codecs import host, png
+from nbvision.codecs import png
 from nbvision.codecs._processes import processes as shared_processes
 from nbvision.codecs._threads import ahead
-from nbvision.codecs.decode import LIMIT_PIXELS, Source, as_items, check_options, decode
-from nbvision.codecs.open import How, OpenImage
+from nbvision.codecs.decode import LIMIT_PIXELS, Source, as_items, check_options, decode_items, how_to_decode
+from nbvision.codecs.open import OpenImage
 from nbvision.errors import InputError
 from nbvision.image import Color, ImageBatch
-from nbvision.runtime.device import Device, array_module, available_cores, own_stream, resolve_device
+from nbvision.runtime.device import Device, array_module, available_cores, own_stream
 
 __all__ = ["Decoder"]
 
@@ -74,19 +74,17 @@ class Decoder:
         shared_bytes: int = 256 << 20,
     ) -> None:
         check_options(color, background, limit_pixels, recover, reduce, threads)
+        self._how = how_to_decode(color, background, srgb, reduce, device, recover)
         if workers is not None and (not isinstance(workers, int) or workers <= 0):
             raise InputError(f"workers is {workers!r}; expected a positive integer, or None")
         if not isinstance(processes, int) or processes < 0:
             raise InputError(f"processes is {processes!r}; expected an integer of 0 or more")
         if not isinstance(shared_bytes, int) or shared_bytes <= 0:
             raise InputError(f"shared_bytes is {shared_bytes!r}; expected a positive integer")
-        self.device: Device = resolve_device(device)
+        self.device: Device = self._how.device
         self.workers = workers or (_WORKERS_ON_CUDA if self.device == "cuda" else available_cores())
-        self._options: dict[str, Any] = {"color": color, "background": background, "srgb": srgb, "device": self.device}
-        self._options |= {"limit_pixels": limit_pixels, "recover": recover, "strict": strict}
-        self._options |= {"deterministic": deterministic, "reduce": reduce, "threads": threads}
-        blended = background and (background[0], background[1], background[2])
-        self._how = How(host.Wanted(color, blended, srgb, reduce), self.device, recover)
+        self._limit_pixels = limit_pixels
+        self._options: dict[str, Any] = {"strict": strict, "deterministic": deterministic, "threads": threads}
         self._device_id = array_module("cuda").cuda.Device().id if self.device == "cuda" else None
         self._processes = shared_processes(processes, shared_bytes) if processes else None
         if self._processes is not None and self.device == "cuda":
@@ -96,7 +94,7 @@ class Decoder:
 
     def __call__(self, sources: Source | Iterable[Source]) -> ImageBatch:
         """Decode now, in the caller's thread and on its stream; see :func:`nbvision.decode`."""
-        return decode(self._opened(as_items(sources)), **self._options)
+        return self._decode_now(sources)
 
     def open(self, source: Source) -> OpenImage:
         """Read a file's header now, and let a process begin with what the host has to decode.
@@ -125,7 +123,7 @@ class Decoder:
             raise InputError(f"source is {len(items)} files; expected one")
         if isinstance(items[0], OpenImage):
             return items[0]
-        return OpenImage(items[0], self._how, self._processes, limit_pixels=self._options["limit_pixels"])
+        return OpenImage(items[0], self._how, self._processes, limit_pixels=self._limit_pixels)
 
     def submit(self, sources: Source | Iterable[Source]) -> Future[ImageBatch]:
         """Decode in a thread of the decoder.
@@ -166,14 +164,13 @@ class Decoder:
         return ahead(self._submit, batches)
 
     def warm_up(self) -> None:
-        """Load what the first files would wait for: processes, if there shall be any, or what they would load.
+        """Load what the first files would wait for, and wait for the processes, if there shall be any.
 
         That is Numba and its loops for PNGs: 0.5 s, and 3 s for the first time on a machine. A process that has not
         imported Numba leaves PNGs to Pillow until they come to 100 MB of pixels; those that come then wait.
         """
-        if self._processes is None:
-            png.warm_up(self._options["color"])
-        else:
+        png.warm_up(self._how.wanted.color)
+        if self._processes is not None:
             self._processes.wait_until_ready()
 
     def close(self) -> None:
@@ -191,7 +188,7 @@ class Decoder:
         self.close()
 
     def __repr__(self) -> str:
-        return f"Decoder({self._options['color']}, {self.device}, {self.workers} workers)"
+        return f"Decoder({self._how.wanted.color}, {self.device}, {self.workers} workers)"
 
     def _submit(self, sources: Any) -> Future[ImageBatch]:
         if self._closed:
@@ -203,7 +200,8 @@ class Decoder:
 
     def _decode(self, sources: Any) -> ImageBatch:
         with contextlib.nullcontext() if self._device_id is None else own_stream(self._device_id):
-            return decode(self._opened(sources), **self._options)
+            return self._decode_now(sources)
 
-    def _opened(self, sources: list[Any]) -> list[Any]:
-        return sources if self._processes is None else [self.open(source) for source in sources]
+    def _decode_now(self, sources: Any) -> ImageBatch:
+        items = as_items(sources)
+        return decode_items(items, self._how, self._limit_pixels, by=self._processes, **self._options)

@@ -112,6 +112,7 @@ def decode_on_host(image: CompressedImage, out: Any, how: How) -> None:
                 if not how.recover or error.kind not in ("truncated", "corrupt"):
                     raise
                 image.damage = _bare(error, image.source)
+        out[:] = 0  # not what the memory held before
         rows = recovery.decode_into(out, image.data, image.header, wanted=how.wanted, damage=image.damage)
         image.damage.valid_rows = rows
     except DecodeError as error:
@@ -155,8 +156,8 @@ class OpenImage:
 
     @property
     def is_decoded(self) -> bool:
-        """Whether a process has decoded it, or has found what is wrong with it."""
-        return self.error is None and self._image.ahead is not None and self._image.ahead.is_over
+        """Whether a process has decoded it, or has found what is wrong inside."""
+        return self.error is None and self._image.ahead is not None and self._image.ahead.is_decoded
 
     def for_batch(self, limit_pixels: int) -> CompressedImage | DecodeError:
         """The image as a batch wants it, which may have a limit of its own, or what is wrong with it."""

@@ -72,7 +72,10 @@ class Pipeline(ABC):
     takes_images = True
 
     def open(self, item: Any) -> Any:
-        """The item as it shall wait for its batch; what can be done to it by itself may begin. Returns at once."""
+        """The item as it shall wait for its batch, with ``nbytes``; what can be done to it by itself may begin.
+
+        Returns at once. What comes back is for :meth:`run` alone.
+        """
         return item
 
     @abstractmethod

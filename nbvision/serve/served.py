@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from typing import Any
 
 from nbvision.batching import Batcher, BatcherStats
-from nbvision.codecs.open import OpenImage
 from nbvision.errors import DeviceError, EngineError
 from nbvision.serve.pipelines import Pipeline
 from nbvision.serve.tracing import span
@@ -110,7 +109,7 @@ class Served:
 
 
 def _size_bytes(item: Any) -> int:
-    """Of what waits: a file, opened or not, or a model's inputs."""
+    """Of what waits: a file, opened or not, or a model's inputs by name."""
     if isinstance(item, bytes):
         return len(item)
-    return item.nbytes if isinstance(item, OpenImage) else sum(row.nbytes for row in item.values())
+    return sum(row.nbytes for row in item.values()) if isinstance(item, dict) else int(item.nbytes)

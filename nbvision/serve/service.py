@@ -134,8 +134,10 @@ class Service:
             async def compute() -> Any:
                 try:
                     return await served.answer(item, deadline_ms=deadline_ms, priority=priority)
-                except DecodeError as error:  # which the same bytes will get again: a result, and kept as one
-                    return error.with_traceback(None)
+                except DecodeError as error:
+                    if error.kind == "failed":
+                        raise  # by the machine, perhaps
+                    return error.with_traceback(None)  # which the same bytes will get again: a result, and kept as one
 
             try:
                 if not served.pipeline.takes_images or not self.cache.limit_bytes:
