@@ -22,7 +22,7 @@ import httpx
 import pytest
 from serving import COMMAND, Server, surroundings
 
-from nbvision.errors import InputError
+from nbvision.errors import DecodeError, DecodeErrorKind, InputError
 from nbvision.serve import service as service_module
 
 FUNCTIONS = ("echo", "poisonable", "slow", "sleeping", "breaking", "turns")
@@ -509,6 +509,26 @@ def test_who_looks_after_failing_pipelines_goes_on_while_others_come_and_go(
         may_answer.set()
         await asyncio.wait_for(asked.wait(), 5)  # it asks again
         gone.close()
+        await service.close()
+
+    asyncio.run(run())
+
+
+def test_what_may_be_the_machines_fault_is_not_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "serve.yaml"
+    path.write_text(config("echo", top="cache_bytes: 1000000"))
+
+    async def run() -> None:
+        service = service_module.Service(path)
+        kinds: Iterator[DecodeErrorKind] = iter(("failed", "corrupt"))
+
+        async def answer(item: object, *, deadline_ms: float | None, priority: int) -> None:
+            raise DecodeError("no pixels", kind=next(kinds))
+
+        served = service.served["echo"]
+        monkeypatch.setattr(served.batcher, "answer", answer)
+        said = [(await service.answer(served, [b"the same file"]))[0].kind for _ in range(4)]
+        assert said == ["failed", "corrupt", "corrupt", "corrupt"]
         await service.close()
 
     asyncio.run(run())
