@@ -42,9 +42,8 @@ _PAGE = 4096
 _NUMBERS_AT, _TEXT_AT = 64, 192  # in a block's first page; before them is a semaphore
 # The numbers, of 8 bytes each. A worker's last word is HAS_LEFT; before it, it may still touch the page.
 STATE, WORKER, IS_WANTED, HAS_LEFT, FILE_BYTES, HOW_BYTES, HEIGHT, WIDTH, CHANNELS = range(9)
-QUEUED, RUNNING, DONE, REFUSED, FAILED = range(
-    5
-)  # states; REFUSED has a DecodeError, FAILED is the process's own fault
+# States: a REFUSED image has a DecodeError, at a FAILED one the process is at fault.
+QUEUED, RUNNING, DONE, REFUSED, FAILED = range(5)
 
 _LOOK_S = 0.1  # between looks at whether the process still lives that one waits for
 _REPLACE_S = 1.0  # and at all of them
@@ -374,13 +373,7 @@ class Processes:
         return self._has(worker) if worker else True
 
 
-def _end(
-    owner: int,
-    workers: list[_Worker],
-    files: tuple[int, ...],
-    reads: Reads,
-    pinned: list[int],
-) -> None:
+def _end(owner: int, workers: list[_Worker], files: tuple[int, ...], reads: Reads, pinned: list[int]) -> None:
     """What is left to do for processes that nobody uses any more."""
     if os.getpid() != owner:
         return  # a forked child, whose parent still uses them
