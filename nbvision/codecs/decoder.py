@@ -174,7 +174,7 @@ class Decoder:
             self._processes.wait_until_ready()
 
     def close(self) -> None:
-        """End the threads once their work is done. Work is not taken any more."""
+        """End the threads once their work is done, and let go of the processes. Work is not taken any more."""
         self._closed = True
         if self._pool is not None and self._pool[0] == os.getpid():
             self._pool[1].shutdown()
