@@ -20,6 +20,7 @@ import math
 import mmap
 import os
 import pickle
+import struct
 import subprocess
 import sys
 import threading
@@ -41,9 +42,11 @@ __all__ = ["HostJob", "Processes", "Shared", "post", "processes"]
 _PAGE = 4096
 _NUMBERS_AT, _TEXT_AT = 64, 192  # in a block's first page; before them is a semaphore
 # The numbers, of 8 bytes each. A worker's last word is HAS_LEFT; before it, it may still touch the page.
-STATE, WORKER, IS_WANTED, HAS_LEFT, FILE_BYTES, HOW_BYTES, HEIGHT, WIDTH, CHANNELS = range(9)
+STATE, WORKER, IS_WANTED, HAS_LEFT, TICKET, FILE_BYTES, HOW_BYTES, HEIGHT, WIDTH, CHANNELS = range(10)
 # States: a REFUSED image has a DecodeError, at a FAILED one the process is at fault.
 QUEUED, RUNNING, DONE, REFUSED, FAILED = range(5)
+
+JOB = struct.Struct("qq")  # what goes through the pipe: a block's place, and its ticket
 
 _LOOK_S = 0.1  # between looks at whether the process still lives that one waits for
 _REPLACE_S = 1.0  # and at all of them
@@ -51,6 +54,7 @@ _RECLAIM_S = 0.005  # between looks at blocks that were let go of
 _LEFT_ALONE = 64  # of those, before there is need
 _START_S = 60.0  # to import what it decodes with, on a busy machine
 _LARGEST = 4  # no block is larger than this part of the memory: what is, threads decode
+_LOST_S = 10.0  # after which a process that has taken a block, and not said so, has ended
 _STARTS = 3  # in a row that come to nothing, and no more are tried
 _FOR_ALL_DEVICES = 1  # cudaHostRegisterPortable
 
@@ -78,7 +82,7 @@ class Shared:
 
     def write(self, place: int, how: bytes, file: bytes, shape: tuple[int, int, int]) -> None:
         """What is to be done. A copy by NumPy would let go of Python's lock, and get it back when others like to."""
-        for name, number in enumerate((QUEUED, 0, 1, 0, len(file), len(how), *shape)):
+        for name, number in enumerate((QUEUED, 0, 1, 0, 0, len(file), len(how), *shape)):
             self.say(place, name, number)
         self._map[place + _TEXT_AT : place + _TEXT_AT + len(how)] = how
         self._map[place + _PAGE : place + _PAGE + len(file)] = file
@@ -220,6 +224,8 @@ class Processes:
         self._changing = threading.Lock()
         self._jobs_read, self._jobs = os.pipe()
         os.set_blocking(self._jobs, False)
+        self._tickets = itertools.count(1)
+        self._lost_since_s: dict[int, float] = {}  # by place
         self._useless_starts = 0
         self._looked_s = time.monotonic()
         self._reclaimed_s = 0.0
@@ -248,7 +254,9 @@ class Processes:
 
     def queue(self, place: int) -> bool:
         """Let a process take a block; False, and nobody will, if the pipe is full."""
-        if _libc(True).write(self._jobs, place.to_bytes(8, "little"), 8) == 8:
+        ticket = next(self._tickets)
+        self.shared.say(place, TICKET, ticket)
+        if _libc(True).write(self._jobs, JOB.pack(place, ticket), JOB.size) == JOB.size:
             return True
         self.shared.say(place, STATE, FAILED)
         self.shared.say(place, HAS_LEFT, 1)
@@ -355,6 +363,8 @@ class Processes:
                 continue
             self._released.popleft()
             self._reads.pop(place, None)
+            self._lost_since_s.pop(place, None)
+            self.shared.say(place, TICKET, 0)
             index = bisect.bisect(self._free, (place, size_bytes))
             self._free.insert(index, (place, size_bytes))
             for left in (index, index - 1):  # one with its neighbours
@@ -363,14 +373,17 @@ class Processes:
                     self._free[left : left + 2] = [both]
 
     def _is_used(self, place: int) -> bool:
-        """Whether a process may still write to a block, or find it in the pipe.
-
-        A block that is lost with a process, between the pipe and its first word, is used for good.
-        """
+        """Whether a process may still write to a block, or find it in the pipe."""
         if self.shared.number(place, HAS_LEFT):
             return False
         worker = self.shared.number(place, WORKER)
-        return self._has(worker) if worker else True
+        if worker:
+            return self._has(worker)
+        if not self.has_taken_all():
+            return True
+        # One that was only held up finds another ticket there, and leaves the block alone.
+        now_s = time.monotonic()
+        return now_s - self._lost_since_s.setdefault(place, now_s) < _LOST_S
 
 
 def _end(owner: int, workers: list[_Worker], files: tuple[int, ...], reads: Reads, pinned: list[int]) -> None:

@@ -15,17 +15,17 @@ from nbvision.codecs._processes import (
     FAILED,
     HAS_LEFT,
     IS_WANTED,
+    JOB,
     REFUSED,
     RUNNING,
     STATE,
+    TICKET,
     WORKER,
     Shared,
     post,
 )
 from nbvision.codecs.open import CompressedImage, decode_on_host, read_image
 from nbvision.errors import DecodeError
-
-_PLACE_BYTES = 8
 
 
 def main(*inherited: str) -> None:
@@ -36,8 +36,10 @@ def main(*inherited: str) -> None:
     with contextlib.suppress(BrokenPipeError):  # nobody waits any more
         os.write(ready, b"1")
     os.close(ready)
-    while len(place := os.read(jobs, _PLACE_BYTES)) == _PLACE_BYTES:
-        work(shared, int.from_bytes(place, "little"))
+    while len(job := os.read(jobs, JOB.size)) == JOB.size:
+        place, ticket = JOB.unpack(job)
+        if shared.number(place, TICKET) == ticket:
+            work(shared, place)
 
 
 def work(shared: Shared, place: int) -> None:
