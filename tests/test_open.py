@@ -160,7 +160,7 @@ def test_an_image_that_nobody_waits_for_is_not_decoded(device: Any, shared: Proc
     with decoder_of(device) as decoder:
         with stopped(shared):
             opened = [decoder.open(BMP), decoder.open(PNG)]
-            place = opened[0]._image.ahead._place
+            place = opened[0]._image.job._place
             del opened[0]
             gc.collect()
         wait_until(lambda: opened[0].is_decoded)
@@ -177,7 +177,7 @@ def test_what_finds_no_room_is_decoded_by_threads(device: Any, shared: Processes
     huge = nbv.encode(np.zeros((1300, 1400, 3), np.uint8), "png")  # more than a quarter by itself
     with decoder_of(device) as decoder:
         opened = [decoder.open(data) for data in (*pictures, huge)]
-        began = [image._image.ahead is not None for image in opened]
+        began = [image._image.job is not None for image in opened]
         assert 3 < sum(began) < len(pictures)
         assert not began[-1]
         batch = decoder(opened)
@@ -337,7 +337,7 @@ def test_a_process_may_end_between_any_two_words(
 
 def test_a_block_is_not_given_out_before_its_process_has_left_it(device: Any, lonely: Processes) -> None:
     decoder, image = opened_by(lonely, BMP, device)
-    place, size_bytes = image._image.ahead._place, lonely.shared.size_bytes
+    place, size_bytes = image._image.job._place, lonely.shared.size_bytes
     wait_until(lambda: lonely.shared.number(place, HAS_LEFT))
     lonely.shared.say(place, HAS_LEFT, 0)  # as if it had just said that it is done
     del image
@@ -354,7 +354,7 @@ def test_a_pipe_that_is_full_leaves_the_rest_to_threads(device: Any, lonely: Pro
     with stopped(lonely):
         decoder, _ = opened_by(lonely, PNG, device)
         opened = [decoder.open(data) for data in files]
-    began = [image._image.ahead is not None for image in opened]
+    began = [image._image.job is not None for image in opened]
     assert 200 < sum(began) <= 4096 // 16
     for index, pixels in enumerate(decoder(opened).to("cpu")):
         assert (pixels == index % 200).all()
@@ -497,7 +497,7 @@ def test_idle_processes_that_end_are_replaced(device: Any, lonely: Processes, mo
     os.kill(before, signal.SIGKILL)
     monkeypatch.setattr(_processes, "_REPLACE_S", 0.0)
     decoder, _ = opened_by(lonely, PNG, device)
-    wait_until(lambda: decoder.open(PNG)._image.ahead is not None and ids_of(lonely) != [before])
+    wait_until(lambda: decoder.open(PNG)._image.job is not None and ids_of(lonely) != [before])
     assert_same(decoder(decoder.open(PNG)), nbv.decode(PNG, device=device))
 
 

@@ -140,13 +140,12 @@ def post(address: int) -> None:
     _libc(True).sem_post(address)
 
 
-def wait_for(address: int, seconds: float) -> bool:
-    """Whether it was posted by then."""
-    if not _libc(True).sem_trywait(address):
-        return True
-    ends_s = time.time() + seconds
-    until = _Time(int(ends_s), int(ends_s % 1 * 1e9))
-    return not _libc(False).sem_timedwait(address, ctypes.byref(until))
+def wait_for(address: int, seconds: float) -> None:
+    """Until it is posted, but no longer than so many seconds."""
+    if _libc(True).sem_trywait(address):
+        ends_s = time.time() + seconds
+        until = _Time(int(ends_s), int(ends_s % 1 * 1e9))
+        _libc(False).sem_timedwait(address, ctypes.byref(until))
 
 
 # --- the processes ---------------------------------------------------------------------------------------------------

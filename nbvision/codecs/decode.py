@@ -217,7 +217,7 @@ def _open_all(
             return source.for_batch(limit_pixels)
         image = read_image(source, limit_pixels, how.recover)
         if by is not None and isinstance(image, CompressedImage) and not how.is_for_gpu(image):
-            image.ahead = by.begin(image, how)
+            image.job = by.begin(image, how)
         return image
 
     started_s = time.perf_counter()
@@ -235,9 +235,9 @@ def _open_all(
 def _decode_on_cpu(images: Sequence[CompressedImage], buffer: memory.Buffer, how: How, threads: int) -> None:
     def one(image: CompressedImage) -> None:
         view = buffer.view(how.shape(image), offset_bytes=image.offset_bytes)
-        if image.ahead is None or not image.ahead.wait():
+        if image.job is None or not image.job.wait():
             decode_on_host(image, view, how)
-        elif (pixels := image.ahead.give(image)) is not None:
+        elif (pixels := image.job.give(image)) is not None:
             view[:] = pixels
 
     run_all(one, _largest_first(images), threads)
@@ -245,7 +245,7 @@ def _decode_on_cpu(images: Sequence[CompressedImage], buffer: memory.Buffer, how
 
 def _largest_first(images: Sequence[CompressedImage]) -> list[CompressedImage]:
     """So that no thread begins with a large image when the others are about to end, or waits while it could decode."""
-    return sorted(images, key=lambda image: (image.ahead is None, image.header.pixels), reverse=True)
+    return sorted(images, key=lambda image: (image.job is None, image.header.pixels), reverse=True)
 
 
 def _decode_on_cuda(
@@ -257,7 +257,7 @@ def _decode_on_cuda(
     threads: int,
 ) -> None:
     for_gpu = [image for image in images if how.is_for_gpu(image)]
-    for_host = [image for image in images if image.ahead is None and not how.is_for_gpu(image)]
+    for_host = [image for image in images if image.job is None and not how.is_for_gpu(image)]
     staged = _staging_for(for_host, how)
     doubtful: set[CompressedImage] = set()
 
@@ -282,12 +282,12 @@ def _decode_on_cuda(
             deterministic=deterministic,
         )
     # What the GPU refused, or made up, the host decodes, or it says what is wrong; and what no process could.
-    ahead = {image: image.ahead for image in images if image.ahead is not None}
+    jobs = {image: image.job for image in images if image.job is not None}
     refused = [image for image, done in zip(for_gpu, decoded, strict=True) if not done or image in doubtful]
-    refused += [image for image, job in ahead.items() if not job.wait()]
+    refused += [image for image, job in jobs.items() if not job.wait()]
     staged |= _staging_for(refused, how)
     run_all(stage, refused, threads)
-    staged |= {image: job.give(image) for image, job in ahead.items() if image not in staged}
+    staged |= {image: job.give(image) for image, job in jobs.items() if image not in staged}
     cuda = array_module("cuda").cuda
     stream = cuda.get_current_stream()
     try:
@@ -296,9 +296,9 @@ def _decode_on_cuda(
                 # The memory manager gives the pinned memory out after the copy.
                 buffer.view(how.shape(image), offset_bytes=image.offset_bytes).set(pixels, stream=stream)
     finally:
-        if ahead:
+        if jobs:
             copied = stream.record(cuda.Event(disable_timing=True))
-            for job in ahead.values():
+            for job in jobs.values():
                 job.keep_until(copied, stream)
 
 

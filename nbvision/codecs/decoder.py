@@ -36,8 +36,8 @@ class Decoder:
     processes : int
         Processes that decode what is the host's in place of threads of this one; 0, the default, has none. Their Python
         does not wait for this one's, and a file that ends a process is an error like any other; docs/codecs.md says
-        what they bring. Each takes 0.1 GB. Decoders of a process that ask for the same share theirs, which end with the
-        last of them. Linux only.
+        what they bring. Each takes 70 MB of its own. Decoders of a process that ask for the same share theirs, which
+        end with the last of them. Linux only.
     shared_bytes : int
         Of files and pixels that the processes may have under way, together. What finds no room, or would take more than
         a quarter of it, is decoded by threads.

@@ -46,7 +46,7 @@ class CompressedImage:
     offset_bytes: int = 0  # in the batch's buffer: where the pixels shall be
     error: DecodeError | None = None
     damage: DecodeError | None = None  # of an image that shall be recovered: what is wrong with it
-    ahead: HostJob | None = None  # of a process that decodes it
+    job: HostJob | None = None  # of a process that decodes it
 
 
 # --- bytes and headers -----------------------------------------------------------------------------------------------
@@ -146,7 +146,7 @@ class OpenImage:
             return
         self._image, self.header, self.nbytes = found, found.header, len(found.data)
         if by is not None and not how.is_for_gpu(found):
-            found.ahead = by.begin(found, how)
+            found.job = by.begin(found, how)
 
     def __repr__(self) -> str:
         if self.header is None:
@@ -157,7 +157,7 @@ class OpenImage:
     @property
     def is_decoded(self) -> bool:
         """Whether a process has decoded it, or has found what is wrong inside."""
-        return self.error is None and self._image.ahead is not None and self._image.ahead.is_decoded
+        return self.error is None and self._image.job is not None and self._image.job.is_decoded
 
     def for_batch(self, limit_pixels: int) -> CompressedImage | DecodeError:
         """The image as a batch wants it, which may have a limit of its own, or what is wrong with it."""
