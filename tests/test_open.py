@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import fcntl
 import gc
 import os
@@ -25,6 +26,8 @@ import nbvision as nbv
 from nbvision.codecs import _processes, host
 from nbvision.codecs._processes import DONE, FAILED, HAS_LEFT, JOB, RUNNING, STATE, WORKER, Processes
 from nbvision.errors import DeviceError, InputError
+from nbvision.serve.pipelines import RecognizerPipeline
+from nbvision.serve.served import Limits, Served
 
 PROGRESSIVE = encode(photo(), "JPEG", progressive=True)
 FILES = [JPEG, PNG, b"broken", PROGRESSIVE, PNG[:3000], BMP, b""]
@@ -102,6 +105,17 @@ def test_opened_images_are_decoded_as_their_files_are(device: Any, options: Any,
                 assert [str(damage) for damage in batch.damage] == [str(damage) for damage in expected.damage]
                 rows = [[error and error.valid_rows for error in each.damage] for each in (batch, expected)]
                 assert rows[0] == rows[1]
+
+
+def test_batches_of_one_opened_image_have_a_damage_each(device: Any) -> None:
+    with nbv.Decoder(device=device, recover=True) as decoder:
+        opened = decoder.open(PNG[:3000])
+        damages = [decoder([opened]).damage[0] for _ in range(2)]
+    for damage in damages:
+        assert damage is not None
+        assert damage.kind == "truncated"
+        assert damage.valid_rows is not None
+    assert damages[0] is not damages[1]
 
 
 def test_what_the_host_decodes_is_decoded_before_the_batch(
@@ -537,3 +551,10 @@ def test_no_process_outlives_who_started_it(tmp_path: Path) -> None:
     assert len(done.stdout.split()) == 2
     for process_id in done.stdout.split():
         wait_until(lambda process_id=process_id: is_gone(process_id))
+
+
+def test_who_comes_after_a_service_s_pipeline_has_closed_hears_that() -> None:
+    served = Served("shop", "1", RecognizerPipeline(device="cpu"), Limits())
+    served.close()
+    with pytest.raises(InputError, match="closed"):
+        asyncio.run(served.answer(JPEG, deadline_ms=None))

@@ -167,4 +167,5 @@ class OpenImage:
             _check_size(self._image.header, limit_pixels)
         except DecodeError as error:
             return _bare(error, self._image.source)
-        return replace(self._image)
+        damage = self._image.damage  # whose valid_rows each batch writes
+        return replace(self._image, damage=damage and _bare(damage, self._image.source))
