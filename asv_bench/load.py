@@ -40,9 +40,7 @@ WARM_UP_CALLS = 8  # of each size
 POLICIES: dict[str, PolicyName] = {"nbv.Batcher": "deadline", "eager": "eager", "fixed delay": "delay"}
 
 
-def capacity(
-    make: Callable[[PolicyName], nbv.Batcher], begin: Callable[[bytes], Any], files: list[bytes], seconds: float
-) -> float:
+def capacity(make: Callable[[PolicyName], nbv.Batcher], files: list[bytes], seconds: float) -> float:
     """Answers a second while twice what the threads can hold is always under way."""
     answered = 0
     with make("eager") as batcher:
@@ -56,19 +54,15 @@ def capacity(
         started_s, number = time.perf_counter(), 0
         while (now_s := time.perf_counter()) - started_s < seconds:
             room.acquire()
-            batcher.submit(begin(files[number % len(files)])).add_done_callback(done)
+            batcher.submit(files[number % len(files)]).add_done_callback(done)
             number += 1
         return answered / (now_s - started_s)
 
 
 def offer(
-    batcher: nbv.Batcher,
-    begin: Callable[[bytes], Any],
-    files: list[bytes],
-    arrived_s: np.ndarray[Any, Any],
-    deadline_s: float,
+    batcher: nbv.Batcher, files: list[bytes], arrived_s: np.ndarray[Any, Any], deadline_s: float
 ) -> dict[str, Any]:
-    """Hand requests in when it is their time, each with what can begin at once begun; what became of them."""
+    """Hand requests in when it is their time; what became of them."""
     waited_s: list[float] = []
     rejected = 0
 
@@ -88,8 +82,7 @@ def offer(
         # Who hands a request in late says how much of its time is left, as a service does that has to read it first.
         left_s = started_s + at_s + deadline_s - time.perf_counter()
         try:
-            item = begin(files[number % len(files)])
-            future = batcher.submit(item, deadline_ms=left_s * 1e3 if has_deadline else None)
+            future = batcher.submit(files[number % len(files)], deadline_ms=left_s * 1e3 if has_deadline else None)
         except (nbv.errors.OverloadError, nbv.errors.DeadlineError):
             rejected += 1
             continue
@@ -182,6 +175,7 @@ def main() -> int:
     def make(policy: PolicyName) -> nbv.Batcher:
         batcher = nbv.Batcher(
             recognize,
+            prepare=recognizer.open,
             max_batch=arguments.max_batch,
             deadline_ms=arguments.deadline_ms if policy == "deadline" else None,
             latency=curve if policy == "deadline" else None,
@@ -204,8 +198,8 @@ def main() -> int:
             started_s = time.perf_counter()
             recognize(opened[start : start + size])
             curve.update(size, time.perf_counter() - started_s)
-    capacity(make, recognizer.open, files, 1.0)
-    most = capacity(make, recognizer.open, files, arguments.seconds)
+    capacity(make, files, 1.0)
+    most = capacity(make, files, arguments.seconds)
     print(
         f"{device}: capacity {most:.0f} images a second; 1 takes {curve(1) * 1e3:.1f} ms, {arguments.max_batch} take "
         f"{curve(arguments.max_batch) * 1e3:.1f} ms alone; deadline {arguments.deadline_ms:g} ms",
@@ -229,7 +223,7 @@ def main() -> int:
             ideal = bound(arrived_s, most, arguments.deadline_ms / 1e3)
             for name, policy in policies.items():
                 with make(policy) as batcher:
-                    found = offer(batcher, recognizer.open, files, arrived_s, arguments.deadline_ms / 1e3)
+                    found = offer(batcher, files, arrived_s, arguments.deadline_ms / 1e3)
                 report["runs"].append(
                     {"policy": name, "burst": burst, "share_of_capacity": share, "bound": ideal, **found}
                 )

@@ -532,6 +532,80 @@ def test_full_queues_turn_requests_away() -> None:
     batcher.close()
 
 
+def test_who_comes_behind_too_many_is_turned_away_at_once() -> None:
+    """Not prepared, not queued, and told when to come again; who may wait, or goes before the others, is let in."""
+    gate, prepared = Gate(), []
+
+    def prepare(item: int) -> int:
+        prepared.append(item)
+        return item
+
+    curve = LatencyCurve({1: 0.010, 4: 0.020})
+    with Batcher(gate, prepare=prepare, max_batch=4, in_flight=1, latency=curve) as batcher:
+        batcher.submit(0)
+        assert gate.entered.acquire(timeout=60)
+        futures = [batcher.submit(item) for item in range(1, 9)]
+        # Two full batches go before it, of 20 ms each, and its own takes as long.
+        with pytest.raises(OverloadError, match=r"8 requests go before this one.* before 60 ms; .* 50 ms") as caught:
+            batcher.submit(9, deadline_ms=50, priority=1)
+        assert caught.value.retry_after_s == pytest.approx(0.010)
+        futures += [batcher.submit(10, deadline_ms=60_000), batcher.submit(11, deadline_ms=5_000, priority=-1)]
+        for _ in range(11):  # batches of any size
+            gate.open.release()
+        assert [future.result(60) for future in futures] == [*range(10, 90, 10), 100, 110]
+    assert prepared == [*range(9), 10, 11]
+    stats = batcher.stats()
+    assert (stats.rejected, stats.submitted, stats.answered, stats.late) == (1, 11, 11, 0)
+
+
+def test_items_are_prepared_where_they_are_handed_in() -> None:
+    threads = []
+
+    def prepare(item: int) -> int:
+        threads.append(threading.current_thread())
+        if item == 2:
+            raise ValueError("no item")
+        return item * 100
+
+    with Batcher(lambda items: [item + 1 for item in items], prepare=prepare, max_queue_items=1) as batcher:
+        assert batcher(1) == 101
+        for _ in range(3):  # more than there is room for: who was not let in after all takes none
+            with pytest.raises(ValueError, match="no item"):
+                batcher.submit(2)
+        assert batcher(3) == 301
+    assert set(threads) == {threading.current_thread()}
+    stats = batcher.stats()
+    assert (stats.submitted, stats.answered, stats.rejected, stats.waiting) == (2, 2, 0, 0)
+
+
+@pytest.mark.parametrize("drain", [True, False])
+def test_closing_waits_for_who_is_let_in(drain: bool) -> None:
+    entered, go_on = threading.Event(), threading.Event()
+
+    def prepare(item: int) -> int:
+        entered.set()
+        assert go_on.wait(60)
+        return item
+
+    batcher = Batcher(lambda items: [item * 10 for item in items], prepare=prepare)
+    with concurrent.futures.ThreadPoolExecutor(2) as pool:
+        handed_in = pool.submit(batcher.submit, 7)
+        assert entered.wait(60)
+        closed = pool.submit(batcher.close, drain=drain)
+        with pytest.raises(concurrent.futures.TimeoutError):
+            closed.result(0.1)
+        go_on.set()
+        closed.result(60)
+        if drain:
+            assert handed_in.result(60).result(60) == 70
+        else:
+            with pytest.raises(concurrent.futures.CancelledError):
+                handed_in.result(60).result(60)
+    stats = batcher.stats()
+    assert stats.submitted == stats.answered + stats.cancelled == 1
+    assert stats.waiting == stats.running == 0
+
+
 def test_buckets_do_not_mix() -> None:
     gate = Gate()
     with Batcher(gate, in_flight=1, bucket=lambda item: item % 3) as batcher:
@@ -585,7 +659,10 @@ def test_a_closed_batcher_lets_go_of_what_it_ran() -> None:
 
     class Model:
         def __init__(self) -> None:
-            self.batcher = Batcher(self.run)  # which holds the model, which holds it
+            self.batcher = Batcher(self.run, prepare=self.prepare)  # which holds the model, which holds it
+
+        def prepare(self, item: int) -> int:
+            return item
 
         def run(self, items: list[int]) -> list[int]:
             return items
@@ -653,6 +730,8 @@ def test_options_that_are_none(options: Any) -> None:
         Batcher(list, **options)
     with pytest.raises(InputError, match="expected a callable"):
         Batcher("no function")  # type: ignore[arg-type]
+    with pytest.raises(InputError, match="expected a callable"):
+        Batcher(list, prepare="no function")  # type: ignore[arg-type]
 
 
 # --- other policies in the batcher ------------------------------------------------------------------------------------

@@ -89,7 +89,8 @@ class Batcher:
 
     There is no fixed delay. If nothing runs, what waits goes at once. While a batch runs, further requests may join the
     next one until it is full or its tightest deadline calls. Then the batch goes of which most answers in time a second
-    are expected, by how long batches of each size took lately; a request that cannot be in time any more is given up.
+    are expected, by how long batches of each size took lately; a request that cannot be in time any more is given up,
+    and one that comes when so many are to go before it that it could not be is turned away at the door.
 
     If no batch could be in time for a second, one request is run all the same, to see whether that is still so.
 
@@ -98,6 +99,10 @@ class Batcher:
     function : callable
         Takes a list of items and returns as many results, in their order; a result that is an exception is raised for
         its item alone. If it raises, the batch is halved again and again until only the items that cause it fail.
+    prepare : callable, optional
+        What becomes of an item once it is let in, before it waits, in the thread that hands it in: for what can begin
+        before there is a batch, such as :meth:`nbvision.Decoder.open`. The function gets what it returns; what it
+        raises, the caller gets.
     max_batch : int
         Items of a batch.
     deadline_ms : float, optional
@@ -139,6 +144,7 @@ class Batcher:
         self,
         function: Callable[[list[Any]], Sequence[Any]],
         *,
+        prepare: Callable[[Any], Any] | None = None,
         max_batch: int = 64,
         deadline_ms: float | None = None,
         bucket: Callable[[Any], Hashable] | None = None,
@@ -153,6 +159,8 @@ class Batcher:
     ) -> None:
         if not callable(function):
             raise InputError(f"function is a {type(function).__name__}; expected a callable that takes a list")
+        if prepare is not None and not callable(prepare):
+            raise InputError(f"prepare is a {type(prepare).__name__}; expected a callable that takes an item")
         counts = {"max_batch": max_batch, "max_queue_items": max_queue_items, "in_flight": in_flight}
         for name, value in counts.items():
             if not isinstance(value, int) or value < 1:
@@ -160,7 +168,7 @@ class Batcher:
         for name, limit in {"deadline_ms": deadline_ms, "max_queue_bytes": max_queue_bytes, "aging_s": aging_s}.items():
             if limit is not None and not limit > 0:
                 raise InputError(f"{name} is {limit!r}; expected a positive number")
-        self._function = function
+        self._function, self._prepare = function, prepare
         self.device: Device = resolve_device(device)
         self._device_id = array_module("cuda").cuda.Device().id if self.device == "cuda" else None
         self.max_batch = max_batch
@@ -171,8 +179,9 @@ class Batcher:
         self._max_items, self._max_bytes = max_queue_items, max_queue_bytes or math.inf
         self._queue = RequestQueue(aging_s=aging_s)
         self._queued_bytes = 0
+        self._entering = 0  # let in, and not in the queue yet
         self._changed = threading.Condition()
-        self._closing = False
+        self._closing, self._is_draining = False, True
         self._counts: collections.Counter[str] = collections.Counter()
         self._sizes: collections.Counter[int] = collections.Counter()
         self._reasons: collections.Counter[Reason] = collections.Counter()
@@ -212,11 +221,13 @@ class Batcher:
         Raises
         ------
         OverloadError
-            If too many requests wait; ``retry_after_s`` says when to come again.
+            If too many requests wait, or too many for this one's deadline; ``retry_after_s`` says when to come again.
         DeadlineError
             If the deadline has passed already.
         InputError
             If the batcher is closed.
+        Exception
+            What ``prepare`` raises.
         """
         now_s = time.monotonic()
         allowed_ms = self.deadline_ms if deadline_ms is None else deadline_ms
@@ -233,16 +244,26 @@ class Batcher:
         )
         with self._changed:
             self._refuse_if_closed()
-            if len(self._queue) >= self._max_items or self._queued_bytes + request.size_bytes > self._max_bytes:
-                self._counts["rejected"] += 1
-                raise OverloadError(
-                    f"{len(self._queue)} requests of {self._queued_bytes} bytes wait; the limit is {self._max_items} "
-                    f"and {self._max_bytes} bytes. Come again later, or raise max_queue_items or max_queue_bytes",
-                    retry_after_s=self.latency(self.max_batch) * max(len(self._queue) / self.max_batch, 1.0),
-                )
+            self._refuse_if_hopeless(request)
+            self._entering += 1
+            self._queued_bytes += request.size_bytes
+        try:
+            if self._prepare is not None:
+                request.item = self._prepare(item)
+        except BaseException:
+            with self._changed:
+                self._entering -= 1
+                self._queued_bytes -= request.size_bytes
+                self._changed.notify_all()
+            raise
+        with self._changed:
+            self._entering -= 1
             self._counts["submitted"] += 1
             self._queue.add(request)
-            self._queued_bytes += request.size_bytes
+            if self._closing:  # and its threads wait for this one
+                if not self._is_draining:
+                    self._cancel_all()
+                self._changed.notify_all()
             self._changed.notify()
         future: Future[Any] = request.future
         return future
@@ -339,25 +360,46 @@ class Batcher:
             Whether requests that wait are still run, or cancelled.
         """
         with self._changed:
-            self._closing = True
+            self._closing, self._is_draining = True, drain
             if not drain:
-                waiting = self._queue.all()
-                for request in waiting:
-                    self._take_out([request])
-                    self._counts["cancelled"] += 1
-                    request.future.cancel()
-                    request.future.set_running_or_notify_cancel()
+                self._cancel_all()
             self._changed.notify_all()
         if os.getpid() == self._owner:
             for thread in self._threads:
                 thread.join()
-            self._function = _closed  # who holds this batcher does not hold its models and their memory
+            self._function, self._prepare = (
+                _closed,
+                None,
+            )  # who holds this batcher does not hold its models and their memory
 
     def __enter__(self) -> Batcher:
         return self
 
     def __exit__(self, *exception: object) -> None:
         self.close()
+
+    def _refuse_if_hopeless(self, request: Request) -> None:
+        """Turn a request away for which there is no room, or no time."""
+        count = len(self._queue) + self._entering
+        if count >= self._max_items or self._queued_bytes + request.size_bytes > self._max_bytes:
+            self._counts["rejected"] += 1
+            raise OverloadError(
+                f"{count} requests of {self._queued_bytes} bytes wait; the limit is {self._max_items} and "
+                f"{self._max_bytes} bytes. Come again later, or raise max_queue_items or max_queue_bytes",
+                retry_after_s=self.latency(self.max_batch) * max(count / self.max_batch, 1.0),
+            )
+        if count < self.max_batch:
+            return
+        ahead = self._queue.ahead_of(request) + self._entering
+        expected_s = self._policy.answered_in_s(ahead, servers=len(self._threads))
+        if request.arrived_s + expected_s > request.deadline_s:
+            self._counts["rejected"] += 1
+            left_ms = (request.deadline_s - request.arrived_s) * 1e3
+            raise OverloadError(
+                f"{ahead} requests go before this one, whose answer is not to be had before {expected_s * 1e3:.0f} ms; "
+                f"its deadline is in {left_ms:.0f} ms. Come again later, or with more time",
+                retry_after_s=request.arrived_s + expected_s - request.deadline_s,
+            )
 
     def _refuse_if_closed(self) -> None:
         if self._closing or os.getpid() != self._owner:
@@ -389,7 +431,7 @@ class Batcher:
 
     def _wait_for_work(self, thread: int) -> None:
         """Until requests shall run, or none will come any more, or this thread shall warm up."""
-        while thread not in self._warm_ups and not (self._closing and not len(self._queue)):
+        while thread not in self._warm_ups and not (self._closing and not len(self._queue) + self._entering):
             left_s = None
             if len(self._queue):
                 waiting = self._queue.first(now_s := time.monotonic())
@@ -420,6 +462,13 @@ class Batcher:
             self._queue_times_s.extend(times_s)
             self._queue_s += sum(times_s)
         return batch, late, release.reason
+
+    def _cancel_all(self) -> None:
+        for request in self._queue.all():
+            self._take_out([request])
+            self._counts["cancelled"] += 1
+            request.future.cancel()
+            request.future.set_running_or_notify_cancel()
 
     def _take_out(self, requests: list[Request]) -> None:
         self._queue.remove(requests)

@@ -97,6 +97,10 @@ class RequestQueue:
         bisect.insort(waiting, request, key=_rank)
         self._count += 1
 
+    def ahead_of(self, request: Request) -> int:
+        """How many of its bucket would go before it, if none has aged."""
+        return bisect.bisect_right(self._buckets.get(request.bucket, ()), _rank(request), key=_rank)
+
     def remove(self, requests: Iterable[Request]) -> None:
         """Take out requests of one bucket."""
         gone = set(requests)
@@ -126,6 +130,10 @@ class RequestQueue:
 class Policy(Protocol):
     """When a batch begins, and which requests are in it; always of one bucket, in the order in which they shall go."""
 
+    def answered_in_s(self, ahead: int, *, servers: int) -> float:
+        """How long at least a request waits for its answer that comes now, with so many to go before it, from so many
+        threads or cards; 0 if that is not known, or no reason to turn it away."""
+
     def start_s(self, waiting: list[Request], *, is_busy: bool) -> float:
         """When a free thread or card begins a batch if nothing changes; ``is_busy`` says whether another runs one."""
 
@@ -141,6 +149,12 @@ class _Deadline:
     typical: Callable[[int], float]
     max_batch: int
 
+    def answered_in_s(self, ahead: int, *, servers: int) -> float:
+        batches = ahead // self.max_batch
+        if not batches:
+            return 0.0
+        return batches / servers * self.typical(self.max_batch) + self.latency(self.max_batch)
+
     def start_s(self, waiting: list[Request], *, is_busy: bool) -> float:
         return hold_until_s(waiting, self.latency, max_batch=self.max_batch) if is_busy else -math.inf
 
@@ -155,6 +169,9 @@ class _InTurn:
     max_batch: int
     delay_s: float
     reject_s: float
+
+    def answered_in_s(self, ahead: int, *, servers: int) -> float:
+        return 0.0
 
     def start_s(self, waiting: list[Request], *, is_busy: bool) -> float:
         if not self.delay_s or len(waiting) >= self.max_batch:

@@ -117,10 +117,15 @@ def simulate(
     while next_in < len(coming) or len(queue):
         now_s = free_s[0]
         if not len(queue):
-            now_s = max(now_s, coming[next_in].arrived_s)
+            now_s = max(now_s, coming[next_in].arrived_s)  # such a request finds none ahead, and is let in
         while True:
             while next_in < len(coming) and coming[next_in].arrived_s <= now_s:
-                queue.add(coming[next_in])
+                request = coming[next_in]
+                expected_s = rule.answered_in_s(queue.ahead_of(request), servers=cards)
+                if request.arrived_s + expected_s > request.deadline_s:
+                    dropped += 1
+                else:
+                    queue.add(request)
                 next_in += 1
             others_end_s = min((end_s for end_s in free_s[1:] if end_s > now_s), default=math.inf)
             start_s = rule.start_s(queue.first(now_s), is_busy=others_end_s < math.inf)

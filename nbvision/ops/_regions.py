@@ -8,7 +8,7 @@ import functools
 from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
@@ -17,12 +17,15 @@ from nbvision.errors import InputError
 from nbvision.image import ImageBatch, to_device
 from nbvision.ops._taps import TapTables, Windows
 from nbvision.ops.geometry import Geometry
-from nbvision.runtime.compile import cpu_loop, load_kernel
+from nbvision.runtime.compile import by_value, cpu_loop, load_kernel
 from nbvision.runtime.device import Device, array_module, device_of, require_cupy
 
 __all__ = ["Regions", "checked_host_boxes"]
 
 _KNOWN_SIZES = 64  # sets of image sizes whose regions are kept; video has one, a shop's batches many
+
+# A kernel, and what it takes of a plan: the margin, and the numbers of the fit.
+_Launch: TypeAlias = tuple[Any, tuple[Any, ...], tuple[Any, ...]]
 
 
 @dataclass(frozen=True)
@@ -51,6 +54,7 @@ class Regions:
     _known: OrderedDict[tuple[bytes, int], tuple[Geometry, TapTables | None]] = field(
         default_factory=OrderedDict, compare=False
     )
+    _launches: dict[tuple[str, int], _Launch] = field(default_factory=dict, compare=False)
 
     def on_host(self, batch: ImageBatch, boxes: Any, box_images: Any) -> tuple[Geometry, TapTables | None]:
         """Of whole images or boxes on the host."""
@@ -97,29 +101,35 @@ class Regions:
 
     def _of_table(self, batch: ImageBatch) -> Geometry:
         """Of whole images, on their device."""
-        from nbvision_kernels.catalog import image_regions_kernel
-
         geometry = _empty_geometry(len(batch), "cuda")
         if len(batch):
-            kernel = load_kernel(image_regions_kernel(), batch.table.device.id)
-            numbers = [np.int32(number) for number in self._fit_numbers()]
+            kernel, _, numbers = self._launch_of("images", batch.table.device.id)
             arguments = (batch.table, np.int32(len(batch)), *tables_of(geometry), *numbers)
             kernel((-(-len(batch) // 64),), (64,), arguments)
         return geometry
 
     def _of_device_boxes(self, batch: ImageBatch, boxes: Any, box_images: Any) -> tuple[Geometry, TapTables | None]:
-        from nbvision_kernels.catalog import box_regions_kernel
-
         cupy = require_cupy("boxes on a CUDA device")
         boxes = cupy.ascontiguousarray(to_device(boxes, "cuda"), dtype=np.float32)
         box_images = _box_images_or_zeros(box_images, boxes.shape, len(batch), cupy)
         geometry = _empty_geometry(len(boxes), "cuda")
         if len(boxes):
-            kernel = load_kernel(box_regions_kernel(), boxes.device.id)
-            numbers = [np.int32(number) for number in self._fit_numbers()]
-            arguments = (batch.table, box_images, boxes, np.int32(len(boxes)), self.box_margin)
+            kernel, margin, numbers = self._launch_of("boxes", boxes.device.id)
+            arguments = (batch.table, box_images, boxes, np.int32(len(boxes)), *margin)
             kernel((-(-len(boxes) // 64),), (64,), (*arguments, *tables_of(geometry), *numbers))
         return geometry, self._taps(geometry, self._box_scales, batch.sizes)
+
+    def _launch_of(
+        self, what: Literal["images", "boxes"], device_id: int
+    ) -> tuple[Any, tuple[Any, ...], tuple[Any, ...]]:
+        """Kept, for to look it up and to make the numbers takes longer than to launch it."""
+        from nbvision_kernels.catalog import box_regions_kernel, image_regions_kernel
+
+        if (what, device_id) not in self._launches:
+            kernel = load_kernel({"images": image_regions_kernel, "boxes": box_regions_kernel}[what](), device_id)
+            numbers = by_value(np.int32(number) for number in self._fit_numbers())
+            self._launches[what, device_id] = kernel, by_value([self.box_margin]), numbers
+        return self._launches[what, device_id]
 
     def _image_scales(self, sizes: npt.NDArray[np.int32]) -> npt.NDArray[np.float64]:
         """(N, 2) source pixels to an output pixel along y and x, of whole images: what their regions, which are made on

@@ -20,7 +20,7 @@ from nbvision.ops.geometry import Geometry
 from nbvision.ops.pixel import PixelFunction, as_pixel_functions, chain_of
 from nbvision.ops.warp import BORDERS, INTERPOLATIONS, Border, coefficients_of, packed_fill
 from nbvision.runtime import memory
-from nbvision.runtime.compile import begin_to_compile, compile_without_spills, load_kernel
+from nbvision.runtime.compile import begin_to_compile, by_value, compile_without_spills, load_kernel
 from nbvision.runtime.device import (
     Device,
     array_module,
@@ -28,7 +28,6 @@ from nbvision.runtime.device import (
     cuda_unavailable_because,
     device_of,
     on_stream,
-    require_cupy,
 )
 
 if TYPE_CHECKING:
@@ -445,10 +444,7 @@ class Preprocess:
                 block = (int(spec.defines["LINE_THREADS"]), _FRAME_LINES, 1)
                 tile = (block[0] * _FRAME_PIXELS, block[1] * int(spec.defines["LINES"]))
             grid = (-(-width // tile[0]), -(-height // tile[1]))
-            # CuPy makes such an object of every number at every launch, which takes an eighth of a call.
-            by_value = require_cupy("a launch").cuda.function.CNumpyArray
-            kept_numbers = tuple([by_value(np.array(number)) for number in launch_numbers])
-            self._frames[key] = load_kernel(spec, batch.table.device.id), grid, block, kept_numbers
+            self._frames[key] = load_kernel(spec, batch.table.device.id), grid, block, by_value(launch_numbers)
         return self._frames[key]
 
     def _spec(self, batch: ImageBatch) -> Any:

@@ -14,7 +14,7 @@ import pickle
 import re
 import sys
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 __all__ = [
     "CompiledKernel",
     "begin_to_compile",
+    "by_value",
     "compile_kernel",
     "compile_without_spills",
     "cpu_loop",
@@ -218,6 +219,17 @@ def load_kernel(kernel: Kernel, device_id: int = 0) -> Any:
             pass  # damaged, or of a driver's past: compiled anew and overwritten
     write_atomically(path, compile_without_spills(kernel, cc).cubin)
     return cupy.RawModule(path=str(path)).get_function(kernel.entry)
+
+
+def by_value(numbers: Iterable[Any]) -> tuple[Any, ...]:
+    """Numbers as a launch takes them, for who launches with the same ones again.
+
+    CuPy makes such an object of every number at every launch, which takes a microsecond.
+    """
+    import numpy as np
+
+    of_array = require_cupy("a launch").cuda.function.CNumpyArray
+    return tuple([of_array(np.array(number)) for number in numbers])
 
 
 def _cubin_path(kernel: Kernel, cc: ComputeCapability) -> Path:

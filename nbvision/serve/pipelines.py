@@ -189,9 +189,8 @@ class RecognizerPipeline(Pipeline):
             TensorInfo("VECTORS", "FP32", (-1, dimension)),
         )
 
-    def open(self, item: bytes) -> OpenImage | bytes:
-        decoder = getattr(self, "_decoder", None)
-        return item if decoder is None else decoder.open(item)  # closed: the batcher says so
+    def open(self, item: bytes) -> OpenImage:
+        return self._decoder.open(item)
 
     def run(self, items: list[Any]) -> list[Any]:
         times = StageTimes() if self._stage_times else None

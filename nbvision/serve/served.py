@@ -56,6 +56,7 @@ class Served:
         self.last_answer_ms = 0  # of the clock
         self.batcher = Batcher(
             self._run,
+            prepare=pipeline.open,
             max_batch=limits.max_batch,
             deadline_ms=limits.deadline_ms,
             max_queue_items=limits.max_queue_items,
@@ -84,7 +85,7 @@ class Served:
 
     async def answer(self, item: Any, *, deadline_ms: float | None, priority: int = 0) -> Any:
         """The result of one item; raises what :meth:`Batcher.answer` raises."""
-        return await self.batcher.answer(self.pipeline.open(item), deadline_ms=deadline_ms, priority=priority)
+        return await self.batcher.answer(item, deadline_ms=deadline_ms, priority=priority)
 
     def warm_up(self) -> None:
         """Answer in each thread, so that no client waits for what is compiled, loaded or allocated at first.
