@@ -155,12 +155,13 @@ def main() -> int:
     parser.add_argument("--deadline-ms", type=float, default=40.0)
     parser.add_argument("--seconds", type=float, default=3.0, help="of each run")
     parser.add_argument("--max-batch", type=int, default=16)
-    parser.add_argument("--in-flight", type=int, default=2, help="batches at a time (%(default)s)")
+    parser.add_argument("--in-flight", type=int, help="batches at a time (2; 1 with processes)")
     parser.add_argument("--policy", action="append", choices=list(POLICIES), help="only this one; may be repeated")
     parser.add_argument("--processes", type=int, default=0, help="that decode (%(default)s)")
     parser.add_argument("--images", type=int, default=128)
     arguments = parser.parse_args()
     device = resolve_device(arguments.device)
+    in_flight = arguments.in_flight or (1 if arguments.processes else 2)  # as `nbvision serve` has it
     files = catalogue_files(arguments.images)
     recognizer = Recognizer.load(models_directory(), device=device, decode_processes=arguments.processes)
 
@@ -179,7 +180,7 @@ def main() -> int:
             max_batch=arguments.max_batch,
             deadline_ms=arguments.deadline_ms if policy == "deadline" else None,
             latency=curve if policy == "deadline" else None,
-            in_flight=arguments.in_flight,
+            in_flight=in_flight,
             policy=policy,
             device=device,
         )
@@ -210,7 +211,7 @@ def main() -> int:
         "device": device,
         "deadline_ms": arguments.deadline_ms,
         "max_batch": arguments.max_batch,
-        "in_flight": arguments.in_flight,
+        "in_flight": in_flight,
         "processes": arguments.processes,
         "capacity_per_s": most,
         "alone_ms": {size: curve(size) * 1e3 for size in (1, arguments.max_batch)},

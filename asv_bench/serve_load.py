@@ -42,7 +42,7 @@ GARMENTS = """
 cache_bytes: 0
 concurrency: 4096
 pipelines:
-  garments: {{kind: recognizer, device: {device}, max_batch: {max_batch}, in_flight: {in_flight}}}
+  garments: {{kind: recognizer, device: {device}, max_batch: {max_batch}, {more}}}
 """
 
 
@@ -90,7 +90,7 @@ def overhead(device: str, files: Sequence[bytes], *, rounds: int, count: int) ->
     served: list[float] = []
     alone: list[float] = []
     differences: list[float] = []
-    with nbvision_service(GARMENTS.format(device=device, max_batch=1, in_flight=1)) as (port, path):
+    with nbvision_service(GARMENTS.format(device=device, max_batch=1, more="in_flight: 1")) as (port, path):
         config = read_config(path).pipelines["garments"]
         pipeline = PIPELINES[config.kind](**config.options)
         for data in files[:8]:
@@ -179,7 +179,7 @@ def main() -> int:
     parser.add_argument("--seconds", type=float, default=6.0, help="of each rate")
     parser.add_argument("--first", type=float, default=50.0, help="the first rate, a second")
     parser.add_argument("--max-batch", type=int, default=16)
-    parser.add_argument("--in-flight", type=int, default=2, help="batches at a time (%(default)s)")
+    parser.add_argument("--processes", type=int, default=0, help="that decode (%(default)s)")
     parser.add_argument("--images", type=int, default=128)
     arguments = parser.parse_args()
     device = resolve_device(arguments.device)
@@ -194,7 +194,7 @@ def main() -> int:
         "device": device,
         "deadline_ms": arguments.deadline_ms,
         "max_batch": arguments.max_batch,
-        "in_flight": arguments.in_flight,
+        "processes": arguments.processes,
         "in_time": IN_TIME,
         "overhead": costs,
         "services": {},
@@ -212,11 +212,11 @@ def main() -> int:
         report["services"][name] = {"rate_per_s": rate, "runs": runs}
         arguments.out.write_text(json.dumps(report, indent=1) + "\n")
 
-    for name, max_batch, in_flight in (
-        ("nbvision serve", arguments.max_batch, arguments.in_flight),
-        ("one at a time", 1, 1),
+    for name, max_batch, more in (
+        ("nbvision serve", arguments.max_batch, f"decode_processes: {arguments.processes}"),
+        ("one at a time", 1, "in_flight: 1"),
     ):
-        config = GARMENTS.format(device=device, max_batch=max_batch, in_flight=in_flight)
+        config = GARMENTS.format(device=device, max_batch=max_batch, more=more)
         with nbvision_service(config) as (port, _):
             measure(name, port)
     with running(str(ROOT / "examples" / "straightforward_service.py"), "--device", device) as port:

@@ -553,6 +553,14 @@ def test_no_process_outlives_who_started_it(tmp_path: Path) -> None:
         wait_until(lambda process_id=process_id: is_gone(process_id))
 
 
+@pytest.mark.parametrize(("processes", "said", "threads"), [(0, None, 2), (1, None, 1), (1, 3, 3)])
+def test_one_batch_is_in_flight_in_a_service_that_decodes_ahead(processes: int, said: Any, threads: int) -> None:
+    pipeline = RecognizerPipeline(device="cpu", decode_processes=processes)
+    served = Served("shop", "1", pipeline, Limits(in_flight=said))
+    assert served.batcher.timeline().threads == threads
+    served.close()
+
+
 def test_who_comes_after_a_service_s_pipeline_has_closed_hears_that() -> None:
     served = Served("shop", "1", RecognizerPipeline(device="cpu"), Limits())
     served.close()

@@ -63,6 +63,8 @@ class Pipeline(ABC):
         Of what answers depend on beside the options: models, an index, code.
     takes_images : bool
         Whether an item is the bytes of one compressed image.
+    decodes_ahead : bool
+        Whether :meth:`open` begins with what would take longest in a batch.
     """
 
     inputs: tuple[TensorInfo, ...]
@@ -70,6 +72,7 @@ class Pipeline(ABC):
     device: Device
     digest: str
     takes_images = True
+    decodes_ahead = False
 
     def open(self, item: Any) -> Any:
         """The item as it shall wait for its batch, with ``nbytes``; what can be done to it by itself may begin.
@@ -169,6 +172,7 @@ class RecognizerPipeline(Pipeline):
             models = str(models_directory())
         self.device = resolve_device(device)
         self._decoder = Decoder(device=self.device, limit_pixels=limit_pixels, processes=decode_processes)
+        self.decodes_ahead = decode_processes > 0
         self._recognizer = Recognizer.load(models, device=self.device, precision=precision, cuda_graphs=cuda_graphs)
         self._decoder.warm_up()  # the processes have started meanwhile
         self.digest = self._recognizer.digest

@@ -25,14 +25,16 @@ class Limits:
     deadline_ms : float or None
         Of a request that says none.
     max_queue_items, max_queue_bytes : int
-    in_flight : int
+    in_flight : int or None
+        Batches at a time. Default: 2, so that the host prepares one while the GPU works on the other; 1 of a pipeline
+        that decodes ahead, whose batches wait for little, so that two of them only take each other's turns.
     """
 
     max_batch: int = 16
     deadline_ms: float | None = 10_000.0
     max_queue_items: int = 1024
     max_queue_bytes: int = 512 << 20
-    in_flight: int = 2
+    in_flight: int | None = None
 
 
 class Served:
@@ -61,7 +63,7 @@ class Served:
             deadline_ms=limits.deadline_ms,
             max_queue_items=limits.max_queue_items,
             max_queue_bytes=limits.max_queue_bytes,
-            in_flight=limits.in_flight,
+            in_flight=limits.in_flight or (1 if pipeline.decodes_ahead else 2),
             size_of=_size_bytes,
             device=pipeline.device,
         )
