@@ -101,8 +101,8 @@ class Batcher:
         its item alone. If it raises, the batch is halved again and again until only the items that cause it fail.
     prepare : callable, optional
         What becomes of an item once it is let in, before it waits, in the thread that hands it in: for what can begin
-        before there is a batch, such as :meth:`nbvision.Decoder.open`. The function gets what it returns; what it
-        raises, the caller gets.
+        before there is a batch, such as :meth:`nbvision.Decoder.open`. The function gets what it returns, ``bucket``
+        and ``size_of`` what was handed in, and the caller what it raises.
     max_batch : int
         Items of a batch.
     deadline_ms : float, optional
@@ -260,11 +260,9 @@ class Batcher:
             self._entering -= 1
             self._counts["submitted"] += 1
             self._queue.add(request)
-            if self._closing:  # and its threads wait for this one
-                if not self._is_draining:
-                    self._cancel_all()
-                self._changed.notify_all()
-            self._changed.notify()
+            if not self._is_draining:
+                self._cancel_all()
+            self._changed.notify(len(self._threads) if self._closing else 1)
         future: Future[Any] = request.future
         return future
 
@@ -367,10 +365,8 @@ class Batcher:
         if os.getpid() == self._owner:
             for thread in self._threads:
                 thread.join()
-            self._function, self._prepare = (
-                _closed,
-                None,
-            )  # who holds this batcher does not hold its models and their memory
+            # Who holds this batcher does not hold its models and their memory.
+            self._function, self._prepare = _closed, None
 
     def __enter__(self) -> Batcher:
         return self
@@ -431,7 +427,7 @@ class Batcher:
 
     def _wait_for_work(self, thread: int) -> None:
         """Until requests shall run, or none will come any more, or this thread shall warm up."""
-        while thread not in self._warm_ups and not (self._closing and not len(self._queue) + self._entering):
+        while thread not in self._warm_ups and not (self._closing and len(self._queue) + self._entering == 0):
             left_s = None
             if len(self._queue):
                 waiting = self._queue.first(now_s := time.monotonic())

@@ -131,8 +131,8 @@ class Policy(Protocol):
     """When a batch begins, and which requests are in it; always of one bucket, in the order in which they shall go."""
 
     def answered_in_s(self, ahead: int, *, servers: int) -> float:
-        """How long at least a request waits for its answer that comes now, with so many to go before it, from so many
-        threads or cards; 0 if that is not known, or no reason to turn it away."""
+        """How long a request has to wait for its answer that comes now, with so many to go before it, from so many threads
+        or cards; 0 if that is not known, or no reason to turn it away."""
 
     def start_s(self, waiting: list[Request], *, is_busy: bool) -> float:
         """When a free thread or card begins a batch if nothing changes; ``is_busy`` says whether another runs one."""
@@ -153,6 +153,8 @@ class _Deadline:
         batches = ahead // self.max_batch
         if not batches:
             return 0.0
+        # One of the servers is taken to be free at once, and their batches to end evenly. What the half of a batch's
+        # time would turn away besides, simulated, is in time more often than what it makes room for.
         return batches / servers * self.typical(self.max_batch) + self.latency(self.max_batch)
 
     def start_s(self, waiting: list[Request], *, is_busy: bool) -> float:

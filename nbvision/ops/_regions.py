@@ -119,9 +119,7 @@ class Regions:
             kernel((-(-len(boxes) // 64),), (64,), (*arguments, *tables_of(geometry), *numbers))
         return geometry, self._taps(geometry, self._box_scales, batch.sizes)
 
-    def _launch_of(
-        self, what: Literal["images", "boxes"], device_id: int
-    ) -> tuple[Any, tuple[Any, ...], tuple[Any, ...]]:
+    def _launch_of(self, what: Literal["images", "boxes"], device_id: int) -> _Launch:
         """Kept, for to look it up and to make the numbers takes longer than to launch it."""
         from nbvision_kernels.catalog import box_regions_kernel, image_regions_kernel
 
