@@ -117,10 +117,16 @@ class RequestQueue:
         if not self._buckets:
             return []
 
-        def turn(request: Request) -> tuple[bool, tuple[int, float, float]]:
-            return now_s - request.arrived_s < self.aging_s, _rank(request)
+        def is_young(request: Request) -> bool:
+            return now_s - request.arrived_s < self.aging_s
 
-        ordered = [sorted(waiting, key=turn) for waiting in self._buckets.values()]
+        def turn(request: Request) -> tuple[bool, tuple[int, float, float]]:
+            return is_young(request), _rank(request)
+
+        ordered = [
+            list(waiting) if all(map(is_young, waiting)) else sorted(waiting, key=turn)
+            for waiting in self._buckets.values()
+        ]
         return min(ordered, key=lambda waiting: turn(waiting[0]))
 
     def all(self) -> list[Request]:
@@ -131,8 +137,8 @@ class Policy(Protocol):
     """When a batch begins, and which requests are in it; always of one bucket, in the order in which they shall go."""
 
     def answered_in_s(self, ahead: int, *, servers: int) -> float:
-        """How long a request has to wait for its answer that comes now, with so many to go before it, from so many threads
-        or cards; 0 if that is not known, or no reason to turn it away."""
+        """How long a request has to wait for its answer that comes now, with so many to go before it, from so many
+        threads or cards; 0 if that is not known, or no reason to turn it away."""
 
     def start_s(self, waiting: list[Request], *, is_busy: bool) -> float:
         """When a free thread or card begins a batch if nothing changes; ``is_busy`` says whether another runs one."""
