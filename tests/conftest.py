@@ -7,7 +7,9 @@ so a job on a GPU machine cannot go green by skipping.
 from __future__ import annotations
 
 import importlib.util
+import logging
 import os
+from collections.abc import Iterator
 
 # Two test processes share the cores: threads that wait for each other by spinning would take them from each other.
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
@@ -67,6 +69,17 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 def device(request: pytest.FixtureRequest) -> str:
     """Both devices in turn."""
     return str(request.param)
+
+
+@pytest.fixture(autouse=True)
+def logging_as_before() -> Iterator[None]:
+    """A service logs all to stderr from when it starts, and that of one test is closed in the next."""
+    root = logging.getLogger()
+    level, handlers = root.level, root.handlers[:]
+    yield
+    root.setLevel(level)
+    for handler in [handler for handler in root.handlers if handler not in handlers]:
+        root.removeHandler(handler)
 
 
 @pytest.fixture

@@ -36,6 +36,7 @@ LEFT_OUT = {f"test_{name}.py" for name in ("benchmarks", "house_rules", "serve_p
 # Files that take longest, in how many parts, the longest first.
 PARTS = {
     "test_recognizer.py": 3,
+    "test_exact.py": 6,
     "test_sources.py": 4,
     "test_warp_plan.py": 3,
     "test_docs.py": 2,

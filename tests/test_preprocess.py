@@ -40,6 +40,16 @@ def test_cv2_parity_is_bit_exact(device, rng, fit, interpolation):
     assert differing == 0
 
 
+def test_nearest_is_exact_however_much_it_enlarges(device, rng):
+    """Where positions are whole numbers, which the scale's last bit decides."""
+    image = random_image(rng, 3, 2)
+    batch = ImageBatch.from_arrays([image], device=device)
+    for length in [*range(1026, 9000, 114), 12_345, 32_766]:
+        pre = Preprocess((length, 4), fit="stretch", interpolation="nearest", dtype="uint8", layout="NHWC")
+        wanted = preprocess_u8(image, (length, 4), fit="stretch", interpolation="nearest")
+        np.testing.assert_array_equal(to_host(pre(batch)[0])[0], wanted)
+
+
 @pytest.mark.parametrize("size", [(640, 640), (608, 352), (224, 224), (1, 1), (17, 1023)])
 def test_cv2_parity_at_sizes_people_use(device, rng, size):
     images = [random_image(rng, h, w) for h, w in [(1080, 1920), (427, 640), (1417, 1913), (3, 2000)]]

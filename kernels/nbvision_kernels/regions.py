@@ -43,8 +43,8 @@ def write_step(steps, scales, step_at, unit_at, source_length, length, linear):
     """The fixed-point positions of one axis, from OpenCV's float64 scale ``1 / (length / source_length)``.
 
     Linear: output ``d`` falls at ``(d * STEP + START) * UNIT``, with as many bits behind the point as keep twice the
-    source length within 62. Nearest: STEP has the 53 bits of the scale, START says how many of them are behind the
-    point.
+    source length within 62. Nearest: STEP has the 53 bits of the scale, START says that the last is worth
+    ``2 ** -START``.
     """
     scale = np.float64(1.0) / (np.float64(length) / np.float64(source_length))
     _, exponent = math.frexp(np.float64(source_length) if linear else scale)
@@ -55,8 +55,8 @@ def write_step(steps, scales, step_at, unit_at, source_length, length, linear):
         steps[step_at + 1] = half_step - (np.int64(1) << (bits - 1))
         scales[unit_at] = np.float32(np.float64(1.0) / np.float64(np.int64(1) << bits))
     else:
-        bits = min(np.int64(53) - np.int64(exponent), np.int64(62))  # 62: only when enlarging more than 512 times
-        steps[step_at] = np.int64(scale * np.float64(np.int64(1) << bits))
+        bits = np.int64(53) - np.int64(exponent)
+        steps[step_at] = np.int64(math.ldexp(scale, np.int32(bits)))
         steps[step_at + 1] = bits
         scales[unit_at] = np.float32(0)
 

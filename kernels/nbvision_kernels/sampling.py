@@ -45,15 +45,14 @@ def nearest_index(index, step, bits):
     """``floor(index * scale)`` as OpenCV's float64 gives it: a product within half a unit in the last place below an
     integer counts as that integer.
 
-    ``step`` holds the 53 bits of the scale, ``bits`` of them behind the point (21 to 62).
+    ``step`` holds the 53 bits of the scale, and the last is worth ``2 ** -bits`` (37 to 68 for sides below 65,536).
     """
     low = np.int64(index) * (step & np.int64(0xFFFFFFFF))
     high = np.int64(index) * (step >> np.int64(32)) + (low >> np.int64(32))
     low = low & np.int64(0xFFFFFFFF)
     whole = high >> np.int64(bits - 32)
-    fraction = ((high - (whole << np.int64(bits - 32))) << np.int64(32)) | low
-    missing = (np.int64(1) << np.int64(bits)) - fraction
-    if missing <= (np.int64(1) << np.int64(14)):  # rare: only then is the exact threshold worth computing
+    missing = (np.int64(1) << np.int64(32)) - low  # to the next integer, if it is so near
+    if missing <= (np.int64(1) << np.int64(16)) and (high + np.int64(1)) >> np.int64(bits - 32) != whole:  # rare
         exponent = np.int64(-1)
         rest = whole
         while rest > 0:
