@@ -21,7 +21,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from nbvision.batching import Batcher, BatcherTimeline, BatchRecord, LatencyCurve, goodput, simulate
-from nbvision.batching.policy import Request, RequestQueue, hold_until_s, next_batch
+from nbvision.batching.policy import Request, RequestQueue, hold_until_s, make_policy, next_batch
 from nbvision.batching.simulator import arrivals
 from nbvision.errors import DeadlineError, InputError, OverloadError
 
@@ -227,6 +227,23 @@ def test_a_deadline_makes_a_batch_smaller_only_where_that_saves_time() -> None:
     alone = next_batch([tight, others[0]], 0.0, lambda size: 0.0155 * size, max_batch=16)
     assert alone.batch == [tight]
     assert alone.reason == "deadline"
+
+
+def test_at_the_door_those_count_that_will_take_time() -> None:
+    """Full batches at what is typical, the own one at its slowest; who will be given up keeps nobody out."""
+    policy = make_policy("deadline", lambda size: 0.02 + 0.01 * size, lambda size: 0.01 * size, max_batch=4)
+    late, living = [Request(0, 0.0, 1.0) for _ in range(40)], [Request(0, 0.0, 3.0) for _ in range(9)]
+    assert policy.answered_in_s(living[:3], 2.0, servers=1) == 0.0
+    assert policy.answered_in_s(living, 2.0, servers=1) == pytest.approx(2 * 0.04 + 0.04)
+    assert policy.answered_in_s(living, 2.0, servers=2) == pytest.approx(0.04 + 0.04)
+    assert policy.answered_in_s(late, 2.0, servers=1) == 0.0
+    assert policy.answered_in_s(late + living, 2.0, servers=1) == pytest.approx(2 * 0.04 + 0.04)
+    assert policy.answered_in_s(late + living, 0.5, servers=1) == pytest.approx(12 * 0.04 + 0.04)
+    for name in ("eager", "delay and reject"):
+        other = make_policy(name, lambda size: 1.0, lambda size: 1.0, max_batch=4)
+        assert other.answered_in_s(late + living, 2.0, servers=1) == 0.0
+    unknown = make_policy("deadline", lambda size: 0.0, lambda size: 0.0, max_batch=4)
+    assert unknown.answered_in_s(living, 2.0, servers=1) == 0.0
 
 
 def test_others_may_join_while_a_batch_runs_until_a_deadline_calls() -> None:
@@ -546,9 +563,9 @@ def test_who_comes_behind_too_many_is_turned_away_at_once() -> None:
         assert gate.entered.acquire(timeout=60)
         futures = [batcher.submit(item) for item in range(1, 9)]
         # Two full batches go before it, of 20 ms each, and its own takes 10.
-        with pytest.raises(OverloadError, match=r"8 requests go before this one.* before 50 ms; .* 45 ms") as caught:
+        with pytest.raises(OverloadError, match=r"not to be had before 50 ms; .* in 45 ms") as caught:
             batcher.submit(9, deadline_ms=45, priority=1)
-        assert caught.value.retry_after_s == pytest.approx(0.005)
+        assert caught.value.retry_after_s == pytest.approx(0.005, abs=1e-6)
         futures += [batcher.submit(10, deadline_ms=60_000), batcher.submit(11, deadline_ms=5_000, priority=-1)]
         for _ in range(11):  # batches of any size
             gate.open.release()
@@ -592,6 +609,8 @@ def test_closing_waits_for_who_is_let_in(drain: bool) -> None:
         handed_in = pool.submit(batcher.submit, 7)
         assert entered.wait(60)
         closed = pool.submit(batcher.close, drain=drain)
+        while not batcher._closing:
+            time.sleep(0.001)
         with pytest.raises(concurrent.futures.TimeoutError):
             closed.result(0.1)
         go_on.set()
@@ -604,6 +623,47 @@ def test_closing_waits_for_who_is_let_in(drain: bool) -> None:
     stats = batcher.stats()
     assert stats.submitted == stats.answered + stats.cancelled == 1
     assert stats.waiting == stats.running == 0
+
+
+def test_who_is_prepared_counts_for_those_only_that_it_goes_before() -> None:
+    entered, go_on = threading.Semaphore(0), threading.Event()
+
+    def prepare(item: int) -> int:
+        if item:
+            entered.release()
+            assert go_on.wait(60)
+        return item
+
+    curve = LatencyCurve({1: 0.020, 2: 0.030})
+    batcher = Batcher(lambda items: items, prepare=prepare, max_batch=2, bucket=lambda item: item > 4, latency=curve)
+    with batcher, concurrent.futures.ThreadPoolExecutor(8) as pool:
+        slow = [pool.submit(batcher.submit, item, priority=1) for item in (1, 2, 3, 4, 5, 6, 7, 8)]
+        for _ in slow:
+            assert entered.acquire(timeout=60)
+        with pytest.raises(OverloadError):
+            batcher.submit(0, deadline_ms=40, priority=2)
+        assert batcher.submit(0, deadline_ms=40, priority=0).result(60) == 0
+        go_on.set()
+        assert [each.result(60).result(60) for each in slow] == [1, 2, 3, 4, 5, 6, 7, 8]
+
+
+def test_closing_from_within_prepare() -> None:
+    def prepare(item: int) -> int:
+        batcher.close()
+        return item
+
+    batcher = Batcher(lambda items: items, prepare=prepare)
+    with batcher, pytest.raises(InputError, match="from within prepare"):
+        batcher.submit(1)
+
+
+def test_an_interrupt_while_it_is_handed_in_lets_close_end() -> None:
+    def prepare(item: int) -> int:
+        raise KeyboardInterrupt
+
+    with Batcher(lambda items: items, prepare=prepare) as batcher, pytest.raises(KeyboardInterrupt):
+        batcher.submit(1)
+    assert batcher.stats().submitted == 0
 
 
 def test_buckets_do_not_mix() -> None:

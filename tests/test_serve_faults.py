@@ -147,13 +147,13 @@ def test_deadlines(server: Server) -> None:
     with concurrent.futures.ThreadPoolExecutor(1) as pool:
         busy = pool.submit(server.ask, "sleeping", b"500 busy")
         server.until(lambda: server.stats("sleeping")["running"] == 1, seconds=5)
-        late = at_once(server, "sleeping", [b"0 late %d" % number for number in range(8)], params={"deadline_ms": 50})
+        late = at_once(server, "sleeping", [b"0 late %d" % number for number in range(16)], params={"deadline_ms": 50})
         assert right(busy.result(), b"500 busy")
-    # A batch of 4 that waits takes 40 ms: who comes behind it, with 50, is turned away.
+    # A batch of 4 that waits takes 40 ms: who comes behind it, with 50, is turned away, unless that one is late, too.
     statuses = [answer.status_code for answer in late]
     after = server.stats("sleeping")
     assert statuses.count(504) == after["given_up"] - before["given_up"] >= 4
-    assert statuses.count(503) == after["rejected"] - before["rejected"] == 8 - statuses.count(504)
+    assert statuses.count(503) == after["rejected"] - before["rejected"] == 16 - statuses.count(504) > 0
     assert after["items"] - before["items"] == 1
     assert right(server.ask("sleeping", b"0 now", params={"deadline_ms": 5000}), b"0 now")
 

@@ -56,7 +56,7 @@ def write_step(steps, scales, step_at, unit_at, source_length, length, linear):
         scales[unit_at] = np.float32(np.float64(1.0) / np.float64(np.int64(1) << bits))
     else:
         bits = np.int64(53) - np.int64(exponent)
-        steps[step_at] = np.int64(math.ldexp(scale, np.int32(bits)))
+        steps[step_at] = np.int64(math.ldexp(scale, int(bits)))  # int: uncompiled, Python takes no other
         steps[step_at + 1] = bits
         scales[unit_at] = np.float32(0)
 

@@ -179,7 +179,7 @@ class Batcher:
         self._max_items, self._max_bytes = max_queue_items, max_queue_bytes or math.inf
         self._queue = RequestQueue(aging_s=aging_s)
         self._queued_bytes = 0
-        self._entering = 0  # let in, and not in the queue yet
+        self._entering: dict[Request, int] = {}  # let in, and not in the queue yet: the threads that prepare them
         self._changed = threading.Condition()
         self._closing, self._is_draining = False, True
         self._counts: collections.Counter[str] = collections.Counter()
@@ -242,27 +242,12 @@ class Batcher:
             self._size_of(item) if self._size_of else 0,
             Future(),
         )
-        with self._changed:
-            self._refuse_if_closed()
-            self._refuse_if_hopeless(request)
-            self._entering += 1
-            self._queued_bytes += request.size_bytes
-        try:
-            if self._prepare is not None:
-                request.item = self._prepare(item)
-        except BaseException:
+        if self._prepare is None:
             with self._changed:
-                self._entering -= 1
-                self._queued_bytes -= request.size_bytes
-                self._changed.notify_all()
-            raise
-        with self._changed:
-            self._entering -= 1
-            self._counts["submitted"] += 1
-            self._queue.add(request)
-            if not self._is_draining:
-                self._cancel_all()
-            self._changed.notify(len(self._threads) if self._closing else 1)
+                self._refuse(request)
+                self._add(request)
+        else:
+            self._prepare_and_add(request, self._prepare)
         future: Future[Any] = request.future
         return future
 
@@ -352,13 +337,22 @@ class Batcher:
     def close(self, *, drain: bool = True) -> None:
         """Take no more requests, end the threads, and let go of the function.
 
+        Waits for what runs, and for requests that are being prepared.
+
         Parameters
         ----------
         drain : bool
             Whether requests that wait are still run, or cancelled.
+
+        Raises
+        ------
+        InputError
+            From within ``prepare``, which this would wait for.
         """
         with self._changed:
-            self._closing, self._is_draining = True, drain
+            if threading.get_ident() in self._entering.values():
+                raise InputError("close() is called from within prepare, for which it waits; call it afterwards")
+            self._closing, self._is_draining = True, drain and self._is_draining
             if not drain:
                 self._cancel_all()
             self._changed.notify_all()
@@ -374,9 +368,39 @@ class Batcher:
     def __exit__(self, *exception: object) -> None:
         self.close()
 
-    def _refuse_if_hopeless(self, request: Request) -> None:
+    def _prepare_and_add(self, request: Request, prepare: Callable[[Any], Any]) -> None:
+        try:
+            with self._changed:
+                self._refuse(request)
+                self._entering[request] = threading.get_ident()
+                self._queued_bytes += request.size_bytes
+            request.item = prepare(request.item)
+            with self._changed:
+                self._leave(request)
+                self._add(request)
+        finally:
+            with self._changed:  # whatever came between, an interrupt perhaps: else close() would wait for this one
+                self._leave(request)
+
+    def _leave(self, request: Request) -> None:
+        """Who was let in is not prepared any more."""
+        if self._entering.pop(request, None) is not None:
+            self._queued_bytes -= request.size_bytes
+            if self._closing:
+                self._changed.notify_all()
+
+    def _add(self, request: Request) -> None:
+        self._counts["submitted"] += 1
+        self._queue.add(request)
+        self._queued_bytes += request.size_bytes
+        if not self._is_draining:
+            self._cancel_all()
+        self._changed.notify(len(self._threads) if self._closing else 1)
+
+    def _refuse(self, request: Request) -> None:
         """Turn a request away for which there is no room, or no time."""
-        count = len(self._queue) + self._entering
+        self._refuse_if_closed()
+        count = len(self._queue) + len(self._entering)
         if count >= self._max_items or self._queued_bytes + request.size_bytes > self._max_bytes:
             self._counts["rejected"] += 1
             raise OverloadError(
@@ -386,14 +410,15 @@ class Batcher:
             )
         if count < self.max_batch:
             return
-        ahead = self._queue.ahead_of(request) + self._entering
-        expected_s = self._policy.answered_in_s(ahead, servers=len(self._threads))
+        before = self._queue.before(request)
+        before += [other for other in self._entering if other.bucket == request.bucket and other.goes_before(request)]
+        expected_s = self._policy.answered_in_s(before, request.arrived_s, servers=len(self._threads))
         if request.arrived_s + expected_s > request.deadline_s:
             self._counts["rejected"] += 1
             left_ms = (request.deadline_s - request.arrived_s) * 1e3
             raise OverloadError(
-                f"{ahead} requests go before this one, whose answer is not to be had before {expected_s * 1e3:.0f} ms; "
-                f"its deadline is in {left_ms:.0f} ms. Come again later, or with more time",
+                f"so many requests go before this one that its answer is not to be had before {expected_s * 1e3:.0f} "
+                f"ms; its deadline is in {left_ms:.0f} ms. Come again later, or with more time",
                 retry_after_s=request.arrived_s + expected_s - request.deadline_s,
             )
 
@@ -427,7 +452,7 @@ class Batcher:
 
     def _wait_for_work(self, thread: int) -> None:
         """Until requests shall run, or none will come any more, or this thread shall warm up."""
-        while thread not in self._warm_ups and not (self._closing and len(self._queue) + self._entering == 0):
+        while thread not in self._warm_ups and not (self._closing and len(self._queue) + len(self._entering) == 0):
             left_s = None
             if len(self._queue):
                 waiting = self._queue.first(now_s := time.monotonic())

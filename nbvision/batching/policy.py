@@ -67,6 +67,10 @@ class Request:
     size_bytes: int = 0
     future: Any = field(default=None, repr=False)
 
+    def goes_before(self, other: Request) -> bool:
+        """Of one bucket, and if neither has aged."""
+        return _rank(self) <= _rank(other)
+
 
 @dataclass(frozen=True)
 class Release:
@@ -97,9 +101,10 @@ class RequestQueue:
         bisect.insort(waiting, request, key=_rank)
         self._count += 1
 
-    def ahead_of(self, request: Request) -> int:
-        """How many of its bucket would go before it, if none has aged."""
-        return bisect.bisect_right(self._buckets.get(request.bucket, ()), _rank(request), key=_rank)
+    def before(self, request: Request) -> list[Request]:
+        """Those of its bucket that would go before it, if none has aged."""
+        waiting = self._buckets.get(request.bucket, [])
+        return waiting[: bisect.bisect_right(waiting, _rank(request), key=_rank)]
 
     def remove(self, requests: Iterable[Request]) -> None:
         """Take out requests of one bucket."""
@@ -136,8 +141,8 @@ class RequestQueue:
 class Policy(Protocol):
     """When a batch begins, and which requests are in it; always of one bucket, in the order in which they shall go."""
 
-    def answered_in_s(self, ahead: int, *, servers: int) -> float:
-        """How long a request has to wait for its answer that comes now, with so many to go before it, from so many
+    def answered_in_s(self, before: list[Request], now_s: float, *, servers: int) -> float:
+        """How long a request has to wait for its answer that comes now, with those to go before it, from so many
         threads or cards; 0 if that is not known, or no reason to turn it away."""
 
     def start_s(self, waiting: list[Request], *, is_busy: bool) -> float:
@@ -155,12 +160,16 @@ class _Deadline:
     typical: Callable[[int], float]
     max_batch: int
 
-    def answered_in_s(self, ahead: int, *, servers: int) -> float:
-        batches, rest = divmod(ahead, self.max_batch)
+    def answered_in_s(self, before: list[Request], now_s: float, *, servers: int) -> float:
+        if len(before) < self.max_batch or self.typical(1) <= 0:
+            return 0.0
+        # Those that are given up when the next batch is chosen take no time.
+        latest_s = now_s + _quickest(self.typical(1), self.latency(1))
+        batches, rest = divmod(sum(request.deadline_s >= latest_s for request in before), self.max_batch)
         if not batches:
             return 0.0
         # One of the servers is taken to be free at once, their batches to end evenly, and nobody to come into its own
-        # batch: whom a more careful estimate would turn away besides, simulated, is in time often enough.
+        # batch, which may be a slow one: it costs something to begin with who is given up later.
         return batches / servers * self.typical(self.max_batch) + self.latency(rest + 1)
 
     def start_s(self, waiting: list[Request], *, is_busy: bool) -> float:
@@ -178,7 +187,7 @@ class _InTurn:
     delay_s: float
     reject_s: float
 
-    def answered_in_s(self, ahead: int, *, servers: int) -> float:
+    def answered_in_s(self, before: list[Request], now_s: float, *, servers: int) -> float:
         return 0.0
 
     def start_s(self, waiting: list[Request], *, is_busy: bool) -> float:

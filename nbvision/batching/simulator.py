@@ -121,7 +121,7 @@ def simulate(
         while True:
             while next_in < len(coming) and coming[next_in].arrived_s <= now_s:
                 request = coming[next_in]
-                expected_s = rule.answered_in_s(queue.ahead_of(request), servers=cards)
+                expected_s = rule.answered_in_s(queue.before(request), request.arrived_s, servers=cards)
                 if request.arrived_s + expected_s > request.deadline_s:
                     dropped += 1
                 else:

@@ -54,7 +54,7 @@ class Regions:
     _known: OrderedDict[tuple[bytes, int], tuple[Geometry, TapTables | None]] = field(
         default_factory=OrderedDict, compare=False
     )
-    _launches: dict[tuple[str, int], _Launch] = field(default_factory=dict, compare=False)
+    _launches: dict[tuple[str, int], _Launch] = field(default_factory=dict, compare=False, repr=False)
 
     def on_host(self, batch: ImageBatch, boxes: Any, box_images: Any) -> tuple[Geometry, TapTables | None]:
         """Of whole images or boxes on the host."""

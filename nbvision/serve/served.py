@@ -27,7 +27,7 @@ class Limits:
     max_queue_items, max_queue_bytes : int
     in_flight : int or None
         Batches at a time. Default: 2, so that the host prepares one while the GPU works on the other; 1 of a pipeline
-        that decodes ahead, whose batches wait for little, so that two of them only take each other's turns.
+        that decodes ahead: its batches wait for little, so that two would only keep Python's lock from each other.
     """
 
     max_batch: int = 16
