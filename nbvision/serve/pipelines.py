@@ -75,7 +75,7 @@ class Pipeline(ABC):
     decodes_ahead = False
 
     def open(self, item: Any) -> Any:
-        """The item as it shall wait for its batch, with ``nbytes``; what can be done to it by itself may begin.
+        """The item as it shall wait for its batch; what can be done to it by itself may begin.
 
         Returns at once. What comes back is for :meth:`run` alone.
         """

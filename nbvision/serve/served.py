@@ -112,7 +112,5 @@ class Served:
 
 
 def _size_bytes(item: Any) -> int:
-    """Of what waits: a file, opened or not, or a model's inputs by name."""
-    if isinstance(item, bytes):
-        return len(item)
-    return sum(row.nbytes for row in item.values()) if isinstance(item, dict) else int(item.nbytes)
+    """Of what a request hands in: a file, or a model's inputs by name."""
+    return len(item) if isinstance(item, bytes) else sum(row.nbytes for row in item.values())
