@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import math
 import os
+import signal
 import sys
 import threading
 import time
@@ -105,3 +106,25 @@ class Versioned:
         if self.version == "broken":
             raise ValueError("this version cannot answer")
         return [_answer(data) | {"version": self.version} for data in images]
+
+
+def dying(images: list[bytes]) -> list[Any]:
+    """One item takes the whole process with it."""
+    if b"DIE" in images:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return echo(images)
+
+
+def strange(images: list[bytes]) -> list[Any]:
+    """Exceptions and results of types that no other process knows."""
+
+    class StrangeError(Exception):
+        def __init__(self, one: int, *, two: int) -> None:
+            super().__init__(f"a secret: {one + two}")
+
+    class Strange(int):
+        pass
+
+    if b"raise" in images:
+        raise StrangeError(1, two=2)
+    return [StrangeError(3, two=4) if data == b"give" else Strange(5) for data in images]

@@ -505,6 +505,29 @@ def test_what_is_not_answered_when_the_time_to_drain_is_over(tmp_path: Path) -> 
         assert "Retry-After" in answer.headers
 
 
+def test_a_pipeline_whose_process_dies_comes_back(tmp_path: Path) -> None:
+    with Server(config("dying", "echo"), tmp_path) as server:
+        assert server.ask("dying", b"x").status_code == 200
+        for _ in range(2):
+            log = len(server.log)
+            died = server.ask("dying", b"DIE")
+            assert died.status_code == 500
+            assert "ended, with status -9" in died.json()["error"]
+            assert server.ask("echo", b"x").status_code == 200
+            while (answer := server.ask("dying", b"x")).status_code != 200:
+                assert answer.status_code == 503
+                assert answer.headers["Retry-After"] == "5"
+                assert server.ask("echo", b"x").status_code == 200
+                time.sleep(0.05)
+            assert server.wait_for("a pipeline's process died", after=log)["model"] == "dying"
+        server.until(lambda: server.status("/v2/health/ready") == 200)
+        stats = server.stats("dying")
+        asked = [line for line in server.log if line.get("path") == "/v1/dying"]
+        assert stats["success"] == sum(line["status"] == 200 for line in asked) == 3
+        assert stats["failure"] == len(asked) - 3
+        assert server.stop() == 0
+
+
 def test_who_looks_after_failing_pipelines_goes_on_while_others_come_and_go(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
+import collections
 import math
 from collections.abc import Callable, Iterator
 from typing import Any
 
 from nbvision.batching import BatcherStats
 from nbvision.errors import MissingExtraError
-from nbvision.runtime import memory
 from nbvision.serve.served import Served
 from nbvision.serve.service import Counts, Service
 
@@ -92,8 +92,8 @@ class _Collector:
         held = GaugeMetricFamily(
             "nbvision_memory_held_bytes", "Buffers of the memory manager", labels=["device", "worker"]
         )
-        for device in sorted({served.pipeline.device for served in service.served.values()}):
-            held.add_metric([device, *worker], memory.stats(device=device).held_bytes)
+        for device, held_bytes in _held_bytes(service).items():
+            held.add_metric([device, *worker], held_bytes)
         yield from (kept, held)
 
 
@@ -139,10 +139,17 @@ def described(service: Service) -> dict[str, Any]:
             "p50_ms": recent[math.ceil(0.5 * len(recent)) - 1] if recent else None,
             "p99_ms": recent[math.ceil(0.99 * len(recent)) - 1] if recent else None,
         }
-    devices = sorted({served.pipeline.device for served in service.served.values()})
     return {
         "worker": service.worker,
         "models": models,
         "cache": {"hits": service.cache.hits, "misses": service.cache.misses, "used_bytes": service.cache.used_bytes},
-        "memory": {device: memory.stats(device=device).held_bytes for device in devices},
+        "memory": _held_bytes(service),
     }
+
+
+def _held_bytes(service: Service) -> dict[str, int]:
+    """Of the memory managers of all pipelines, by device."""
+    held: collections.Counter[str] = collections.Counter()
+    for served in service.served.values():
+        held[served.pipeline.device] += served.pipeline.held_bytes
+    return dict(sorted(held.items()))

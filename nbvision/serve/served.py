@@ -9,10 +9,12 @@ from typing import Any
 
 from nbvision.batching import Batcher, BatcherStats
 from nbvision.errors import DeviceError, EngineError
-from nbvision.serve.pipelines import Pipeline
+from nbvision.serve.pipeline_process import PipelineProcess
 from nbvision.serve.tracing import span
 
-__all__ = ["Limits", "Served"]
+__all__ = ["IN_FLIGHT", "Limits", "Served"]
+
+IN_FLIGHT = 2  # batches at a time
 
 
 @dataclass(frozen=True)
@@ -44,13 +46,13 @@ class Served:
     ----------
     name, version : str
         The version says what answers depend on: models, and options.
-    pipeline : Pipeline
+    pipeline : PipelineProcess
     batcher : Batcher
     is_healthy : bool
         False from a batch in which the engine or the device failed until one in which it did not.
     """
 
-    def __init__(self, name: str, version: str, pipeline: Pipeline, limits: Limits) -> None:
+    def __init__(self, name: str, version: str, pipeline: PipelineProcess, limits: Limits) -> None:
         self.name, self.version, self.pipeline = name, version, pipeline
         self.is_healthy = True
         self._is_warm = False
@@ -63,9 +65,9 @@ class Served:
             deadline_ms=limits.deadline_ms,
             max_queue_items=limits.max_queue_items,
             max_queue_bytes=limits.max_queue_bytes,
-            in_flight=limits.in_flight or (1 if pipeline.decodes_ahead else 2),
+            in_flight=limits.in_flight or (1 if pipeline.decodes_ahead else IN_FLIGHT),
             size_of=_size_bytes,
-            device=pipeline.device,
+            device="cpu",  # of this process: the GPU is the other's
         )
         self._lock = threading.Lock()
 
@@ -97,7 +99,8 @@ class Served:
         Exception
             If it cannot.
         """
-        sizes = {1, self.batcher.max_batch} if self.pipeline.device == "cuda" else {1}
+        most = self.batcher.max_batch if self.pipeline.device == "cuda" else 1
+        sizes = {most} | {1 << power for power in range(most.bit_length())}
         for size in sorted(sizes):
             self.batcher.warm_up([self.pipeline.probe()] * size)
         self._is_warm = True

@@ -17,9 +17,10 @@ from nbvision.errors import DecodeError, InputError, NbvisionError
 from nbvision.serve import process
 from nbvision.serve.cache import ResultCache, key_of
 from nbvision.serve.config import Config, PipelineConfig, read_config
-from nbvision.serve.pipelines import PIPELINES, texts
+from nbvision.serve.pipeline_process import start_pipeline
+from nbvision.serve.pipelines import texts
 from nbvision.serve.protocol import InferRequest, Tensors
-from nbvision.serve.served import Served
+from nbvision.serve.served import IN_FLIGHT, Served
 from nbvision.serve.status import PipelineError, RefusedError, UnknownModelError, described
 from nbvision.serve.tracing import span
 
@@ -274,8 +275,12 @@ class Service:
     async def _probe_the_sick(self) -> None:
         while True:
             await asyncio.sleep(_PROBE_EVERY_S)
-            for served in list(self.served.values()):  # which change while it waits
-                if not served.is_healthy:
+            for name, served in list(self.served.items()):  # which change while it waits
+                if not served.pipeline.is_alive:
+                    served.is_healthy = False
+                    logger.error("a pipeline's process died", extra={"model": name, "worker": self.worker})
+                    await self.follow(name)
+                elif not served.is_healthy:
                     with contextlib.suppress(Exception):  # which is what it is being watched for
                         await served.answer(served.pipeline.probe(), deadline_ms=10_000)
 
@@ -299,7 +304,7 @@ async def _close(served: Served) -> None:
 def _made(config: PipelineConfig) -> Served:
     """A pipeline that has answered."""
     try:
-        pipeline = PIPELINES[config.kind](**config.options)
+        pipeline = start_pipeline(config.kind, config.options, threads=config.limits.in_flight or IN_FLIGHT)
     except Exception as error:  # anybody's code may be in it
         raise InputError(f"pipeline {config.name!r} does not load: {type(error).__name__}: {error}") from error
     version = f"{config.fingerprint}-{pipeline.digest[:12]}"
