@@ -258,8 +258,7 @@ def test_it_ends_with_who_started_it() -> None:
     code = """if True:
         import sys, threading, time
         sys.path.insert(0, sys.argv[1])
-        from nbvision.serve import pipeline_process
-from nbvision.serve.pipeline_process import start_pipeline
+        from nbvision.serve.pipeline_process import start_pipeline
         there = start_pipeline("python", {"function": "serve_functions:sleeping", "device": "cpu"}, threads=1)
         threading.Thread(target=there.run, args=([b"60000 ms"],), daemon=True).start()
         time.sleep(0.2)
