@@ -75,7 +75,7 @@ def free_bytes(processes: Processes) -> int:
     with processes._changing:
         processes._reclaimed_s = 0.0
         processes._reclaim()
-        return sum(size for _, size in processes._free)
+        return processes.places.free_bytes
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,6 @@ Processes are those of who made them.  A forked child has copies of this memory'
 
 from __future__ import annotations
 
-import bisect
 import collections
 import contextlib
 import ctypes
@@ -33,6 +32,7 @@ import numpy.typing as npt
 
 from nbvision.errors import DecodeError, DeviceError
 from nbvision.runtime.device import require_cupy
+from nbvision.runtime.places import Places
 
 if TYPE_CHECKING:
     from nbvision.codecs.open import CompressedImage, How
@@ -216,7 +216,7 @@ class Processes:
             os.close(memory)
             raise DeviceError(f"{size_bytes} bytes of memory cannot be shared: {error}; use fewer") from error
         self._owner = os.getpid()
-        self._free = [(0, size_bytes)]  # places and sizes, in order
+        self.places = Places(size_bytes)
         self._released: collections.deque[tuple[int, int]] = collections.deque()  # places and sizes
         # Here and not with the jobs: of a cycle that is collected, events and streams may go before their job.
         self._reads: Reads = collections.defaultdict(dict)
@@ -337,19 +337,11 @@ class Processes:
                 return None
             if len(self._released) > _LEFT_ALONE:
                 self._reclaim()
-            place = self._first_fit(size_bytes)
+            place = self.places.take(size_bytes)
             if place is None and self._released:
                 self._reclaim()
-                place = self._first_fit(size_bytes)
+                place = self.places.take(size_bytes)
             return place
-
-    def _first_fit(self, size_bytes: int) -> int | None:
-        for index, (place, free_bytes) in enumerate(self._free):
-            if free_bytes >= size_bytes:
-                rest = (place + size_bytes, free_bytes - size_bytes)
-                self._free[index : index + 1] = [rest] if rest[1] else []
-                return place
-        return None
 
     def _reclaim(self) -> None:
         if time.monotonic() - self._reclaimed_s < _RECLAIM_S:
@@ -364,12 +356,7 @@ class Processes:
             self._reads.pop(place, None)
             self._lost_since_s.pop(place, None)
             self.shared.say(place, TICKET, 0)
-            index = bisect.bisect(self._free, (place, size_bytes))
-            self._free.insert(index, (place, size_bytes))
-            for left in (index, index - 1):  # one with its neighbours
-                if 0 <= left < len(self._free) - 1 and sum(self._free[left]) == self._free[left + 1][0]:
-                    both = (self._free[left][0], self._free[left][1] + self._free[left + 1][1])
-                    self._free[left : left + 2] = [both]
+            self.places.give_back(place, size_bytes)
 
     def _is_used(self, place: int) -> bool:
         """Whether a process may still write to a block, or find it in the pipe."""

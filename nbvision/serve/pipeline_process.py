@@ -3,9 +3,9 @@
 A batch gives the lock away and wants it back a hundred times, once for each kernel that it launches, and a request over
 HTTP keeps it for a millisecond.  In one process each waits for the other all the time.
 
-Items go over as they come, through one socket, in the order in which they came, so that what can begin before there is
-a batch begins.  A batch is a list of their numbers, and each thread that runs batches has a socket of its own and a
-thread there that answers it.  The other process ends when this one has.
+Items go over as they come, so that what can begin before there is a batch begins: their bytes through memory that both
+share, where they are through one pipe.  A batch is a list of their numbers.  Each thread that runs batches has a line
+of its own to a thread there that answers it.  The other process ends when this one has.
 """
 
 from __future__ import annotations
@@ -13,21 +13,24 @@ from __future__ import annotations
 import collections
 import contextlib
 import itertools
+import mmap
 import os
 import pickle
-import queue
+import struct
 import subprocess
 import sys
+import tempfile
 import threading
 import traceback
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterator, Mapping
 from multiprocessing import Pipe
 from multiprocessing.connection import Connection
 from typing import Any
 
-from nbvision.errors import EngineError, NbvisionError
+from nbvision.errors import EngineError, NbvisionError, OverloadError
 from nbvision.runtime import memory
 from nbvision.runtime.device import array_module, own_stream, synchronize
+from nbvision.runtime.places import Places
 from nbvision.serve.pipelines import PIPELINES, Pipeline
 from nbvision.serve.process import settle, share_arenas, take_short_turns
 from nbvision.serve.status import RefusedError
@@ -35,6 +38,10 @@ from nbvision.serve.status import RefusedError
 __all__ = ["PipelineProcess", "start_pipeline"]
 
 _DESCRIPTION = ("inputs", "outputs", "device", "digest", "decodes_ahead")
+_SHARED_BYTES = 1 << 30  # of items on their way; what has never been used takes no memory
+_WORD = 8  # at each place, before the item: whether the other process has read it
+_TOLD = struct.Struct("qqqq")  # what goes through the pipe: one of the next three, an item's number, place and size
+_BYTES, _PICKLED, _GONE = range(3)
 _END_S = 10.0  # for a process to end by itself
 _RETRY_S = 5.0  # when a process that ended may have been started again
 
@@ -70,13 +77,13 @@ def start_pipeline(kind: str, options: Mapping[str, Any], *, threads: int) -> Pi
 class _Sent:
     """An item that the other process has, until nobody here holds this."""
 
-    __slots__ = ("_gone", "number")
+    __slots__ = ("_gone", "number", "place", "size_bytes")
 
-    def __init__(self, number: int, gone: collections.deque[int]) -> None:
-        self.number, self._gone = number, gone
+    def __init__(self, number: int, place: int, size_bytes: int, gone: collections.deque[tuple[int, int, int]]) -> None:
+        self.number, self.place, self.size_bytes, self._gone = number, place, size_bytes, gone
 
     def __del__(self) -> None:
-        self._gone.append(self.number)  # it is told with the next item; a finalizer must not wait
+        self._gone.append((self.number, self.place, self.size_bytes))  # a finalizer must not take locks
 
 
 class PipelineProcess(Pipeline):
@@ -91,37 +98,39 @@ class PipelineProcess(Pipeline):
     held_bytes = 0
 
     def __init__(self, kind: str, options: Mapping[str, Any], *, threads: int) -> None:
-        self._control, theirs = Pipe()
-        pairs = [Pipe() for _ in range(threads)]
-        others = [theirs, *(other for _, other in pairs)]
-        self._lines = collections.deque(line for line, _ in pairs)
-        self._all_lines = list(self._lines)
-        self._own = threading.local()
         self._numbers = itertools.count()
-        self._gone: collections.deque[int] = collections.deque()
-        self._outgoing: queue.SimpleQueue[tuple[_Sent, Any] | None] = queue.SimpleQueue()
-        self._writer = threading.Thread(target=self._write, name=f"nbvision sends to {kind}", daemon=True)
-        # It finds what this process finds, and nothing in the directory where it happens to be.
-        path = [str(entry) for entry in sys.path if entry]
-        code = f"import sys; sys.path[:] = {path!r}; from {__name__} import main; main(*sys.argv[1:])"
-        descriptors = [other.fileno() for other in others]
+        self._gone: collections.deque[tuple[int, int, int]] = collections.deque()
+        self._places = Places(_SHARED_BYTES)
+        self._sending = threading.Lock()
+        self._own = threading.local()
+        pairs = [Pipe() for _ in range(threads)]
+        self._all_lines = [line for line, _ in pairs]
+        self._lines = collections.deque(self._all_lines)
+        with _shared_file() as file:
+            self._map = mmap.mmap(file, _SHARED_BYTES)
+            self._words = memoryview(self._map).cast("q")
+            hears, self._tells = os.pipe()
+            os.set_blocking(self._tells, False)
+            descriptors = [file, hears, *(other.fileno() for _, other in pairs)]
+            # It finds what this process finds, and nothing in the directory where it happens to be.
+            path = [str(entry) for entry in sys.path if entry]
+            code = f"import sys; sys.path[:] = {path!r}; from {__name__} import main; main(*sys.argv[1:])"
+            try:
+                self._process = subprocess.Popen(
+                    [sys.executable, "-c", code, *map(str, descriptors)],
+                    pass_fds=descriptors,
+                    stdin=subprocess.DEVNULL,
+                    start_new_session=True,  # an interrupt from the keyboard is for whom it serves
+                )
+            finally:
+                os.close(hears)
+                for _, other in pairs:
+                    other.close()
         try:
-            self._process = subprocess.Popen(
-                [sys.executable, "-c", code, *map(str, descriptors)],
-                pass_fds=descriptors,
-                stdin=subprocess.DEVNULL,
-                start_new_session=True,  # an interrupt from the keyboard is for whom it serves
-            )
-        finally:
-            for other in others:
-                other.close()
-        self._writer.start()
-        try:
-            self._control.send((kind, dict(options)))
-            said = self._control.recv()
+            self._all_lines[0].send((kind, dict(options)))
+            said = self._all_lines[0].recv()
         except (EOFError, OSError):
-            self.close()
-            raise self._ended() from None
+            said = self._ended()
         except BaseException:
             self.close()
             raise
@@ -147,11 +156,24 @@ class PipelineProcess(Pipeline):
         ------
         RefusedError
             If the process has ended: 503, for another one is started.
+        OverloadError
+            If more is on its way than there is memory for, or the process takes nothing.
         """
         if not self.is_alive:
             raise RefusedError(f"{self._ended()}; it is started again", 503, retry_after_s=_RETRY_S)
-        sent = _Sent(next(self._numbers), self._gone)
-        self._outgoing.put((sent, item))
+        kind, data = (_BYTES, item) if isinstance(item, bytes) else (_PICKLED, pickle.dumps(item, 5))
+        with self._sending:
+            self._let_go()
+            size_bytes = -(-(_WORD + len(data)) // _WORD) * _WORD
+            place = self._places.take(size_bytes)
+            if place is None:
+                raise OverloadError("too many bytes are on their way to the pipeline", retry_after_s=_RETRY_S)
+            sent = _Sent(next(self._numbers), place, size_bytes, self._gone)
+            self._words[place // _WORD] = 0
+            self._map[place + _WORD : place + _WORD + len(data)] = data
+            if not self._tell(kind, sent.number, place, len(data)):
+                self._words[place // _WORD] = 1  # nobody will read it
+                raise OverloadError("the pipeline takes no more items now", retry_after_s=_RETRY_S)
         return sent
 
     def run(self, items: list[Any]) -> list[Any]:
@@ -162,15 +184,16 @@ class PipelineProcess(Pipeline):
 
     def close(self) -> None:
         """End the process."""
-        self._outgoing.put(None)
+        os.close(self._tells)
         try:
             self._process.wait(_END_S)
         except subprocess.TimeoutExpired:
             self._process.kill()
             self._process.wait()
-        self._writer.join()
         for line in self._all_lines:
             line.close()
+        self._words.release()
+        self._map.close()
 
     def _ask(self, what: str, items: list[Any]) -> list[Any]:
         """Let a method of the pipeline have items, and wait for what it returns.
@@ -195,23 +218,42 @@ class PipelineProcess(Pipeline):
         results: list[Any] = outcome
         return results
 
-    def _write(self) -> None:
-        """The life of the thread that hands items over, which may have to wait for the other process to take them."""
-        with contextlib.suppress(OSError):  # the process has ended, and who waits for it hears of that
-            while (outgoing := self._outgoing.get()) is not None:
-                sent, item = outgoing
-                gone = [self._gone.popleft() for _ in range(len(self._gone))]
-                is_bytes = isinstance(item, bytes)
-                self._control.send((sent.number, gone, None if is_bytes else item))
-                if is_bytes:  # without a copy
-                    self._control.send_bytes(item)
-                del outgoing, sent, item
-        self._control.close()
+    def _let_go(self) -> None:
+        """Tell the other process of what nobody holds any more, once it has read it, and use its place again."""
+        for _ in range(len(self._gone)):
+            number, place, size_bytes = self._gone[0]
+            if self._words[place // _WORD] and self._tell(_GONE, number, 0, 0):
+                self._gone.popleft()
+                self._places.give_back(place, size_bytes)
+            else:
+                self._gone.rotate(-1)
+
+    def _tell(self, kind: int, number: int, place: int, size_bytes: int) -> bool:
+        """Whether there was room in the pipe."""
+        try:
+            os.write(self._tells, _TOLD.pack(kind, number, place, size_bytes))
+        except BlockingIOError:
+            return False
+        except BrokenPipeError:  # it has ended, and who waits for it hears of that
+            pass
+        return True
 
     def _ended(self) -> EngineError:
         with contextlib.suppress(subprocess.TimeoutExpired):
             self._process.wait(1)
         return EngineError(f"the pipeline's process has ended, with status {self._process.returncode}")
+
+
+@contextlib.contextmanager
+def _shared_file() -> Iterator[int]:
+    """A file that two processes can map; in memory, where the system has such."""
+    with tempfile.TemporaryFile() if not hasattr(os, "memfd_create") else _file_in_memory() as file:
+        file.truncate(_SHARED_BYTES)
+        yield file.fileno()
+
+
+def _file_in_memory() -> Any:
+    return open(os.memfd_create("nbvision-items"), "w+b")
 
 
 # --- the other side ---------------------------------------------------------------------------------------------------
@@ -224,12 +266,14 @@ class _Items:
         self._items: dict[int, Any] = {}
         self._changed = threading.Condition()
 
-    def put(self, number: int, item: Any, gone: Iterable[int]) -> None:
+    def put(self, number: int, item: Any) -> None:
         with self._changed:
-            for other in gone:
-                self._items.pop(other, None)
             self._items[number] = item
             self._changed.notify_all()
+
+    def forget(self, number: int) -> None:
+        with self._changed:
+            self._items.pop(number, None)
 
     def get(self, numbers: list[int]) -> list[Any]:
         """Items, once all of them have come; raises for the first that could not be opened."""
@@ -242,35 +286,46 @@ class _Items:
         return items
 
 
-def main(control: str, *lines: str) -> None:
-    """Serve a pipeline to the process that started this one, until that has closed the other end of ``control``."""
+def main(shared: str, hears: str, *lines: str) -> None:
+    """Serve a pipeline to the process that started this one, until that has closed the other end of the pipe."""
     from nbvision.serve.server import log_as_json
 
     log_as_json()
     share_arenas()
     take_short_turns()
-    channel: Connection[Any, Any] = Connection(int(control))
-    with contextlib.suppress(EOFError, OSError):
-        kind, options = channel.recv()
-        try:
-            pipeline = PIPELINES[kind](**options)
-        except BaseException as error:
-            channel.send(_sendable(error))
-            return
-        items = _Items()
-        for line in lines:
-            threading.Thread(target=_answer, args=(Connection(int(line)), pipeline, items), daemon=True).start()
-        channel.send({name: getattr(pipeline, name) for name in _DESCRIPTION})
-        while True:
-            number, gone, item = channel.recv()
-            item = channel.recv_bytes() if item is None else item
-            try:
-                item = pipeline.open(item)
-            except Exception as error:
-                item = error
-            items.put(number, item, gone)
+    connections: list[Connection[Any, Any]] = [Connection(int(line)) for line in lines]
+    first = connections[0]
+    kind, options = first.recv()
+    try:
+        pipeline = PIPELINES[kind](**options)
+    except BaseException as error:
+        first.send(_sendable(error))
+        return
+    first.send({name: getattr(pipeline, name) for name in _DESCRIPTION})
+    items = _Items()
+    for line in connections:
+        threading.Thread(target=_answer, args=(line, pipeline, items), daemon=True).start()
+    with mmap.mmap(int(shared), _SHARED_BYTES) as shared_map:
+        while told := os.read(int(hears), 128 * _TOLD.size):  # each is written at once, so they come whole
+            for message in _TOLD.iter_unpack(told):
+                _hear(message, shared_map, pipeline, items)
     sys.stderr.flush()
     os._exit(0)  # threads may be in the middle of a batch that nobody waits for
+
+
+def _hear(message: tuple[int, ...], shared: mmap.mmap, pipeline: Pipeline, items: _Items) -> None:
+    """Open an item, or forget one."""
+    kind, number, place, size_bytes = message
+    if kind == _GONE:
+        items.forget(number)
+        return
+    item: Any = shared[place + _WORD : place + _WORD + size_bytes]
+    shared[place : place + _WORD] = (1).to_bytes(_WORD, sys.byteorder)
+    try:
+        item = pipeline.open(item if kind == _BYTES else pickle.loads(item))
+    except Exception as error:
+        item = error
+    items.put(number, item)
 
 
 def _answer(line: Connection[Any, Any], pipeline: Pipeline, items: _Items) -> None:
