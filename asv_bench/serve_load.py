@@ -15,12 +15,16 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import collections
+import functools
 import json
 import math
+import multiprocessing
 import statistics
 import sys
 import time
 from collections.abc import Sequence
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -49,8 +53,10 @@ pipelines:
 # --- load ------------------------------------------------------------------------------------------------------------
 
 
-async def at_any_time(port: int, files: Sequence[bytes], *, rate: float, seconds: float, deadline_ms: float) -> Any:
-    """What becomes of requests that come whether or not earlier ones are answered."""
+async def at_any_time(
+    port: int, files: Sequence[bytes], *, rate: float, seconds: float, deadline_ms: float, seed: int = 1
+) -> tuple[list[float], dict[int, int]]:
+    """Ask whether or not earlier requests are answered: the milliseconds of the answers, and how often each status."""
     client = Client(port)
     count = math.ceil(rate * seconds)
     times_ms: list[float] = []
@@ -58,28 +64,63 @@ async def at_any_time(port: int, files: Sequence[bytes], *, rate: float, seconds
     started_s = time.perf_counter()
 
     async def one(number: int, due_s: float) -> None:
-        status = await client.ask("POST", f"/v1/garments?deadline_ms={deadline_ms:g}", files[number % len(files)])
+        data = files[(number + seed * 37) % len(files)]
+        status = await client.ask("POST", f"/v1/garments?deadline_ms={deadline_ms:g}", data)
         statuses[status] = statuses.get(status, 0) + 1
         if status == 200:  # from when it was due: a client that is late must not make the service look better
             times_ms.append((time.perf_counter() - due_s) * 1e3)
 
     tasks = []
-    for number, at_s in enumerate(arrivals(rate, count, seed=1)):
+    for number, at_s in enumerate(arrivals(rate, count, seed=seed)):
         due_s = started_s + at_s
         await asyncio.sleep(max(0.0, due_s - time.perf_counter()))
         tasks.append(asyncio.create_task(one(number, due_s)))
     await asyncio.gather(*tasks)
     client.close()
-    in_time = sum(time_ms <= deadline_ms for time_ms in times_ms)
-    return {
-        "rate_per_s": rate,
-        "requests": count,
-        "share_in_time": in_time / count,
-        "in_time_per_s": in_time / seconds,
-        "p50_ms": float(np.quantile(times_ms, 0.5)) if times_ms else None,
-        "p99_ms": float(np.quantile(times_ms, 0.99)) if times_ms else None,
-        "statuses": statuses,
-    }
+    return times_ms, statuses
+
+
+class Clients:
+    """Processes that ask together: one alone could ask for no more than it can read itself."""
+
+    def __init__(self, count: int, images: int) -> None:
+        self._count = count
+        spawn = multiprocessing.get_context("spawn")
+        self._pool = ProcessPoolExecutor(count, spawn, initializer=_draw_files, initargs=(images,))
+
+    def ask(self, port: int, *, rate: float, seconds: float, deadline_ms: float) -> Any:
+        """What becomes of requests at a rate: the sum of what comes at any time does so as well."""
+        asked = {"rate": rate / self._count, "seconds": seconds, "deadline_ms": deadline_ms}
+        runs = list(self._pool.map(functools.partial(_ask, port, asked), range(1, self._count + 1)))
+        times_ms = [time_ms for times_ms, _ in runs for time_ms in times_ms]
+        statuses: collections.Counter[int] = collections.Counter()
+        for _, found in runs:
+            statuses.update(found)
+        count = sum(statuses.values())
+        in_time = sum(time_ms <= deadline_ms for time_ms in times_ms)
+        return {
+            "rate_per_s": rate,
+            "requests": count,
+            "share_in_time": in_time / count,
+            "in_time_per_s": in_time / seconds,
+            "p50_ms": float(np.quantile(times_ms, 0.5)) if times_ms else None,
+            "p99_ms": float(np.quantile(times_ms, 0.99)) if times_ms else None,
+            "statuses": statuses,
+        }
+
+    def close(self) -> None:
+        self._pool.shutdown()
+
+
+_files: list[bytes] = []
+
+
+def _draw_files(images: int) -> None:
+    _files[:] = catalogue_files(images)
+
+
+def _ask(port: int, asked: dict[str, float], seed: int) -> tuple[list[float], dict[int, int]]:
+    return asyncio.run(at_any_time(port, _files, seed=seed, **asked))
 
 
 # --- the two questions ------------------------------------------------------------------------------------------------
@@ -122,19 +163,19 @@ def overhead(device: str, files: Sequence[bytes], *, rounds: int, count: int) ->
 
 
 def highest_rate(
-    port: int, files: Sequence[bytes], *, first: float, seconds: float, deadline_ms: float
+    port: int, clients: Clients, *, first: float, seconds: float, deadline_ms: float
 ) -> tuple[float, list[Any]]:
     """The highest rate of which 99 % came in time, and all that was tried: up to well beyond, or down, then between."""
     runs = []
 
     def met(rate: float) -> bool:
-        run = asyncio.run(at_any_time(port, files, rate=rate, seconds=seconds, deadline_ms=deadline_ms))
+        run = clients.ask(port, rate=rate, seconds=seconds, deadline_ms=deadline_ms)
         runs.append(run)
         p99 = "-" if run["p99_ms"] is None else f"{run['p99_ms']:.1f}"
         print(f"    {rate:7.1f} requests/s: {run['share_in_time']:6.1%} in time, p99 {p99} ms", flush=True)
         return bool(run["share_in_time"] >= IN_TIME)
 
-    asyncio.run(at_any_time(port, files, rate=first, seconds=WARM_UP_S, deadline_ms=1e4))
+    clients.ask(port, rate=first, seconds=WARM_UP_S, deadline_ms=1e4)
     low, rate, is_too_high = 0.0, first, False
     while not runs or runs[-1]["share_in_time"] > BEYOND:
         is_too_high = not met(rate) or is_too_high
@@ -180,6 +221,7 @@ def main() -> int:
     parser.add_argument("--first", type=float, default=50.0, help="the first rate, a second")
     parser.add_argument("--max-batch", type=int, default=16)
     parser.add_argument("--processes", type=int, default=0, help="that decode (%(default)s)")
+    parser.add_argument("--clients", type=int, default=1, help="processes that ask (%(default)s)")
     parser.add_argument("--images", type=int, default=128)
     arguments = parser.parse_args()
     device = resolve_device(arguments.device)
@@ -200,11 +242,13 @@ def main() -> int:
         "services": {},
     }
 
+    clients = Clients(arguments.clients, arguments.images)
+
     def measure(name: str, port: int) -> None:
         print(f"  {name}", flush=True)
         rate, runs = highest_rate(
             port,
-            files,
+            clients,
             first=arguments.first,
             seconds=arguments.seconds,
             deadline_ms=arguments.deadline_ms,
@@ -221,6 +265,7 @@ def main() -> int:
             measure(name, port)
     with running(str(ROOT / "examples" / "straightforward_service.py"), "--device", device) as port:
         measure("straightforward", port)
+    clients.close()
     ours, *others = (found["rate_per_s"] for found in report["services"].values())
     print(f"  {ours:.0f} requests/s with {IN_TIME:.0%} in time: {[f'{ours / max(o, 1e-9):.2f}x' for o in others]}")
     if arguments.picture:

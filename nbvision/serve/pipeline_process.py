@@ -293,24 +293,27 @@ def main(shared: str, hears: str, *lines: str) -> None:
     log_as_json()
     share_arenas()
     take_short_turns()
-    connections: list[Connection[Any, Any]] = [Connection(int(line)) for line in lines]
-    first = connections[0]
-    kind, options = first.recv()
+    with contextlib.suppress(EOFError, BrokenPipeError, ConnectionResetError):  # whoever started it has ended
+        _serve(int(shared), int(hears), [Connection(int(line)) for line in lines])
+    sys.stderr.flush()
+    os._exit(0)  # threads may be in the middle of a batch that nobody waits for
+
+
+def _serve(shared: int, hears: int, lines: list[Connection[Any, Any]]) -> None:
+    kind, options = lines[0].recv()
     try:
         pipeline = PIPELINES[kind](**options)
     except BaseException as error:
-        first.send(_sendable(error))
+        lines[0].send(_sendable(error))
         return
-    first.send({name: getattr(pipeline, name) for name in _DESCRIPTION})
+    lines[0].send({name: getattr(pipeline, name) for name in _DESCRIPTION})
     items = _Items()
-    for line in connections:
+    for line in lines:
         threading.Thread(target=_answer, args=(line, pipeline, items), daemon=True).start()
-    with mmap.mmap(int(shared), _SHARED_BYTES) as shared_map:
-        while told := os.read(int(hears), 128 * _TOLD.size):  # each is written at once, so they come whole
+    with mmap.mmap(shared, _SHARED_BYTES) as shared_map:
+        while told := os.read(hears, 128 * _TOLD.size):  # each is written at once, so they come whole
             for message in _TOLD.iter_unpack(told):
                 _hear(message, shared_map, pipeline, items)
-    sys.stderr.flush()
-    os._exit(0)  # threads may be in the middle of a batch that nobody waits for
 
 
 def _hear(message: tuple[int, ...], shared: mmap.mmap, pipeline: Pipeline, items: _Items) -> None:
