@@ -128,3 +128,12 @@ def strange(images: list[bytes]) -> list[Any]:
     if b"raise" in images:
         raise StrangeError(1, two=2)
     return [StrangeError(3, two=4) if data == b"give" else Strange(5) for data in images]
+
+
+def forking(images: list[bytes]) -> list[Any]:
+    """The process ends, and another that it has forked lives on for a while."""
+    if not os.fork():
+        time.sleep(10)
+        os._exit(0)
+    os.kill(os.getpid(), signal.SIGKILL)
+    return []

@@ -226,6 +226,15 @@ def test_a_process_that_ends_in_a_batch() -> None:
         there.close()
 
 
+def test_a_process_that_ends_and_has_forked_another() -> None:
+    there = python("forking")
+    try:
+        with pytest.raises(EngineError, match="status -9"):
+            there.run([b"x"])
+    finally:
+        there.close()
+
+
 def test_a_process_that_is_killed_while_a_thread_waits_for_it() -> None:
     there = python("sleeping")
     try:

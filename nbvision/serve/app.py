@@ -11,6 +11,7 @@ import importlib.resources
 import io
 import json
 import logging
+import re
 import time
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable
 from dataclasses import asdict
@@ -40,6 +41,9 @@ __all__ = ["make_app"]
 # Asked by who has no token: what watches over services, and browsers, which say no more than where a token is given.
 _OPEN = {"/healthz", "/v2/health/live", "/v2/health/ready", "/", "/docs", "/openapi.json"}
 
+_IMAGES = "/v1/"
+# Plain numbers, once each; whatever else may be meant, FastAPI reads it.
+_NUMBERS = re.compile(rb"(deadline_ms=\d{1,9}(\.\d{1,9})?)?&?(priority=-?\d{1,9})?")
 _WATCH_AFTER_S = 0.01
 _LINE = "nbvision.line"  # of the log, in a request's scope
 
@@ -49,8 +53,8 @@ logger = logging.getLogger("nbvision.serve")
 class _Admission:
     """Before everything else: the token, the number of requests under way, and after it a line in the log."""
 
-    def __init__(self, app: ASGIApp, service: Service) -> None:
-        self._app, self._service = app, service
+    def __init__(self, app: ASGIApp, service: Service, direct: ASGIApp) -> None:
+        self._app, self._service, self._direct = app, service, direct
         self._active = 0
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -68,7 +72,8 @@ class _Admission:
         refused = self._refused(scope)
         self._active += 1
         try:
-            await (self._app if refused is None else _refusal(refused, line))(scope, receive, noting)
+            app = self._direct if _is_direct(scope) else self._app
+            await (app if refused is None else _refusal(refused, line))(scope, receive, noting)
         except asyncio.CancelledError:  # by the server, whose time to drain is over
             if "status" in line:
                 raise
@@ -90,6 +95,24 @@ class _Admission:
         return None
 
 
+def _is_direct(scope: Scope) -> bool:
+    """Whether a request goes to ``POST /v1/{model}``, and nothing is wrong with it that FastAPI would have to tell.
+
+    FastAPI's way from here to there takes a third of what a request takes.
+    """
+    return (
+        scope["method"] == "POST"
+        and scope["path"].startswith(_IMAGES)
+        and "/" not in scope["path"].removeprefix(_IMAGES)
+        and _NUMBERS.fullmatch(scope["query_string"]) is not None
+    )
+
+
+def _numbers_of(scope: Scope) -> dict[str, Any]:
+    pairs = (pair.partition("=") for pair in scope["query_string"].decode().split("&") if pair)
+    return {name: int(number) if name == "priority" else float(number) for name, _, number in pairs}
+
+
 def make_app(service: Service) -> FastAPI:
     """The ASGI application of a service."""
 
@@ -100,7 +123,16 @@ def make_app(service: Service) -> FastAPI:
         await service.close()
 
     app = FastAPI(title="nbvision", version=nbvision.__version__, lifespan=lifespan)
-    app.add_middleware(_Admission, service=service)
+
+    async def recognize_directly(scope: Scope, receive: Receive, send: Send) -> None:
+        request = Request(scope, receive)
+        try:
+            response = await recognize(request, scope["path"].removeprefix(_IMAGES), **_numbers_of(scope))
+        except NbvisionError as error:
+            response = _refusal(error, scope[_LINE])
+        await response(scope, receive, send)
+
+    app.add_middleware(_Admission, service=service, direct=recognize_directly)
 
     async def refuse(request: Request, error: Exception) -> Response:
         return _refusal(error, request.scope[_LINE])
@@ -249,7 +281,7 @@ def make_app(service: Service) -> FastAPI:
     # --- images in, JSON out ------------------------------------------------------------------------------------------
 
     @app.post(
-        "/v1/{model}",
+        _IMAGES + "{model}",
         tags=["images"],
         openapi_extra={
             "requestBody": {

@@ -16,6 +16,7 @@ import itertools
 import mmap
 import os
 import pickle
+import socket
 import struct
 import subprocess
 import sys
@@ -126,6 +127,8 @@ class PipelineProcess(Pipeline):
                 os.close(hears)
                 for _, other in pairs:
                     other.close()
+        self._watcher = threading.Thread(target=self._watch, name=f"nbvision watches {kind}", daemon=True)
+        self._watcher.start()
         try:
             self._all_lines[0].send((kind, dict(options)))
             said = self._all_lines[0].recv()
@@ -147,7 +150,7 @@ class PipelineProcess(Pipeline):
     @property
     def is_alive(self) -> bool:
         """Whether the process still runs."""
-        return self._process.poll() is None
+        return self._process.returncode is None
 
     def open(self, item: Any) -> _Sent:
         """Hand an item over; the other process opens it.
@@ -185,11 +188,10 @@ class PipelineProcess(Pipeline):
     def close(self) -> None:
         """End the process."""
         os.close(self._tells)
-        try:
-            self._process.wait(_END_S)
-        except subprocess.TimeoutExpired:
+        self._watcher.join(_END_S)
+        if self.is_alive:
             self._process.kill()
-            self._process.wait()
+        self._watcher.join()
         for line in self._all_lines:
             line.close()
         self._words.release()
@@ -218,6 +220,13 @@ class PipelineProcess(Pipeline):
         results: list[Any] = outcome
         return results
 
+    def _watch(self) -> None:
+        """Once the process has ended, so have its lines, even if one that it has forked holds their other ends."""
+        self._process.wait()
+        for line in self._all_lines:
+            with socket.socket(fileno=os.dup(line.fileno())) as ours, contextlib.suppress(OSError):
+                ours.shutdown(socket.SHUT_RDWR)
+
     def _let_go(self) -> None:
         """Tell the other process of what nobody holds any more, once it has read it, and use its place again."""
         for _ in range(len(self._gone)):
@@ -239,8 +248,7 @@ class PipelineProcess(Pipeline):
         return True
 
     def _ended(self) -> EngineError:
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            self._process.wait(1)
+        self._watcher.join(1)
         return EngineError(f"the pipeline's process has ended, with status {self._process.returncode}")
 
 
