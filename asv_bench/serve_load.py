@@ -6,7 +6,7 @@ First one client that asks for one thing after another: a pipeline that does not
 service itself takes, and the demo's recognizer, beside the same recognizer called without a service, in turns.
 
 Then clients that ask at any time (Poisson), each for another photograph, at higher and higher rates, whether or not
-earlier ones are answered: ``nbvision serve`` as it is, the same with one image at a time instead of batches, and
+earlier ones are answered: ``nbvision serve`` as it is, perhaps with several workers, one image at a time, and
 ``examples/straightforward_service.py`` (FastAPI, OpenCV, one image at a time). The rate of a service is the highest at
 which 99 % of all answers came within the deadline.
 """
@@ -221,6 +221,7 @@ def main() -> int:
     parser.add_argument("--first", type=float, default=50.0, help="the first rate, a second")
     parser.add_argument("--max-batch", type=int, default=16)
     parser.add_argument("--processes", type=int, default=0, help="that decode (%(default)s)")
+    parser.add_argument("--workers", type=int, default=1, help="of a second service, beside that of one (%(default)s)")
     parser.add_argument("--clients", type=int, default=1, help="processes that ask (%(default)s)")
     parser.add_argument("--images", type=int, default=128)
     arguments = parser.parse_args()
@@ -256,18 +257,21 @@ def main() -> int:
         report["services"][name] = {"rate_per_s": rate, "runs": runs}
         arguments.out.write_text(json.dumps(report, indent=1) + "\n")
 
-    for name, max_batch, more in (
-        ("nbvision serve", arguments.max_batch, f"decode_processes: {arguments.processes}"),
-        ("one at a time", 1, "in_flight: 1"),
-    ):
+    processes, workers = arguments.processes, arguments.workers
+    services = [("nbvision serve", arguments.max_batch, f"decode_processes: {processes}", 1)]
+    if workers > 1:
+        more = f"decode_processes: {-(-processes // workers)}"
+        services.append((f"nbvision serve --workers {workers}", arguments.max_batch, more, workers))
+    services.append(("one at a time", 1, "in_flight: 1", 1))
+    for name, max_batch, more, count in services:
         config = GARMENTS.format(device=device, max_batch=max_batch, more=more)
-        with nbvision_service(config) as (port, _):
+        with nbvision_service(config, workers=count) as (port, _):
             measure(name, port)
     with running(str(ROOT / "examples" / "straightforward_service.py"), "--device", device) as port:
         measure("straightforward", port)
     clients.close()
-    ours, *others = (found["rate_per_s"] for found in report["services"].values())
-    print(f"  {ours:.0f} requests/s with {IN_TIME:.0%} in time: {[f'{ours / max(o, 1e-9):.2f}x' for o in others]}")
+    for name, found in report["services"].items():
+        print(f"  {found['rate_per_s']:7.1f} requests/s with {IN_TIME:.0%} in time: {name}")
     if arguments.picture:
         draw(report, arguments.picture)
     return 0

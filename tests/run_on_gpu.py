@@ -41,7 +41,7 @@ PARTS = {
     "test_warp_plan.py": 3,
     "test_docs.py": 2,
     "test_open.py": 3,
-    "test_serve_faults.py": 1,
+    "test_serve_faults.py": 3,
 }
 PARTS |= {"test_window.py": 2, "test_warp.py": 2, "test_nv12.py": 2, "test_boxes.py": 1, "test_preprocess.py": 2}
 KERNELS = (

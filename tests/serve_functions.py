@@ -115,25 +115,42 @@ def dying(images: list[bytes]) -> list[Any]:
     return echo(images)
 
 
+class StrangeError(Exception):
+    def __init__(self, one: int, *, two: int) -> None:
+        super().__init__(f"a secret: {one + two}")
+
+
+class DumbError(Exception):
+    def __str__(self) -> str:
+        raise ValueError("no text")
+
+
+class TornError(DecodeError):
+    pass
+
+
+class Number(int):
+    pass
+
+
 def strange(images: list[bytes]) -> list[Any]:
     """Exceptions and results of types that no other process knows."""
-
-    class StrangeError(Exception):
-        def __init__(self, one: int, *, two: int) -> None:
-            super().__init__(f"a secret: {one + two}")
-
-    class Strange(int):
-        pass
-
     if b"raise" in images:
         raise StrangeError(1, two=2)
-    return [StrangeError(3, two=4) if data == b"give" else Strange(5) for data in images]
+    if b"dumb" in images:
+        raise DumbError
+    if b"pickles not" in images:
+        raise EngineError(lambda: 1)
+    results = {b"give": StrangeError(3, two=4), b"torn": TornError("torn", kind="corrupt", valid_rows=7)}
+    return [results.get(data, {"five": Number(5)}) for data in images]
 
 
 def forking(images: list[bytes]) -> list[Any]:
-    """The process ends, and another that it has forked lives on for a while."""
-    if not os.fork():
-        time.sleep(10)
+    """Which process it has forked; the function's own ends if an item says so."""
+    forked = os.fork()
+    if not forked:
+        time.sleep(60)
         os._exit(0)
-    os.kill(os.getpid(), signal.SIGKILL)
-    return []
+    if b"DIE" in images:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return [forked]

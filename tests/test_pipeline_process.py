@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import os
 import random
+import re
 import signal
 import subprocess
 import sys
 import threading
 import time
+import weakref
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -185,11 +187,42 @@ def test_types_that_only_the_other_process_knows() -> None:
         with pytest.raises(Exception, match="a secret: 3") as caught:
             there.run([b"raise"])
         assert type(caught.value).__name__ == "StrangeError"
-        (given,) = there.run([b"give"])
+        given, torn, number = there.run([b"give", b"torn", b"a number"])
         assert (type(given).__name__, str(given)) == ("StrangeError", "a secret: 7")
-        with pytest.raises(Exception, match="Strange"):
-            there.run([b"a number"])
-        assert there.run([b"give"])  # the line still works
+        assert (type(torn), torn.kind, torn.valid_rows, str(torn)) == (DecodeError, "corrupt", 7, "torn")
+        assert type(number["five"]) is int
+    finally:
+        there.close()
+
+
+@pytest.mark.parametrize(
+    ("item", "name", "said"),
+    [(b"dumb", "DumbError", "does not say"), (b"pickles not", "PicklingError|AttributeError", "pickle")],
+)
+def test_errors_that_cannot_be_told(item: bytes, name: str, said: str) -> None:
+    there = python("strange", threads=1)
+    try:
+        for _ in range(3):  # the thread that answers goes on
+            with pytest.raises(Exception, match=said) as caught:
+                there.run([item])
+            assert re.fullmatch(name, type(caught.value).__name__)
+        assert there.run([b"a number"]) == [{"five": 5}]
+    finally:
+        there.close()
+
+
+def test_a_batch_that_fails_holds_nothing() -> None:
+    """When its error is caught, or what is tried instead might lack the memory, too."""
+    there = python("poisonable")
+    try:
+        for _ in range(3):
+            opened = [there.open(b"POISON" + bytes(1 << 20)), there.open(bytes(1 << 20))]
+            with pytest.raises(Exception, match="a secret of the pipeline"):
+                there.run(opened)
+            held = weakref.WeakSet(opened)
+            del opened
+            assert not held
+        assert there.run([b"fine"]) == serve_functions.echo([b"fine"])
     finally:
         there.close()
 
@@ -226,21 +259,46 @@ def test_a_process_that_ends_in_a_batch() -> None:
         there.close()
 
 
-def test_a_process_that_ends_and_has_forked_another() -> None:
+def is_running(process_id: int) -> bool:
+    try:
+        return Path(f"/proc/{process_id}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except FileNotFoundError:
+        return False
+
+
+@pytest.mark.parametrize("item", [b"x", b"DIE"])
+def test_processes_that_it_has_forked_end_with_it(item: bytes) -> None:
     there = python("forking")
     try:
-        with pytest.raises(EngineError, match="status -9"):
-            there.run([b"x"])
+        (forked,) = there.run([b"x"])
+        assert is_running(forked)
+        if item == b"DIE":
+            with pytest.raises(EngineError, match="status -9"):
+                there.run([item])
     finally:
         there.close()
+    until(lambda: not is_running(forked))
+
+
+def test_signals_to_all_processes_of_a_service_are_for_the_first() -> None:
+    there = python("sleeping")
+    try:
+        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+            threading.Timer(0.1, os.kill, (there.process_id, number)).start()
+            assert there.run([b"300 ms"]) == serve_functions.echo([b"300 ms"])
+        assert there.is_alive
+    finally:
+        there.close()
+        there.close()  # which does nothing more
 
 
 def test_a_process_that_is_killed_while_a_thread_waits_for_it() -> None:
     there = python("sleeping")
     try:
+        opened = there.open(b"60000 ms")
         threading.Timer(0.2, os.kill, (there.process_id, signal.SIGKILL)).start()
         with pytest.raises(EngineError, match="status -9"):
-            there.run([b"60000 ms"])
+            there.run([opened])
     finally:
         there.close()
 
@@ -259,7 +317,7 @@ def test_nothing_is_left_behind(monkeypatch: pytest.MonkeyPatch) -> None:
         if end:
             os.kill(there.process_id, end)
         there.close()
-        assert not Path(f"/proc/{there.process_id}").exists()
+        assert not is_running(there.process_id)
     with pytest.raises(InputError):
         python("nowhere")
     until(lambda: (descriptors(), threading.active_count()) == (before, threads))
@@ -279,7 +337,7 @@ def test_it_ends_with_who_started_it() -> None:
     command = [sys.executable, "-c", code, str(HERE)]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=surroundings()) as starter:
         assert starter.stdout is not None
-        other = Path(f"/proc/{int(starter.stdout.readline())}")
-        assert other.exists()
+        other = int(starter.stdout.readline())
+        assert is_running(other)
         starter.kill()
-    until(lambda: not other.exists())
+    until(lambda: not is_running(other))

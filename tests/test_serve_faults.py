@@ -511,11 +511,20 @@ def test_what_is_not_answered_when_the_time_to_drain_is_over(tmp_path: Path) -> 
         assert "Retry-After" in answer.headers
 
 
+def test_large_files_are_handed_over_beside_the_loop(server: Server) -> None:
+    data = os.urandom(9 << 20)
+    assert server.ask("echo", data).json() == {"sha256": hashlib.sha256(data).hexdigest(), "bytes": len(data)}
+    assert server.ask("poisonable", b"POISON" + data).status_code == 500
+    assert server.ask("echo", data, params={"deadline_ms": 0}).status_code == 504
+
+
 def test_a_pipeline_whose_process_dies_comes_back(tmp_path: Path) -> None:
     with Server(config("dying", "echo"), tmp_path) as server:
         assert server.ask("dying", b"x").status_code == 200
-        for _ in range(2):
+        for broken in ("", "pipelines: ["):
             log = len(server.log)
+            if broken:  # it is made of what it was made of, and not of what somebody is writing
+                server.rewrite(broken)
             died = server.ask("dying", b"DIE")
             assert died.status_code == 500
             assert "ended, with status -9" in died.json()["error"]
@@ -539,7 +548,7 @@ def test_who_looks_after_failing_pipelines_goes_on_while_others_come_and_go(
 ) -> None:
     path = tmp_path / "serve.yaml"
     path.write_text(config("echo", "slow"))
-    monkeypatch.setattr(service_module, "_PROBE_EVERY_S", 0.01)
+    monkeypatch.setattr(service_module, "_LOOK_EVERY_S", 0.01)
 
     async def run() -> None:
         service = service_module.Service(path)
@@ -558,6 +567,29 @@ def test_who_looks_after_failing_pipelines_goes_on_while_others_come_and_go(
         may_answer.set()
         await asyncio.wait_for(asked.wait(), 5)  # it asks again
         gone.close()
+        await service.close()
+
+    asyncio.run(run())
+
+
+def test_who_has_taken_the_place_of_a_dead_pipeline_stays(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "serve.yaml"
+    path.write_text(config("echo", "slow"))
+    monkeypatch.setattr(service_module, "_LOOK_EVERY_S", 0.01)
+
+    async def run() -> None:
+        service = service_module.Service(path)
+        await service.start()
+        dead = service.served["slow"]
+        async with service._loading:  # somebody loads it anew
+            os.kill(dead.pipeline.process_id, signal.SIGKILL)
+            while dead not in service._nursed:
+                await asyncio.sleep(0.01)
+            loaded = await service._exchange(dead.config)
+        while service._nursed:
+            await asyncio.sleep(0.01)
+        assert service.served["slow"] is loaded
+        assert (await loaded.answer(b"x", deadline_ms=None))["bytes"] == 1
         await service.close()
 
     asyncio.run(run())

@@ -13,6 +13,7 @@ import subprocess
 import sys
 import tempfile
 import time
+import urllib.request
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -77,12 +78,17 @@ def running(*command: str) -> Iterator[int]:
 
 
 @contextlib.contextmanager
-def nbvision_service(config: str) -> Iterator[tuple[int, Path]]:
+def nbvision_service(config: str, *, workers: int = 1) -> Iterator[tuple[int, Path]]:
     """``nbvision serve``: its port, and the file of the configuration."""
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder, "serve.yaml")
         path.write_text(config)
-        with running("-m", "nbvision", "serve", str(path)) as port:
+        with running("-m", "nbvision", "serve", str(path), "--workers", str(workers)) as port:
+            seen: set[int] = set()
+            while len(seen) < workers:  # each connection is taken by one of those that are ready
+                with urllib.request.urlopen(f"http://127.0.0.1:{port}/v1/stats", timeout=60) as answer:
+                    seen.add(json.loads(answer.read())["worker"])
+                time.sleep(0.05)
             yield port, path
 
 

@@ -16,6 +16,7 @@ import itertools
 import mmap
 import os
 import pickle
+import signal
 import socket
 import struct
 import subprocess
@@ -23,7 +24,7 @@ import sys
 import tempfile
 import threading
 import traceback
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from multiprocessing import Pipe
 from multiprocessing.connection import Connection
 from typing import Any
@@ -78,13 +79,13 @@ def start_pipeline(kind: str, options: Mapping[str, Any], *, threads: int) -> Pi
 class _Sent:
     """An item that the other process has, until nobody here holds this."""
 
-    __slots__ = ("_gone", "number", "place", "size_bytes")
+    __slots__ = ("__weakref__", "_gone", "number")
 
-    def __init__(self, number: int, place: int, size_bytes: int, gone: collections.deque[tuple[int, int, int]]) -> None:
-        self.number, self.place, self.size_bytes, self._gone = number, place, size_bytes, gone
+    def __init__(self, number: int, gone: collections.deque[int]) -> None:
+        self.number, self._gone = number, gone
 
     def __del__(self) -> None:
-        self._gone.append((self.number, self.place, self.size_bytes))  # a finalizer must not take locks
+        self._gone.append(self.number)  # a finalizer must not take locks
 
 
 class PipelineProcess(Pipeline):
@@ -100,9 +101,11 @@ class PipelineProcess(Pipeline):
 
     def __init__(self, kind: str, options: Mapping[str, Any], *, threads: int) -> None:
         self._numbers = itertools.count()
-        self._gone: collections.deque[tuple[int, int, int]] = collections.deque()
+        self._gone: collections.deque[int] = collections.deque()  # what nobody here holds any more
+        self._unread: collections.deque[tuple[int, int]] = collections.deque()  # places and sizes, in order
         self._places = Places(_SHARED_BYTES)
         self._sending = threading.Lock()
+        self._is_closed = False
         self._own = threading.local()
         pairs = [Pipe() for _ in range(threads)]
         self._all_lines = [line for line, _ in pairs]
@@ -162,22 +165,31 @@ class PipelineProcess(Pipeline):
         OverloadError
             If more is on its way than there is memory for, or the process takes nothing.
         """
-        if not self.is_alive:
+        if not self.is_alive or self._is_closed:
             raise RefusedError(f"{self._ended()}; it is started again", 503, retry_after_s=_RETRY_S)
         kind, data = (_BYTES, item) if isinstance(item, bytes) else (_PICKLED, pickle.dumps(item, 5))
+        size_bytes = -(-(_WORD + len(data)) // _WORD) * _WORD
+        self.let_go()
         with self._sending:
-            self._let_go()
-            size_bytes = -(-(_WORD + len(data)) // _WORD) * _WORD
             place = self._places.take(size_bytes)
             if place is None:
                 raise OverloadError("too many bytes are on their way to the pipeline", retry_after_s=_RETRY_S)
-            sent = _Sent(next(self._numbers), place, size_bytes, self._gone)
+            sent = _Sent(next(self._numbers), self._gone)
             self._words[place // _WORD] = 0
             self._map[place + _WORD : place + _WORD + len(data)] = data
             if not self._tell(kind, sent.number, place, len(data)):
-                self._words[place // _WORD] = 1  # nobody will read it
+                self._places.give_back(place, size_bytes)
                 raise OverloadError("the pipeline takes no more items now", retry_after_s=_RETRY_S)
+            self._unread.append((place, size_bytes))
         return sent
+
+    def let_go(self) -> None:
+        """Use places again whose items have been read, and tell the other process of those that nobody holds here."""
+        with self._sending:
+            while self._unread and self._words[self._unread[0][0] // _WORD]:
+                self._places.give_back(*self._unread.popleft())
+            while self._gone and self._tell(_GONE, self._gone[0], 0, 0):
+                self._gone.popleft()
 
     def run(self, items: list[Any]) -> list[Any]:
         return self._ask("run", items)
@@ -186,8 +198,12 @@ class PipelineProcess(Pipeline):
         return self._ask("warm_up", items)
 
     def close(self) -> None:
-        """End the process."""
-        os.close(self._tells)
+        """End the process; once more, and nothing happens."""
+        with self._sending:
+            if self._is_closed:
+                return
+            self._is_closed = True
+            os.close(self._tells)
         self._watcher.join(_END_S)
         if self.is_alive:
             self._process.kill()
@@ -216,26 +232,25 @@ class PipelineProcess(Pipeline):
         except (EOFError, OSError):
             raise self._ended() from None
         if isinstance(outcome, BaseException):
-            raise outcome
+            try:
+                raise outcome
+            finally:
+                del outcome, sent, items  # which its traceback would keep, and itself
         results: list[Any] = outcome
         return results
 
     def _watch(self) -> None:
-        """Once the process has ended, so have its lines, even if one that it has forked holds their other ends."""
+        """Once the process has ended, so have those that it has forked, and its lines, whose other ends they held."""
+        if hasattr(os, "waitid"):
+            os.waitid(os.P_PID, self._process.pid, os.WEXITED | os.WNOWAIT)  # its number is its own until it is reaped
+            with contextlib.suppress(ProcessLookupError, PermissionError):
+                os.killpg(self._process.pid, signal.SIGKILL)
         self._process.wait()
         for line in self._all_lines:
-            with socket.socket(fileno=os.dup(line.fileno())) as ours, contextlib.suppress(OSError):
+            ours = socket.socket(fileno=line.fileno())
+            with contextlib.suppress(OSError):
                 ours.shutdown(socket.SHUT_RDWR)
-
-    def _let_go(self) -> None:
-        """Tell the other process of what nobody holds any more, once it has read it, and use its place again."""
-        for _ in range(len(self._gone)):
-            number, place, size_bytes = self._gone[0]
-            if self._words[place // _WORD] and self._tell(_GONE, number, 0, 0):
-                self._gone.popleft()
-                self._places.give_back(place, size_bytes)
-            else:
-                self._gone.rotate(-1)
+            ours.detach()
 
     def _tell(self, kind: int, number: int, place: int, size_bytes: int) -> bool:
         """Whether there was room in the pipe."""
@@ -298,13 +313,23 @@ def main(shared: str, hears: str, *lines: str) -> None:
     """Serve a pipeline to the process that started this one, until that has closed the other end of the pipe."""
     from nbvision.serve.server import log_as_json
 
+    _leave_signals_to_the_first()
     log_as_json()
     share_arenas()
     take_short_turns()
     with contextlib.suppress(EOFError, BrokenPipeError, ConnectionResetError):  # whoever started it has ended
         _serve(int(shared), int(hears), [Connection(int(line)) for line in lines])
+    sys.stdout.flush()
     sys.stderr.flush()
     os._exit(0)  # threads may be in the middle of a batch that nobody waits for
+
+
+def _leave_signals_to_the_first() -> None:
+    """What is sent to all processes of a service is for the one that answers HTTP."""
+    numbers = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
+    for number in numbers:
+        signal.signal(number, lambda *_: None)  # which a program that is started here does not inherit
+    os.register_at_fork(after_in_child=lambda: [signal.signal(number, signal.SIG_DFL) for number in numbers])
 
 
 def _serve(shared: int, hears: int, lines: list[Connection[Any, Any]]) -> None:
@@ -342,24 +367,38 @@ def _hear(message: tuple[int, ...], shared: mmap.mmap, pipeline: Pipeline, items
 def _answer(line: Connection[Any, Any], pipeline: Pipeline, items: _Items) -> None:
     """The life of a thread: run what is asked for on one line, on a stream of its own."""
     device_id = array_module("cuda").cuda.Device().id if pipeline.device == "cuda" else None
-    with contextlib.suppress(EOFError, OSError):
+    try:
         while True:
             what, numbers = line.recv()
-            outcome: Any
-            try:
-                with contextlib.nullcontext() if device_id is None else own_stream(device_id):
-                    results = getattr(pipeline, what)(items.get(numbers))
-                    synchronize(pipeline.device)
-                outcome = [_sendable(result) if isinstance(result, BaseException) else result for result in results]
-            except BaseException as error:  # whatever it is, somebody waits for it
-                outcome = _sendable(error)
+            outcome = _outcome(getattr(pipeline, what), numbers, items, device_id)
             held_bytes = memory.stats(device=pipeline.device).held_bytes
             try:
                 line.send((outcome, held_bytes))
-            except (pickle.PicklingError, TypeError, AttributeError) as error:  # somebody's own type
+            except OSError:
+                raise
+            except Exception as error:  # it does not pickle
                 line.send((_sendable(error), held_bytes))
+            del outcome  # what it holds is not kept until the next batch has ended
             if what == "warm_up":
                 settle()
+    except (EOFError, OSError):  # whoever asked has ended
+        return
+    except BaseException:
+        traceback.print_exc()
+        os._exit(1)  # or somebody would wait for ever
+
+
+def _outcome(
+    function: Callable[[list[Any]], list[Any]], numbers: list[int], items: _Items, device_id: int | None
+) -> Any:
+    """The function's results, or its exception, as they can be sent."""
+    try:
+        with contextlib.nullcontext() if device_id is None else own_stream(device_id):
+            results = function(items.get(numbers))
+            synchronize("cpu" if device_id is None else "cuda")
+        return [_sendable(result) if isinstance(result, BaseException) else result for result in results]
+    except BaseException as error:  # whatever it is, somebody waits for it
+        return _sendable(error)
 
 
 # --- errors on their way ----------------------------------------------------------------------------------------------
@@ -377,11 +416,18 @@ class _TracebackError(Exception):
 
 
 def _sendable(error: BaseException) -> Any:
-    """The error, or something that becomes one like it on the other side."""
-    if isinstance(error, NbvisionError) and type(error).__module__.startswith("nbvision."):
-        return error
-    trace = "".join(traceback.format_exception(type(error), error, error.__traceback__))
-    return _Foreign(type(error).__name__, str(error), trace)
+    """The error as one that both processes know, or something that becomes one like it on the other side."""
+    for kind in type(error).__mro__:
+        if isinstance(error, NbvisionError) and kind.__module__.startswith("nbvision."):
+            known: NbvisionError = kind.__new__(kind, *error.args)
+            known.__dict__.update(error.__dict__)
+            return known
+    try:
+        text = str(error)
+    except Exception:
+        text = "it does not say what"
+    trace = traceback.format_exception(type(error), error, error.__traceback__)
+    return _Foreign(type(error).__name__, text, "".join(trace))
 
 
 class _Foreign:

@@ -426,10 +426,10 @@ class PythonPipeline(Pipeline):
         return [self._checked(result) for result in results]
 
     def _checked(self, result: Any) -> Any:
-        """A result that can be sent, or the error that it cannot."""
+        """A result of JSON's own types, or the error that it is none."""
         if not isinstance(result, Exception):
             try:
-                json.dumps(result, allow_nan=False)
+                return json.loads(json.dumps(result, allow_nan=False))
             except (TypeError, ValueError, RecursionError) as error:
                 return PipelineError(f"{self._name} gives a result that is no JSON: {error}")
         return result

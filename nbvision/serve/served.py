@@ -2,19 +2,25 @@
 
 from __future__ import annotations
 
+import asyncio
+import functools
 import threading
 import time
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from nbvision.batching import Batcher, BatcherStats
 from nbvision.errors import DeviceError, EngineError
 from nbvision.serve.pipeline_process import PipelineProcess
 from nbvision.serve.tracing import span
 
+if TYPE_CHECKING:
+    from nbvision.serve.config import PipelineConfig
+
 __all__ = ["IN_FLIGHT", "Limits", "Served"]
 
 IN_FLIGHT = 2  # batches at a time
+_LARGE_BYTES = 4 << 20
 
 
 @dataclass(frozen=True)
@@ -44,6 +50,8 @@ class Served:
 
     Attributes
     ----------
+    config : PipelineConfig
+        What it was made of.
     name, version : str
         The version says what answers depend on: models, and options.
     pipeline : PipelineProcess
@@ -52,8 +60,9 @@ class Served:
         False from a batch in which the engine or the device failed until one in which it did not.
     """
 
-    def __init__(self, name: str, version: str, pipeline: PipelineProcess, limits: Limits) -> None:
-        self.name, self.version, self.pipeline = name, version, pipeline
+    def __init__(self, config: PipelineConfig, version: str, pipeline: PipelineProcess) -> None:
+        self.config, self.name, self.version, self.pipeline = config, config.name, version, pipeline
+        limits = config.limits
         self.is_healthy = True
         self._is_warm = False
         self.compute_s = 0.0  # of all batches
@@ -89,7 +98,11 @@ class Served:
 
     async def answer(self, item: Any, *, deadline_ms: float | None, priority: int = 0) -> Any:
         """The result of one item; raises what :meth:`Batcher.answer` raises."""
-        return await self.batcher.answer(item, deadline_ms=deadline_ms, priority=priority)
+        if _size_bytes(item) <= _LARGE_BYTES:
+            return await self.batcher.answer(item, deadline_ms=deadline_ms, priority=priority)
+        # It is copied, and nobody else shall wait for that.
+        submit = functools.partial(self.batcher.submit, item, deadline_ms=deadline_ms, priority=priority)
+        return await asyncio.wrap_future(await asyncio.to_thread(submit))
 
     def warm_up(self) -> None:
         """Answer in each thread, so that no client waits for what is compiled, loaded or allocated at first.

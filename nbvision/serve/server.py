@@ -25,7 +25,6 @@ from nbvision.serve.process import share_arenas, take_short_turns
 
 __all__ = ["serve"]
 
-_HEADER_BYTES = 32 << 10
 _RESTART_AFTER_S = 1.0  # so that a worker that cannot start is not started all the time
 
 logger = logging.getLogger("nbvision.serve")
@@ -130,10 +129,11 @@ def run_worker(
     """Answer what comes in on a socket that listens, until the process is told to end, or its supervisor has ended."""
     try:
         import uvicorn
+
+        from nbvision.serve.connections import Connection
     except ImportError as error:
-        raise MissingExtraError("uvicorn", extra="serve", needed_for="a service") from error
+        raise MissingExtraError(str(error.name), extra="serve", needed_for="a service") from error
     from nbvision.serve.app import make_app
-    from nbvision.serve.connections import Connection
     from nbvision.serve.service import Service
 
     signal.signal(signal.SIGHUP, signal.SIG_IGN)  # while there is nothing yet to load anew
@@ -146,7 +146,6 @@ def run_worker(
         app,
         log_config=None,
         access_log=False,
-        h11_max_incomplete_event_size=_HEADER_BYTES,
         http=type("_Connection", (Connection,), {"header_s": service.config.header_s}),
         timeout_keep_alive=30,
         timeout_graceful_shutdown=math.ceil(service.config.drain_s),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import collections
 import contextlib
+import functools
 import json
 import logging
 import os
@@ -27,7 +28,9 @@ from nbvision.serve.tracing import span
 __all__ = ["MOST_ITEMS", "Counts", "Service"]
 
 MOST_ITEMS = 1024  # of one request
-_PROBE_EVERY_S = 1.0
+_LOOK_EVERY_S = 1.0
+_PROBE_S = 10.0  # within which a pipeline that has failed shall answer
+_WAIT_AT_MOST_S = 60.0  # before one that does not load is loaded once more
 
 logger = logging.getLogger("nbvision.serve")
 
@@ -78,7 +81,8 @@ class Service:
         self._users: collections.Counter[Served] = collections.Counter()  # requests that may still ask it
         self._replaced: list[Served] = []  # by another version, and still used
         self._closing: set[asyncio.Task[None]] = set()
-        self._prober: asyncio.Task[None] | None = None
+        self._looking: asyncio.Task[None] | None = None
+        self._nursed: dict[Served, asyncio.Task[None]] = {}  # who fails, until it does not
 
     @property
     def is_ready(self) -> bool:
@@ -219,11 +223,15 @@ class Service:
             config = await asyncio.to_thread(read_config, self._path)
             if name not in config.pipelines:
                 raise UnknownModelError(f"model {name!r} is not in {self._path}; expected {sorted(config.pipelines)}")
-            served = await asyncio.to_thread(_made, config.pipelines[name])
-            before = self.served.get(name)
-            self.served[name] = served
-            self.counts.setdefault(name, Counts())
-        logger.info("loaded", extra={"model": name, "version": served.version, "worker": self.worker})
+            return await self._exchange(config.pipelines[name])
+
+    async def _exchange(self, config: PipelineConfig) -> Served:
+        """Make a pipeline, and let it take the place of the one of its name."""
+        served = await asyncio.to_thread(_made, config)
+        before = self.served.get(served.name)
+        self.served[served.name] = served
+        self.counts.setdefault(served.name, Counts())
+        logger.info("loaded", extra={"model": served.name, "version": served.version, "worker": self.worker})
         if before is not None:
             if before.version != served.version:
                 self.cache.forget(before.version)
@@ -269,28 +277,62 @@ class Service:
     async def start(self) -> None:
         """From now on look after pipelines that fail."""
         await asyncio.to_thread(process.settle)
-        self._prober = asyncio.create_task(self._probe_the_sick())
+        self._looking = asyncio.create_task(self._look_after_pipelines())
         logger.info("ready", extra={"worker": self.worker, "pid": os.getpid(), "models": sorted(self.served)})
 
-    async def _probe_the_sick(self) -> None:
+    async def _look_after_pipelines(self) -> None:
         while True:
-            await asyncio.sleep(_PROBE_EVERY_S)
-            for name, served in list(self.served.items()):  # which change while it waits
-                if not served.pipeline.is_alive:
-                    served.is_healthy = False
-                    logger.error("a pipeline's process died", extra={"model": name, "worker": self.worker})
-                    await self.follow(name)
-                elif not served.is_healthy:
+            await asyncio.sleep(_LOOK_EVERY_S)
+            for served in self.served.values():
+                served.pipeline.let_go()
+                if served not in self._nursed and not _is_well(served):
+                    task = self._nursed[served] = asyncio.create_task(self._nurse(served))
+                    task.add_done_callback(functools.partial(self._end_nursing, served))
+
+    async def _nurse(self, served: Served) -> None:
+        """Ask a pipeline that has failed until it answers; make one anew whose process has ended.
+
+        What it was made of is what the new one is made of, whatever the file says meanwhile.
+        """
+        wait_s = _LOOK_EVERY_S
+        while self.served.get(served.name) is served and not _is_well(served):
+            said = {"model": served.name, "worker": self.worker}
+            try:
+                if served.pipeline.is_alive:
+                    probe = served.answer(served.pipeline.probe(), deadline_ms=_PROBE_S * 1e3)
                     with contextlib.suppress(Exception):  # which is what it is being watched for
-                        await served.answer(served.pipeline.probe(), deadline_ms=10_000)
+                        await asyncio.wait_for(probe, _PROBE_S)
+                else:
+                    served.is_healthy = False
+                    logger.error("a pipeline's process died", extra=said)
+                    async with self._loading:
+                        if self.served.get(served.name) is served:
+                            await self._exchange(served.config)
+                            return
+            except NbvisionError as error:
+                logger.error("not loaded", extra=said | {"error": str(error)})
+                wait_s = min(2 * wait_s, _WAIT_AT_MOST_S)
+            except Exception:
+                logger.exception("not loaded", extra=said)
+                wait_s = min(2 * wait_s, _WAIT_AT_MOST_S)
+            await asyncio.sleep(wait_s)
+
+    def _end_nursing(self, served: Served, task: asyncio.Task[None]) -> None:
+        del self._nursed[served]
 
     async def close(self) -> None:
         """Answer what waits, and end."""
         self.is_draining = True
-        if self._prober is not None:
-            self._prober.cancel()
+        for task in (self._looking, *self._nursed.values()):
+            if task is not None:
+                task.cancel()
         open_ones = [*self.served.values(), *self._replaced]
+        self._replaced.clear()
         await asyncio.gather(*self._closing, *(asyncio.to_thread(served.close) for served in open_ones))
+
+
+def _is_well(served: Served) -> bool:
+    return served.is_healthy and served.pipeline.is_alive
 
 
 async def _close(served: Served) -> None:
@@ -308,7 +350,7 @@ def _made(config: PipelineConfig) -> Served:
     except Exception as error:  # anybody's code may be in it
         raise InputError(f"pipeline {config.name!r} does not load: {type(error).__name__}: {error}") from error
     version = f"{config.fingerprint}-{pipeline.digest[:12]}"
-    served = Served(config.name, version, pipeline, config.limits)
+    served = Served(config, version, pipeline)
     try:
         served.warm_up()
     except KeyboardInterrupt:

@@ -14,14 +14,19 @@ try:
 except ImportError:
     trace = None  # type: ignore[assignment]
 
-__all__ = ["span"]
+__all__ = ["is_set_up", "span"]
+
+
+def is_set_up() -> bool:
+    """Whether somebody has said where spans go."""
+    return trace is not None and not isinstance(trace.get_tracer_provider(), trace.ProxyTracerProvider)
 
 
 @contextlib.contextmanager
 def span(name: str, *, headers: Mapping[str, str] | None = None, **attributes: Any) -> Iterator[None]:
     """What happens inside, as a part of the span around it, or of the client's that ``headers`` tell of."""
-    if trace is None or isinstance(trace.get_tracer_provider(), trace.ProxyTracerProvider):
-        yield  # nobody has set up anything
+    if not is_set_up():
+        yield
         return
     around = None if headers is None else propagate.extract(dict(headers))
     kind = trace.SpanKind.INTERNAL if headers is None else trace.SpanKind.SERVER
