@@ -35,12 +35,13 @@ from benchmarks.serve import CONFIG, PICTURE_BYTES, Client, nbvision_service, on
 from nbvision.batching.simulator import arrivals
 from nbvision.runtime.device import resolve_device
 from nbvision.serve.config import read_config
-from nbvision.serve.pipelines import PIPELINES
+from nbvision.serve.pipelines import PIPELINES, Pipeline
 
 IN_TIME = 0.99
 STEP = 1.25  # from one rate to the next
 BEYOND = 0.7  # in time: no higher rates are of interest
 WARM_UP_S = 1.0
+WARM_UP_CALLS = 8
 
 GARMENTS = """
 cache_bytes: 0
@@ -126,40 +127,44 @@ def _ask(port: int, asked: dict[str, float], seed: int) -> tuple[list[float], di
 # --- the two questions ------------------------------------------------------------------------------------------------
 
 
-def overhead(device: str, files: Sequence[bytes], *, rounds: int, count: int) -> dict[str, float]:
-    """Median milliseconds at batch 1, with a service and without one, in turns on the same machine."""
-    served: list[float] = []
-    alone: list[float] = []
-    differences: list[float] = []
+def overhead(device: str, files: Sequence[bytes], *, count: int) -> dict[str, float]:
+    """Median milliseconds at batch 1, with a service and without one, picture by picture in turns.
+
+    In turns, for a call takes milliseconds less right after another than after a pause.
+    """
     with nbvision_service(GARMENTS.format(device=device, max_batch=1, more="in_flight: 1")) as (port, path):
         config = read_config(path).pipelines["garments"]
         pipeline = PIPELINES[config.kind](**config.options)
-        for data in files[:8]:
-            pipeline.run([data])
-        asyncio.run(one_after_another(port, "/v1/garments", files, 8))
-        for number in range(rounds):
-            start = number * count
-            pictures = [files[(start + index) % len(files)] for index in range(count)]
-            times_ms = asyncio.run(one_after_another(port, "/v1/garments", pictures, count))
-            bare_ms = []
-            for data in pictures:
-                started_s = time.perf_counter()
-                pipeline.run([data])
-                bare_ms.append((time.perf_counter() - started_s) * 1e3)
-            served += times_ms
-            alone += bare_ms
-            differences.append(statistics.median(np.subtract(times_ms, bare_ms)))
+        served_ms, alone_ms = asyncio.run(_in_turns(port, pipeline, files, count))
         pipeline.close()
     with nbvision_service(CONFIG) as (port, _):
         picture = [bytes(PICTURE_BYTES)]
         asyncio.run(one_after_another(port, "/v1/nothing", picture, 100))
         empty = asyncio.run(one_after_another(port, "/v1/nothing", picture, 1000))
     return {
-        "recognizer_in_service_ms": statistics.median(served),
-        "recognizer_alone_ms": statistics.median(alone),
-        "difference_ms": float(statistics.median(differences)),
+        "recognizer_in_service_ms": statistics.median(served_ms),
+        "recognizer_alone_ms": statistics.median(alone_ms),
+        "difference_ms": float(statistics.median(np.subtract(served_ms, alone_ms))),
         "service_alone_ms": statistics.median(empty),
     }
+
+
+async def _in_turns(
+    port: int, pipeline: Pipeline, files: Sequence[bytes], count: int
+) -> tuple[list[float], list[float]]:
+    client = Client(port)
+    served_ms, alone_ms = [], []
+    for number in range(-WARM_UP_CALLS, count):
+        data = files[number % len(files)]
+        started_s = time.perf_counter()
+        await client.ask("POST", "/v1/garments", data)
+        answered_s = time.perf_counter()
+        pipeline.run([data])
+        if number >= 0:
+            served_ms.append((answered_s - started_s) * 1e3)
+            alone_ms.append((time.perf_counter() - answered_s) * 1e3)
+    client.close()
+    return served_ms, alone_ms
 
 
 def highest_rate(
@@ -227,7 +232,7 @@ def main() -> int:
     arguments = parser.parse_args()
     device = resolve_device(arguments.device)
     files = catalogue_files(arguments.images)
-    costs = overhead(device, files, rounds=5, count=20)
+    costs = overhead(device, files, count=100)
     print(
         f"{device}: an image takes {costs['recognizer_alone_ms']:.2f} ms, and in the service "
         f"{costs['difference_ms']:+.2f} ms; the service alone takes {costs['service_alone_ms']:.2f} ms",

@@ -3,8 +3,9 @@
     python tests/soak_serve.py [--minutes 30] [--out soak.json]
 
 Poison, broken pictures, malformed bodies, clients that go away, uploads that break off, bursts beyond the queue, an
-engine that fails now and then, and loads anew, some of which are broken. Exits with 1 if a well-behaved client lost an
-answer or got another's, if what the service counted is not what clients saw, or if its memory grew.
+engine that fails now and then, a pipeline whose process dies, and loads anew, some of which are broken. Exits with 1 if
+a well-behaved client lost an answer or got another's, if what the service counted is not what clients saw, or if its
+memory grew.
 """
 
 from __future__ import annotations
@@ -107,6 +108,13 @@ class Abuse:
         self._server.until(lambda: self._server.status("/v2/models/breaking/ready") == 200, seconds=30)
         self.seen["engine failures"] += 1
 
+    def deaths(self) -> None:
+        assert self._ask("dying", b"DIE").status_code == 500
+        while (answer := self._ask("dying", b"x")).status_code != 200:
+            assert answer.status_code == 503
+            time.sleep(0.1)
+        self.seen["deaths of a pipeline's process"] += 1
+
     def loads(self) -> None:
         for name, status in (("echo", 200), ("garments", 200), ("poisonable", 200), ("nobody", 404)):
             assert self._client.post(f"/v2/repository/models/{name}/load").status_code == status
@@ -131,7 +139,7 @@ def main() -> int:
     parser.add_argument("--out", type=Path)
     options = parser.parse_args()
     directory = Path(tempfile.mkdtemp())
-    functions = ("echo", "poisonable", "slow", "sleeping", "breaking")
+    functions = ("echo", "poisonable", "slow", "sleeping", "breaking", "dying")
     top = "cache_bytes: 4000000\nupload_s: 2\npipelines:\n  garments: {kind: recognizer, device: cpu}\n"
     limits = "max_batch: 4, max_queue_items: 16"
     config = top + "\n".join(
@@ -149,6 +157,7 @@ def main() -> int:
             abuse.impatient: 0.3,
             abuse.burst: 3.0,
             abuse.failing: 7.0,
+            abuse.deaths: 9.0,
             abuse.loads: 13.0,
         }
         start_s = time.monotonic()

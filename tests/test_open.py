@@ -26,8 +26,9 @@ import nbvision as nbv
 from nbvision.codecs import _processes, host
 from nbvision.codecs._processes import DONE, FAILED, HAS_LEFT, JOB, RUNNING, STATE, WORKER, Processes
 from nbvision.errors import DeviceError, InputError
-from nbvision.serve.pipelines import RecognizerPipeline
-from nbvision.serve.served import Limits, Served
+from nbvision.serve.config import PipelineConfig
+from nbvision.serve.pipeline_process import start_pipeline
+from nbvision.serve.served import IN_FLIGHT, Limits, Served
 
 PROGRESSIVE = encode(photo(), "JPEG", progressive=True)
 FILES = [JPEG, PNG, b"broken", PROGRESSIVE, PNG[:3000], BMP, b""]
@@ -553,16 +554,24 @@ def test_no_process_outlives_who_started_it(tmp_path: Path) -> None:
         wait_until(lambda process_id=process_id: is_gone(process_id))
 
 
+def served(*, in_flight: int | None = None, **options: Any) -> Served:
+    config = PipelineConfig("shop", "recognizer", {"device": "cpu", **options}, Limits(in_flight=in_flight))
+    pipeline = start_pipeline(config.kind, config.options, threads=in_flight or IN_FLIGHT)
+    return Served(config, "1", pipeline)
+
+
 @pytest.mark.parametrize(("processes", "said", "threads"), [(0, None, 2), (1, None, 1), (1, 3, 3)])
 def test_one_batch_is_in_flight_in_a_service_that_decodes_ahead(processes: int, said: Any, threads: int) -> None:
-    pipeline = RecognizerPipeline(device="cpu", decode_processes=processes)
-    served = Served("shop", "1", pipeline, Limits(in_flight=said))
-    assert served.batcher.timeline().threads == threads
-    served.close()
+    shop = served(in_flight=said, decode_processes=processes)
+    try:
+        assert shop.batcher.timeline().threads == threads
+        shop.batcher.warm_up([JPEG])  # in each
+    finally:
+        shop.close()
 
 
 def test_who_comes_after_a_service_s_pipeline_has_closed_hears_that() -> None:
-    served = Served("shop", "1", RecognizerPipeline(device="cpu"), Limits())
-    served.close()
+    shop = served()
+    shop.close()
     with pytest.raises(InputError, match="closed"):
-        asyncio.run(served.answer(JPEG, deadline_ms=None))
+        asyncio.run(shop.answer(JPEG, deadline_ms=None))

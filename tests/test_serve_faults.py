@@ -369,13 +369,14 @@ def test_what_is_under_way_at_the_end_is_answered(tmp_path: Path, workers: int) 
 
 
 def resident_bytes(pid: int) -> int:
-    """Of a service's process and of its pipelines'."""
-    pages = int(Path(f"/proc/{pid}/statm").read_text().split()[1])
-    own = pages * os.sysconf("SC_PAGE_SIZE")
-    children = [
-        child for task in Path(f"/proc/{pid}/task").iterdir() for child in (task / "children").read_text().split()
-    ]
-    return own + sum(resident_bytes(int(child)) for child in children)
+    """Of a service's process and of its pipelines', as far as they live."""
+    try:
+        pages = int(Path(f"/proc/{pid}/statm").read_text().split()[1])
+        tasks = list(Path(f"/proc/{pid}/task").iterdir())
+        children = [child for task in tasks for child in (task / "children").read_text().split()]
+    except (FileNotFoundError, ProcessLookupError):
+        return 0
+    return pages * os.sysconf("SC_PAGE_SIZE") + sum(resident_bytes(int(child)) for child in children)
 
 
 def test_abuse_leaves_no_memory_behind(server: Server) -> None:
