@@ -167,6 +167,21 @@ async def _in_turns(
     return served_ms, alone_ms
 
 
+def at_rates(
+    port: int, clients: Clients, rates: Sequence[float], *, seconds: float, deadline_ms: float
+) -> tuple[float, list[Any]]:
+    """What comes of each of some rates, and the highest of which 99 % came in time, 0 if none did."""
+    clients.ask(port, rate=min(rates), seconds=WARM_UP_S, deadline_ms=1e4)
+    runs = [shown(clients.ask(port, rate=rate, seconds=seconds, deadline_ms=deadline_ms)) for rate in rates]
+    return max((run["rate_per_s"] for run in runs if run["share_in_time"] >= IN_TIME), default=0.0), runs
+
+
+def shown(run: Any) -> Any:
+    p99 = "-" if run["p99_ms"] is None else f"{run['p99_ms']:.1f}"
+    print(f"    {run['rate_per_s']:7.1f} requests/s: {run['share_in_time']:6.1%} in time, p99 {p99} ms", flush=True)
+    return run
+
+
 def highest_rate(
     port: int, clients: Clients, *, first: float, seconds: float, deadline_ms: float
 ) -> tuple[float, list[Any]]:
@@ -174,11 +189,8 @@ def highest_rate(
     runs = []
 
     def met(rate: float) -> bool:
-        run = clients.ask(port, rate=rate, seconds=seconds, deadline_ms=deadline_ms)
-        runs.append(run)
-        p99 = "-" if run["p99_ms"] is None else f"{run['p99_ms']:.1f}"
-        print(f"    {rate:7.1f} requests/s: {run['share_in_time']:6.1%} in time, p99 {p99} ms", flush=True)
-        return bool(run["share_in_time"] >= IN_TIME)
+        runs.append(shown(clients.ask(port, rate=rate, seconds=seconds, deadline_ms=deadline_ms)))
+        return bool(runs[-1]["share_in_time"] >= IN_TIME)
 
     clients.ask(port, rate=first, seconds=WARM_UP_S, deadline_ms=1e4)
     low, rate, is_too_high = 0.0, first, False
@@ -224,6 +236,7 @@ def main() -> int:
     parser.add_argument("--deadline-ms", type=float, default=40.0)
     parser.add_argument("--seconds", type=float, default=6.0, help="of each rate")
     parser.add_argument("--first", type=float, default=50.0, help="the first rate, a second")
+    parser.add_argument("--rates", type=float, nargs="+", help="these, instead of a search for the highest")
     parser.add_argument("--max-batch", type=int, default=16)
     parser.add_argument("--processes", type=int, default=0, help="that decode (%(default)s)")
     parser.add_argument("--workers", type=int, default=1, help="of a second service, beside that of one (%(default)s)")
@@ -252,13 +265,11 @@ def main() -> int:
 
     def measure(name: str, port: int) -> None:
         print(f"  {name}", flush=True)
-        rate, runs = highest_rate(
-            port,
-            clients,
-            first=arguments.first,
-            seconds=arguments.seconds,
-            deadline_ms=arguments.deadline_ms,
-        )
+        asked = {"seconds": arguments.seconds, "deadline_ms": arguments.deadline_ms}
+        if arguments.rates:
+            rate, runs = at_rates(port, clients, arguments.rates, **asked)
+        else:
+            rate, runs = highest_rate(port, clients, first=arguments.first, **asked)
         report["services"][name] = {"rate_per_s": rate, "runs": runs}
         arguments.out.write_text(json.dumps(report, indent=1) + "\n")
 
