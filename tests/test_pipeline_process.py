@@ -290,6 +290,9 @@ def test_signals_to_all_processes_of_a_service_are_for_the_first() -> None:
     finally:
         there.close()
         there.close()  # which does nothing more
+    there.let_go()
+    with pytest.raises(RefusedError, match="status 0"):
+        there.open(b"x")
 
 
 def test_a_process_that_is_killed_while_a_thread_waits_for_it() -> None:

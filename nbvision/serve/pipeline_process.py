@@ -29,7 +29,7 @@ from multiprocessing import Pipe
 from multiprocessing.connection import Connection
 from typing import Any
 
-from nbvision.errors import EngineError, NbvisionError, OverloadError
+from nbvision.errors import EngineError, InputError, NbvisionError, OverloadError
 from nbvision.runtime import memory
 from nbvision.runtime.device import array_module, own_stream, synchronize
 from nbvision.runtime.places import Places
@@ -164,13 +164,18 @@ class PipelineProcess(Pipeline):
             If the process has ended: 503, for another one is started.
         OverloadError
             If more is on its way than there is memory for, or the process takes nothing.
+        InputError
+            If this is closed.
         """
-        if not self.is_alive or self._is_closed:
-            raise RefusedError(f"{self._ended()}; it is started again", 503, retry_after_s=_RETRY_S)
+        if not self.is_alive:
+            message = f"the pipeline's process has ended, with status {self._process.returncode}; it is started again"
+            raise RefusedError(message, 503, retry_after_s=_RETRY_S)
         kind, data = (_BYTES, item) if isinstance(item, bytes) else (_PICKLED, pickle.dumps(item, 5))
         size_bytes = -(-(_WORD + len(data)) // _WORD) * _WORD
         self.let_go()
         with self._sending:
+            if self._is_closed:
+                raise InputError("this pipeline is closed; make one here")
             place = self._places.take(size_bytes)
             if place is None:
                 raise OverloadError("too many bytes are on their way to the pipeline", retry_after_s=_RETRY_S)
@@ -186,6 +191,8 @@ class PipelineProcess(Pipeline):
     def let_go(self) -> None:
         """Use places again whose items have been read, and tell the other process of those that nobody holds here."""
         with self._sending:
+            if self._is_closed:
+                return
             while self._unread and self._words[self._unread[0][0] // _WORD]:
                 self._places.give_back(*self._unread.popleft())
             while self._gone and self._tell(_GONE, self._gone[0], 0, 0):
@@ -242,9 +249,9 @@ class PipelineProcess(Pipeline):
     def _watch(self) -> None:
         """Once the process has ended, so have those that it has forked, and its lines, whose other ends they held."""
         if hasattr(os, "waitid"):
-            os.waitid(os.P_PID, self._process.pid, os.WEXITED | os.WNOWAIT)  # its number is its own until it is reaped
-            with contextlib.suppress(ProcessLookupError, PermissionError):
-                os.killpg(self._process.pid, signal.SIGKILL)
+            with contextlib.suppress(ChildProcessError, ProcessLookupError, PermissionError):
+                os.waitid(os.P_PID, self._process.pid, os.WEXITED | os.WNOWAIT)
+                os.killpg(self._process.pid, signal.SIGKILL)  # its number is its own until it is reaped
         self._process.wait()
         for line in self._all_lines:
             ours = socket.socket(fileno=line.fileno())
@@ -263,7 +270,7 @@ class PipelineProcess(Pipeline):
         return True
 
     def _ended(self) -> EngineError:
-        self._watcher.join(1)
+        self._watcher.join(1)  # until there is a status
         return EngineError(f"the pipeline's process has ended, with status {self._process.returncode}")
 
 
