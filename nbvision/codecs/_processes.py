@@ -20,7 +20,6 @@ import mmap
 import os
 import pickle
 import struct
-import subprocess
 import sys
 import threading
 import time
@@ -31,6 +30,7 @@ import numpy as np
 import numpy.typing as npt
 
 from nbvision.errors import DecodeError, DeviceError
+from nbvision.runtime.child import start_python
 from nbvision.runtime.device import require_cupy
 from nbvision.runtime.places import Places
 
@@ -158,17 +158,13 @@ class _Worker:
         self._said, says = os.pipe()
         os.set_blocking(self._said, False)
         self._is_ready = False
-        # It finds what this process finds, and nothing in the directory where it happens to be.
-        path = [str(entry) for entry in sys.path if entry]
-        code = f"import sys; sys.path[:] = {path!r}; from nbvision.codecs._worker import main; main(*sys.argv[1:])"
-        arguments = [str(number) for number in (shared.descriptor, shared.size_bytes, jobs, says)]
+        descriptors = (shared.descriptor, jobs, says)
         try:
-            self.process = subprocess.Popen(
-                [sys.executable, "-c", code, *arguments],
-                pass_fds=(shared.descriptor, jobs, says),
-                stdin=subprocess.DEVNULL,
-                start_new_session=True,  # an interrupt from the keyboard is for whom it serves
-                env=os.environ | {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"},
+            self.process = start_python(
+                "nbvision.codecs._worker",
+                (shared.descriptor, shared.size_bytes, jobs, says),
+                descriptors=descriptors,
+                environment=os.environ | {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"},
             )
         except OSError:
             os.close(self._said)

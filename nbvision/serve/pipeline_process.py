@@ -19,7 +19,6 @@ import pickle
 import signal
 import socket
 import struct
-import subprocess
 import sys
 import tempfile
 import threading
@@ -31,6 +30,7 @@ from typing import Any
 
 from nbvision.errors import EngineError, InputError, NbvisionError, OverloadError
 from nbvision.runtime import memory
+from nbvision.runtime.child import start_python
 from nbvision.runtime.device import array_module, own_stream, synchronize
 from nbvision.runtime.places import Places
 from nbvision.serve.pipelines import PIPELINES, Pipeline
@@ -116,16 +116,8 @@ class PipelineProcess(Pipeline):
             hears, self._tells = os.pipe()
             os.set_blocking(self._tells, False)
             descriptors = [file, hears, *(other.fileno() for _, other in pairs)]
-            # It finds what this process finds, and nothing in the directory where it happens to be.
-            path = [str(entry) for entry in sys.path if entry]
-            code = f"import sys; sys.path[:] = {path!r}; from {__name__} import main; main(*sys.argv[1:])"
             try:
-                self._process = subprocess.Popen(
-                    [sys.executable, "-c", code, *map(str, descriptors)],
-                    pass_fds=descriptors,
-                    stdin=subprocess.DEVNULL,
-                    start_new_session=True,  # an interrupt from the keyboard is for whom it serves
-                )
+                self._process = start_python(__name__, descriptors, descriptors=descriptors)
             finally:
                 os.close(hears)
                 for _, other in pairs:
