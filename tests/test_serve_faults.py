@@ -140,6 +140,36 @@ def test_too_many_requests_under_way(tmp_path: Path) -> None:
         assert right(server.ask("slow", b"afterwards"), b"afterwards")
 
 
+def header_of(answers: Any) -> list[bytes]:
+    lines = []
+    while (line := answers.readline()) not in (b"\r\n", b""):
+        lines.append(line.lower())
+    return lines
+
+
+def test_the_body_of_who_is_turned_away_is_no_header(tmp_path: Path) -> None:
+    """The answer comes before it is there, and the connection may be used again once it is."""
+    with Server(config("echo", top="token: one"), tmp_path, wait=False) as server:
+        server.until(lambda: server.status("/v2/health/ready") == 200)
+        host, port = server.url.removeprefix("http://").split(":")
+        with socket.create_connection((host, int(port)), timeout=20) as connection:
+            answers = connection.makefile("rb")
+            for _ in range(3):
+                connection.sendall(b"POST /v1/echo HTTP/1.1\r\nHost: x\r\nContent-Length: 400000\r\n\r\n")
+                assert b" 401 " in answers.readline()
+                for _ in range(20):
+                    connection.sendall(bytes(20_000))
+                    time.sleep(0.002)
+                lengths = [
+                    int(line.split(b":")[1]) for line in header_of(answers) if line.startswith(b"content-length")
+                ]
+                answers.read(*lengths)
+                connection.sendall(b"GET /healthz HTTP/1.1\r\nHost: x\r\n\r\n")
+                assert b" 200 " in answers.readline()
+                header_of(answers)
+                assert answers.read(len(b'{"live":true}')) == b'{"live":true}'
+
+
 def test_deadlines(server: Server) -> None:
     """What cannot be in time is turned away or given up before it costs anything; what can is answered."""
     at_once(server, "sleeping", [b"40 warm %d" % number for number in range(4)])  # it learns how long a batch takes

@@ -17,16 +17,29 @@ class Connection(HttpToolsProtocol):
 
     header_s: float
     _late: asyncio.TimerHandle | None = None
-    _waiting_bytes = 0  # of what may be a header
+    _is_in_header = False
+    _header_bytes = 0  # of one that has not come whole
 
     def connection_made(self, transport: Any) -> None:
         super().connection_made(transport)
         self._watch()
 
     def data_received(self, data: bytes) -> None:
+        was_in_header = self._is_in_header
         super().data_received(data)
-        self._waiting_bytes += len(data)
+        # The rest of a body that nobody reads, since its request was turned away, is no header.
+        self._header_bytes = self._header_bytes + len(data) if was_in_header and self._is_in_header else 0
+        if self._header_bytes > _HEADER_BYTES and not self.transport.is_closing():
+            self.send_400_response(f"The header has over {_HEADER_BYTES} bytes.")
         self._watch()
+
+    def on_message_begin(self) -> None:
+        super().on_message_begin()
+        self._is_in_header = True
+
+    def on_headers_complete(self) -> None:
+        self._is_in_header = False
+        super().on_headers_complete()
 
     def connection_lost(self, exc: Exception | None) -> None:
         if self._late is not None:
@@ -35,14 +48,11 @@ class Connection(HttpToolsProtocol):
 
     def _watch(self) -> None:
         """Start to wait for a header, go on waiting, or end it, as the connection is now."""
-        if self.cycle is not None and not self.cycle.response_complete:
-            self._waiting_bytes = 0
-            if self._late is not None:
-                self._late.cancel()
-                self._late = None
-        elif self._waiting_bytes > _HEADER_BYTES and not self.transport.is_closing():
-            self.send_400_response(f"The header has over {_HEADER_BYTES} bytes.")
-        elif self._late is None:
+        is_answering = self.cycle is not None and not self.cycle.response_complete
+        if is_answering and self._late is not None:
+            self._late.cancel()
+            self._late = None
+        elif not is_answering and self._late is None:
             self._late = self.loop.call_later(self.header_s, self._give_up)
 
     def _give_up(self) -> None:
