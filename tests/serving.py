@@ -24,6 +24,14 @@ def surroundings() -> dict[str, str]:
     return os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, [here, os.environ.get("PYTHONPATH")]))}
 
 
+def is_running(process_id: int) -> bool:
+    """Whether there is such a process, and it has not ended, whoever has still to hear of that."""
+    try:
+        return Path(f"/proc/{process_id}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False
+
+
 class Server:
     """A service that runs until :meth:`stop`; use it as a context manager.
 

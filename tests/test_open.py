@@ -19,6 +19,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from serving import is_running
 from test_decode import encode, photo
 from test_decoder import BMP, JPEG, PNG, assert_same
 
@@ -27,8 +28,8 @@ from nbvision.codecs import _processes, host
 from nbvision.codecs._processes import DONE, FAILED, HAS_LEFT, JOB, RUNNING, STATE, WORKER, Processes
 from nbvision.errors import DeviceError, InputError
 from nbvision.serve.config import PipelineConfig
-from nbvision.serve.pipeline_process import start_pipeline
-from nbvision.serve.served import IN_FLIGHT, Limits, Served
+from nbvision.serve.served import Limits, Served
+from nbvision.serve.service import _made
 
 PROGRESSIVE = encode(photo(), "JPEG", progressive=True)
 FILES = [JPEG, PNG, b"broken", PROGRESSIVE, PNG[:3000], BMP, b""]
@@ -542,22 +543,13 @@ def test_no_process_outlives_who_started_it(tmp_path: Path) -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
     assert done.returncode == -signal.SIGKILL, done.stderr
-
-    def is_gone(process_id: str) -> bool:
-        try:
-            return Path(f"/proc/{process_id}/stat").read_text().rpartition(")")[2].split()[0] == "Z"
-        except (FileNotFoundError, ProcessLookupError):
-            return True
-
     assert len(done.stdout.split()) == 2
     for process_id in done.stdout.split():
-        wait_until(lambda process_id=process_id: is_gone(process_id))
+        wait_until(lambda process_id=process_id: not is_running(int(process_id)))
 
 
 def served(*, in_flight: int | None = None, **options: Any) -> Served:
-    config = PipelineConfig("shop", "recognizer", {"device": "cpu", **options}, Limits(in_flight=in_flight))
-    pipeline = start_pipeline(config.kind, config.options, threads=in_flight or IN_FLIGHT)
-    return Served(config, "1", pipeline)
+    return _made(PipelineConfig("shop", "recognizer", {"device": "cpu", **options}, Limits(in_flight=in_flight)))
 
 
 @pytest.mark.parametrize(("processes", "said", "threads"), [(0, None, 2), (1, None, 1), (1, 3, 3)])
@@ -565,7 +557,6 @@ def test_one_batch_is_in_flight_in_a_service_that_decodes_ahead(processes: int, 
     shop = served(in_flight=said, decode_processes=processes)
     try:
         assert shop.batcher.timeline().threads == threads
-        shop.batcher.warm_up([JPEG])  # in each
     finally:
         shop.close()
 

@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 import pytest
 import serve_functions
-from serving import surroundings
+from serving import is_running, surroundings
 
 from nbvision.codecs import encode
 from nbvision.errors import DecodeError, EngineError, InputError
@@ -257,13 +257,6 @@ def test_a_process_that_ends_in_a_batch() -> None:
         assert (caught.value.status, caught.value.retry_after_s) == (503, 5.0)
     finally:
         there.close()
-
-
-def is_running(process_id: int) -> bool:
-    try:
-        return Path(f"/proc/{process_id}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
-    except FileNotFoundError:
-        return False
 
 
 @pytest.mark.parametrize("item", [b"x", b"DIE"])

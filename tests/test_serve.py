@@ -497,6 +497,29 @@ def test_a_body_without_an_end(client: httpx.Client) -> None:
     assert client.post("/v1/echo", content=parts()).status_code == 413
 
 
+@pytest.mark.parametrize(
+    ("query", "status"),
+    [
+        ("deadline_ms=60000", 200),
+        ("priority=-3", 200),
+        ("deadline_ms=60000.5&priority=1", 200),
+        ("priority=1&deadline_ms=60000", 200),
+        ("deadline_ms=1e5", 200),
+        ("deadline_ms=0&deadline_ms=60000", 200),
+        ("another=1", 200),
+        ("deadline_ms=0", 504),
+        ("deadline_ms=60000priority=1", 422),
+        ("deadline_ms=", 422),
+        ("deadline_ms=soon", 422),
+        ("priority=1.5", 422),
+        ("priority=1&priority=high", 422),
+    ],
+)
+def test_what_a_query_says(server: Server, query: str, status: int) -> None:
+    """Plain numbers pass FastAPI by; whatever else there is, is told as by it."""
+    assert httpx.post(f"{server.url}/v1/echo?{query}", content=query.encode(), verify=False).status_code == status
+
+
 def test_headers_without_an_end(server: Server) -> None:
     host, port = server.url.removeprefix("http://").split(":")
     with socket.create_connection((host, int(port)), timeout=10) as connection:

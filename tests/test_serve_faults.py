@@ -20,7 +20,7 @@ from typing import Any
 
 import httpx
 import pytest
-from serving import COMMAND, Server, surroundings
+from serving import COMMAND, Server, is_running, surroundings
 
 from nbvision.errors import DecodeError, DecodeErrorKind, InputError
 from nbvision.serve import service as service_module
@@ -286,16 +286,9 @@ def test_a_worker_that_is_killed(tmp_path: Path) -> None:
         os.kill(server.process.pid, signal.SIGKILL)  # and the supervisor: its workers do not go on without it
         server.process.wait()
         end_s = time.monotonic() + 20
-        while any(is_alive(pid) for pid in after.values()):
+        while any(is_running(pid) for pid in after.values()):
             assert time.monotonic() < end_s
             time.sleep(0.05)
-
-
-def is_alive(pid: int) -> bool:
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
-    except OSError:
-        return False
 
 
 # --- other versions, and the end --------------------------------------------------------------------------------------

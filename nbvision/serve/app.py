@@ -43,7 +43,8 @@ _OPEN = {"/healthz", "/v2/health/live", "/v2/health/ready", "/", "/docs", "/open
 
 _IMAGES = "/v1/"
 # Plain numbers, once each; whatever else may be meant, FastAPI reads it.
-_NUMBERS = re.compile(rb"(deadline_ms=\d{1,9}(\.\d{1,9})?)?&?(priority=-?\d{1,9})?")
+_DEADLINE, _PRIORITY = rb"deadline_ms=\d{1,9}(\.\d{1,9})?", rb"priority=-?\d{1,9}"
+_NUMBERS = re.compile(rb"(%b(&%b)?|%b)?" % (_DEADLINE, _PRIORITY, _PRIORITY))
 _WATCH_AFTER_S = 0.01
 _LINE = "nbvision.line"  # of the log, in a request's scope
 
