@@ -12,6 +12,7 @@ import types
 import warnings
 import zlib
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -581,11 +582,14 @@ def test_the_width_of_slivers_is_the_stored_one() -> None:
     assert not gpu_decode.takes(header, "rgb")
 
 
+@pytest.mark.parametrize("slice", [2, 64])
 @pytest.mark.parametrize("color", ["rgb", "bgr", "gray"])
-def test_calls_to_nvimgcodec_without_a_gpu(color: Any) -> None:
+def test_calls_to_nvimgcodec_without_a_gpu(color: Any, slice: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """The GPU room's own code over nvImageCodec's CPU decoder: same calls, memory of the host."""
     pytest.importorskip("nvidia.nvimgcodec")
+    monkeypatch.setattr(gpu_decode, "_SLICE", slice)
     lane = object.__new__(gpu_decode._Lane)
+    lane._opener = ThreadPoolExecutor(1)
     lane._decoder, lane._turns = DecoderHandle("CPU_ONLY", CPU_ONLY_DEVICE, threads=1), Turns()
     lane.stream = types.SimpleNamespace(ptr=0, record=lambda: None)
     datas = [(JPEGS | OTHERS)[name] for name in ("4:2:0", "gray", "progressive jpeg", "1x1")]
@@ -594,13 +598,27 @@ def test_calls_to_nvimgcodec_without_a_gpu(color: Any) -> None:
     channels = 1 if color == "gray" else 3
     outs = [np.zeros((*header.oriented_size, channels), np.uint8) for header in headers]
     datas[1] = b"not what the header says"
-    jobs = [gpu_decode._Job(*job) for job in zip([out.ctypes.data for out in outs], datas, headers, strict=True)]
-    lane.decode(jobs, color)
+    jobs = [gpu_decode._Job(out.ctypes.data, *job, cost=1) for out, *job in zip(outs, datas, headers, strict=True)]
+    assert lane.decode(jobs, color).cost == len(jobs)
+    lane._opener.shutdown()
     assert [job.done for job in jobs] == [index != 1 for index in range(len(datas))]
     batch = decode(datas, color=color, device="cpu")
     for index, out in enumerate(outs):
         if batch.errors[index] is None:
             np.testing.assert_array_equal(out, batch[index])
+
+
+@pytest.mark.parametrize(("upright", "turned"), [(0, 1), (1, 0), (63, 65), (64, 127), (128, 0), (700, 129)])
+def test_slices_are_of_one_kind_and_never_small_ones(upright: int, turned: int) -> None:
+    """A call of the engine takes 0.3 ms, be it for one image."""
+    headers = [read_header(with_orientation(photo(3, 5), "JPEG", orientation)) for orientation in (1, 6)]
+    jobs = [gpu_decode._Job(0, b"", header, 1) for header in [headers[0]] * upright + [headers[1]] * turned]
+    slices = gpu_decode._sliced(jobs)
+    assert sorted(map(id, jobs)) == sorted(id(job) for part in slices for job in part)
+    for part in slices:
+        assert len({job.is_turned for job in part}) == 1
+        assert len(part) < 128
+        assert len(part) >= min(64, turned if part[0].is_turned else upright)
 
 
 @pytest.mark.parametrize("is_slow", [False, True])
@@ -620,7 +638,7 @@ def test_threads_read_files_that_have_to_be_waited_for(monkeypatch: pytest.Monke
         return DecodeError(str(source), kind="unreadable")
 
     room = importlib.import_module("nbvision.codecs.decode")  # its package has a function of that name
-    monkeypatch.setattr(room, "read_image", open_slowly)
+    monkeypatch.setattr(room, "read_file", open_slowly)
     monkeypatch.setattr(room, "_WAIT_S", 0.01 if is_slow else 10.0)
     batch = decode([f"{index}.jpg" for index in range(12)], device="cpu", threads=4)
     assert [str(error) for error in batch.errors] == [f"{index}.jpg" for index in range(12)]

@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import io
+import os
 import struct
+import subprocess
+import sys
+from typing import Any
 
 import numpy as np
 import pytest
@@ -11,8 +15,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image, ImageOps
 
-from nbvision.codecs import Header, read_header
-from nbvision.errors import DecodeError, InputError
+from nbvision.codecs import Header, decode, headers, read_header
+from nbvision.errors import CompileError, DecodeError, InputError
 
 ORIENTATION = 0x0112
 
@@ -233,8 +237,11 @@ def test_an_offset_past_all_integers_is_truncated() -> None:
     assert kind_of(b"MM\0+\0\x08\0\0\x80" + bytes(7)) == "truncated"
 
 
+ANY_BYTES = st.one_of(damaged_files(), st.builds(bytes.__add__, st.sampled_from(SIGNATURES), st.binary(max_size=200)))
+
+
 @settings(max_examples=500)
-@given(st.one_of(damaged_files(), st.builds(bytes.__add__, st.sampled_from(SIGNATURES), st.binary(max_size=200))))
+@given(ANY_BYTES)
 def test_any_bytes_give_a_header_or_a_decode_error(data: bytes) -> None:
     try:
         header = read_header(data)
@@ -244,3 +251,101 @@ def test_any_bytes_give_a_header_or_a_decode_error(data: bytes) -> None:
     assert header.height > 0
     assert header.width > 0
     assert 1 <= header.orientation <= 8
+
+
+# --- many at once ----------------------------------------------------------------------------------------------------
+
+
+def with_segment(marker: int, body: bytes) -> bytes:
+    return FILES["jpeg"][:2] + segment(marker, body) + FILES["jpeg"][2:]
+
+
+def with_exif(tags: bytes) -> bytes:
+    return with_segment(0xE1, b"Exif\0\0" + tags)
+
+
+ENTRY = struct.pack("<HHIHxx", ORIENTATION, 3, 1, 6)
+PLAIN = {
+    "jpeg": FILES["jpeg"],
+    "progressive": FILES["progressive jpeg"],
+    "gray": FILES["gray jpeg"],
+    "rgb": encode(picture(), "JPEG", keep_rgb=True),
+    "turned": encode(picture(), "JPEG", exif=exif(6)),
+    "turned, big-endian": with_exif(b"MM\0*\0\0\0\x08\0\x01" + struct.pack(">HHIHxx", ORIENTATION, 3, 1, 5)),
+    "turned twice": with_exif(b"II*\0\x08\0\0\0\x02\0" + ENTRY.replace(b"\6", b"\2") + ENTRY),
+    "no such turn": encode(picture(), "JPEG", exif=exif(9)),
+    "profile": encode(picture(), "JPEG", icc_profile=b"what it says does not matter"),
+    "Adobe's": with_segment(0xEE, b"Adobe\0\0\0\0\0\0\1"),
+    "Adobe's, before JFIF": with_segment(0xEE, b"Adobe\0\0\0\0\0\0\0"),
+    "a comment": with_segment(0xFE, b"said the Adobe to the JFIF"),
+    "4:4:4": encode(picture(), "JPEG", subsampling=0),
+    "bytes after the end": FILES["jpeg"] + b"\xff\xd8 and more" * 9,
+    "one pixel": encode(picture(1, 1), "JPEG"),
+}
+ODD = {
+    "cmyk": FILES["cmyk jpeg"],
+    "fill bytes": FILES["jpeg"][:2] + b"\xff" * 7 + FILES["jpeg"][2:],
+    "cut": FILES["jpeg"][:-2],
+    "cut in its header": FILES["jpeg"][:99],
+    "a long in its EXIF": with_exif(b"II*\0\x08\0\0\0\x01\0" + struct.pack("<HHII", ORIENTATION, 4, 1, 6)),
+    "EXIF that points behind the file": with_exif(b"II*\0\xff\xff\xff\xff"),
+    "no image": b"\xff\xd8",
+    "an AVIF": b"\xff\xd8\xff\xe0ftypavif" + FILES["jpeg"],
+    "empty": b"",
+    "png": FILES["png"],
+}
+
+
+def test_many_at_once_are_as_one_by_one() -> None:
+    headers.warm_up()
+    assert headers.read_headers(list(PLAIN.values())) == [read_header(data) for data in PLAIN.values()]
+    assert headers.read_headers(list(ODD.values())) == [None] * len(ODD)
+    assert headers.read_headers([]) == []
+
+
+@settings(max_examples=1000)
+@given(st.lists(ANY_BYTES, max_size=4))
+def test_of_any_bytes_the_loop_says_what_python_says_or_nothing(datas: list[bytes]) -> None:
+    headers.warm_up()
+    for data, header in zip(datas, headers.read_headers(datas), strict=True):
+        assert header is None or header == read_header(data)
+
+
+@pytest.mark.parametrize("error", [CompileError("no compiler"), MemoryError(), OSError("the disk is full")])
+def test_a_host_that_cannot_compile_reads_them_one_by_one(error: Exception, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: Any) -> None:
+        raise error
+
+    headers.warm_up()
+    monkeypatch.setattr(headers, "_jpeg_loop", lambda: fail)
+    assert headers.read_headers([FILES["jpeg"], b""]) == [None, None]
+    assert decode([FILES["jpeg"], b""], device="cpu").sizes.tolist() == [[40, 56], [0, 0]]
+
+
+FEW_AND_MANY = """
+import io, sys
+from PIL import Image
+import nbvision as nbv
+from nbvision.codecs import headers
+
+stream = io.BytesIO()
+Image.new("RGB", (30, 20)).save(stream, "JPEG")
+files = [stream.getvalue()] * 100
+nbv.decode(files, device="cpu")
+assert "numba" not in sys.modules
+if sys.argv[1] == "many":
+    headers._WORTH_FILES = 250
+    for _ in range(4):
+        nbv.decode(files, device="cpu")
+else:
+    nbv.Decoder(device="cpu", color="gray").warm_up()
+assert "numba" in sys.modules
+print(nbv.decode(files, device="cpu").sizes.sum())
+"""
+
+
+@pytest.mark.parametrize("how", ["many", "warm"])
+def test_a_process_that_reads_few_does_not_import_numba(how: str) -> None:
+    command = [sys.executable, "-c", FEW_AND_MANY, how]
+    done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "PYTHONPATH": ":".join(sys.path)})
+    assert (done.returncode, done.stdout.strip()) == (0, "5000"), done.stderr

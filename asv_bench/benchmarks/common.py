@@ -12,7 +12,7 @@ import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -66,6 +66,12 @@ def wall_us(call: Callable[[], Any], *, finish: Callable[[], Any] = lambda: None
         finish()
         samples.append((time.perf_counter() - started) * 1e6)
     return statistics.median(samples)
+
+
+def in_turns(calls: Sequence[Callable[[], Any]], *, turns: int, seconds: float) -> list[float]:
+    """The median of each call's :func:`wall_us`, the GPU waited for, over so many turns of all of them."""
+    times = [[wall_us(call, finish=wait_for_gpu, seconds=seconds) for call in calls] for _ in range(turns)]
+    return [statistics.median(column) for column in zip(*times, strict=True)]
 
 
 def gpu_us(call: Callable[[], Any], *, seconds: float = 1.0) -> float:

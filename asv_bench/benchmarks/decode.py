@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from .common import jpeg, need, need_cuda, scenery, wait_for_gpu, wall_us
+from .common import in_turns, jpeg, need, need_cuda, scenery, wait_for_gpu, wall_us
 
 SIZES = {"500x375": (375, 500), "1920x1080": (1080, 1920)}
 BATCHES = {"500x375": 256, "1920x1080": 64}
@@ -31,6 +31,7 @@ def files(size: str, count: int) -> list[bytes]:
 
 
 IN_PROCESSES = "nbvision, ahead in processes"
+ENGINE = "nvImageCodec, engine alone"
 
 
 class JpegOnGPU:
@@ -46,7 +47,7 @@ class JpegOnGPU:
             "nbvision, deterministic",
             "nbvision, ahead",
             "nvImageCodec",
-            "nvImageCodec, engine alone",
+            ENGINE,
             "torchvision",
             "OpenCV, 1 thread",
             "OpenCV, a thread a core",
@@ -78,7 +79,7 @@ class JpegBatchesOnGPU:
 
     def setup(self, size: str, batch: int, how: str) -> None:
         need_cuda()
-        name = "nvImageCodec, engine alone" if how == "engine alone" else how
+        name = ENGINE if how == "engine alone" else how
         self.call = _GPU_DECODERS[name](files(size, batch))
         for _ in range(5):
             _check(self.call(), size, batch)
@@ -87,6 +88,54 @@ class JpegBatchesOnGPU:
         return wall_us(self.call, finish=wait_for_gpu, seconds=0.35) / batch
 
     track_us_per_image.unit = "us/image"
+
+
+class BestSingleWayOnGPU:
+    """The faster of nvImageCodec's ways, the engine alone or as it comes, in turns with ``nbvision.decode``.
+
+    Figures that are measured one after the other differ by up to 40 % from one minute to the next.
+    """
+
+    params = (list(SIZES), [1, 2, 4, 8, 16, 32, 64, 128, 256, 512])
+    param_names = ("size", "batch")
+
+    def setup(self, size: str, batch: int) -> None:
+        need_cuda()
+        self.calls = [_GPU_DECODERS[name](files(size, batch)) for name in ("nbvision", "nvImageCodec", ENGINE)]
+        for call in self.calls * 5:
+            _check(call(), size, batch)
+
+    def track_times_as_long(self, size: str, batch: int) -> float:
+        ours, *others = in_turns(self.calls, turns=7, seconds=0.1)
+        return min(others) / ours
+
+    track_times_as_long.unit = "x nbvision's time"
+
+
+class StreamedInTurnsOnGPU:
+    """What takes so many batches ahead beside nbvision, in turns; shrunk to 224 x 224 or only decoded."""
+
+    params = (list(SIZES), ["the engine alone, only decoded", "DALI, shrunk"])
+    param_names = ("size", "peer")
+
+    def setup(self, size: str, peer: str) -> None:
+        need_cuda()
+        batch = files(size, BATCHES[size])
+        if peer.startswith("DALI"):
+            prepared = [_STREAMS["nbvision"](batch), _STREAMS["DALI"](batch)]
+        else:
+            prepared = [_STREAMS["nbvision, decode only"](batch), (_nvimgcodec(batch, engine_alone=True), 1)]
+        self.calls = [call for call, _ in prepared]
+        self.batches = [batches for _, batches in prepared]
+        for call in self.calls:
+            call()
+
+    def track_times_as_long(self, size: str, peer: str) -> float:
+        times = in_turns(self.calls, turns=9, seconds=0.3)
+        ours, theirs = (us / batches for us, batches in zip(times, self.batches, strict=True))
+        return theirs / ours
+
+    track_times_as_long.unit = "x nbvision's time"
 
 
 class MixedOnGPU:
@@ -169,8 +218,9 @@ def _check(images: Any, size: str, count: int) -> None:
 
 def _nbvision(device: Any, **options: Any) -> Callable[[list[bytes]], Callable[[], Any]]:
     def prepare(batch: list[bytes]) -> Callable[[], Any]:
-        from nbvision import decode
+        from nbvision import Decoder, decode
 
+        Decoder(device=device).warm_up()
         return lambda: decode(batch, device=device, **options)
 
     return prepare
@@ -238,7 +288,7 @@ _GPU_DECODERS = {
     "nbvision, ahead": _ahead,
     IN_PROCESSES: functools.partial(_ahead, processes=CORES, shared_bytes=2 << 30),
     "nvImageCodec": _nvimgcodec,
-    "nvImageCodec, engine alone": functools.partial(_nvimgcodec, engine_alone=True),
+    ENGINE: functools.partial(_nvimgcodec, engine_alone=True),
     "torchvision": _torchvision,
     "OpenCV, 1 thread": _opencv,
     "OpenCV, a thread a core": functools.partial(_opencv, threads=CORES),
@@ -284,6 +334,7 @@ def _stream(batch: list[bytes], *, shrink: bool) -> tuple[Callable[[], Any], int
     from nbvision import Decoder, Preprocess
 
     decoder = Decoder(device="cuda")
+    decoder.warm_up()
     plan = Preprocess((224, 224), fit="stretch", dtype="float16", scale=1 / 255, mean=MEAN, std=STD)
 
     def call() -> Any:

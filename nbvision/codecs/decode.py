@@ -11,7 +11,8 @@ from typing import Any, TypeAlias, get_args
 from nbvision.codecs import gpu_decode, host
 from nbvision.codecs._processes import Processes
 from nbvision.codecs._threads import in_background, map_all, run_all
-from nbvision.codecs.open import CompressedImage, How, OpenImage, decode_on_host, read_image
+from nbvision.codecs.headers import read_headers
+from nbvision.codecs.open import CompressedImage, File, How, OpenImage, decode_on_host, open_file, read_file
 from nbvision.errors import DecodeError, InputError
 from nbvision.image import CHANNELS, Color, ImageBatch, image_offsets
 from nbvision.runtime import memory
@@ -204,29 +205,38 @@ def check_options(color: Any, background: Any, limit_pixels: Any, recover: Any, 
 def _open_all(
     sources: Sequence[Any], how: How, limit_pixels: int, threads: int, by: Processes | None
 ) -> list[CompressedImage | DecodeError]:
-    """Read the files and their headers.
+    """Read the files, and then their headers, those of plain JPEGs all at once."""
+    files = _read_all(sources, threads)
+    headers = iter(read_headers([file.data for file in files if isinstance(file, File)]))
+    opened = []
+    for file in files:
+        if isinstance(file, File):
+            image = open_file(file, next(headers), limit_pixels, how.recover)
+            if by is not None and isinstance(image, CompressedImage) and not how.is_for_gpu(image):
+                image.job = by.begin(image, how)
+        elif isinstance(file, OpenImage):
+            if file.how != how:
+                raise InputError(f"{file!r} was opened for {file.how}; expected what is asked for now, {how}")
+            image = file.for_batch(limit_pixels)
+        else:
+            image = file
+        opened.append(image)
+    return opened
 
-    Threads help to wait for files.  Of bytes, and of files that the system has in memory, the headers are read faster
-    than threads hand Python's lock to each other: so the caller's thread reads as long as nothing keeps it waiting.
-    """
 
-    def one(source: Any) -> CompressedImage | DecodeError:
-        if isinstance(source, OpenImage):
-            if source.how != how:
-                raise InputError(f"{source!r} was opened for {source.how}; expected what is asked for now, {how}")
-            return source.for_batch(limit_pixels)
-        image = read_image(source, limit_pixels, how.recover)
-        if by is not None and isinstance(image, CompressedImage) and not how.is_for_gpu(image):
-            image.job = by.begin(image, how)
-        return image
+def _read_all(sources: Sequence[Any], threads: int) -> list[File | OpenImage | DecodeError]:
+    """Read the files. Threads help to wait for them, but not while the system has them in memory."""
+
+    def one(source: Any) -> File | OpenImage | DecodeError:
+        return source if isinstance(source, OpenImage) else read_file(source)
 
     started_s = time.perf_counter()
-    opened: list[CompressedImage | DecodeError] = []
+    files: list[File | OpenImage | DecodeError] = []
     for source in sources:
-        if time.perf_counter() - started_s > _WAIT_S + _FILE_S * len(opened):
+        if time.perf_counter() - started_s > _WAIT_S + _FILE_S * len(files):
             break
-        opened.append(one(source))
-    return opened + map_all(one, sources[len(opened) :], threads)
+        files.append(one(source))
+    return files + map_all(one, sources[len(files) :], threads)
 
 
 # --- pixels ----------------------------------------------------------------------------------------------------------
@@ -256,8 +266,11 @@ def _decode_on_cuda(
     deterministic: bool,
     threads: int,
 ) -> None:
-    for_gpu = [image for image in images if how.is_for_gpu(image)]
-    for_host = [image for image in images if image.job is None and not how.is_for_gpu(image)]
+    for_gpu: list[CompressedImage] = []
+    for_host: list[CompressedImage] = []
+    for image in images:
+        if image.job is None:
+            (for_gpu if how.is_for_gpu(image) else for_host).append(image)
     staged = _staging_for(for_host, how)
     doubtful: set[CompressedImage] = set()
 

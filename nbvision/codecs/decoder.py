@@ -9,7 +9,7 @@ from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
-from nbvision.codecs import png
+from nbvision.codecs import headers, png
 from nbvision.codecs._processes import processes as shared_processes
 from nbvision.codecs._threads import ahead
 from nbvision.codecs.decode import LIMIT_PIXELS, Source, as_items, check_options, decode_items, how_to_decode
@@ -166,9 +166,11 @@ class Decoder:
     def warm_up(self) -> None:
         """Load what the first files would wait for, and wait for the processes, if there shall be any.
 
-        That is Numba and its loops for PNGs: 0.5 s, and 3 s for the first time on a machine. A process that has not
-        imported Numba leaves PNGs to Pillow until they come to 100 MB of pixels; those that come then wait.
+        That is Numba and its loops for PNGs and for the headers of JPEGs: 0.5 s, and 5 s for the first time on a
+        machine. A process that has not imported Numba leaves PNGs to Pillow until they come to 100 MB of pixels, and
+        reads headers one by one until it has read 50,000; those that come then wait.
         """
+        headers.warm_up()
         png.warm_up(self._how.wanted.color)
         if self._processes is not None:
             self._processes.wait_until_ready()

@@ -6,16 +6,26 @@ decoder, and to see that a file ends too early, which the GPU's decoder does not
 
 from __future__ import annotations
 
+import ctypes
+import functools
 import re
 import struct
-from collections.abc import Callable, Iterator
+import sys
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Literal, NamedTuple
 
-from nbvision.errors import DecodeError, InputError
+import numpy as np
+import numpy.typing as npt
 
-__all__ = ["IMAGE_SUFFIXES", "Header", "ImageFormat", "as_bytes", "chunks", "read_header"]
+from nbvision.errors import DecodeError, InputError
+from nbvision.runtime.compile import cpu_loop
+
+__all__ = ["IMAGE_SUFFIXES", "Header", "ImageFormat", "as_bytes", "chunks", "read_header", "read_headers", "warm_up"]
 
 IMAGE_SUFFIXES = (".avif", ".bmp", ".gif", ".j2k", ".jp2", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
+_WORTH_FILES = 50_000  # take 0.5 s in Python, as long as to import Numba
+_read_files = 0  # by Python
+
 ImageFormat = Literal["avif", "bmp", "gif", "jpeg", "jpeg2000", "png", "tiff", "webp"]
 
 
@@ -102,6 +112,66 @@ def read_header(data: Any) -> Header:
     if header.pixels == 0:
         raise _corrupt(header.format, f"says {header.height} x {header.width} pixels; expected at least 1 x 1")
     return header
+
+
+def read_headers(datas: Sequence[bytes]) -> list[Header | None]:
+    """Read the headers of plain JPEGs, all at once and without Python's lock; None for a file that wants a closer look.
+
+    What is no JPEG, what is wrong with one, and what is rare in one :func:`read_header` tells. All are None while the
+    process has not read so many that importing Numba, or waiting for its loop, would have been worth it.
+    """
+    global _read_files
+    if not datas or ("numba" not in sys.modules and _read_files < _WORTH_FILES):
+        _read_files += len(datas)
+        return [None] * len(datas)
+    try:
+        rows = _read_by_loop(datas)
+    except Exception:  # no memory, no compiler: whatever it is, it is not the files' fault
+        return [None] * len(datas)
+    return [_header_of(*row) if is_read else None for is_read, *row in rows.tolist()]
+
+
+def warm_up() -> None:
+    """Use the loop of :func:`read_headers` from now on, compiled if it never was on this machine (2 s)."""
+    _read_by_loop([])
+
+
+def _read_by_loop(datas: Sequence[bytes]) -> npt.NDArray[np.int32]:
+    """A row for each file, see ``nbvision_kernels.jpeg.COLUMNS``."""
+    from nbvision_kernels.jpeg import COLUMNS
+
+    files = (ctypes.c_char_p * len(datas))(*datas)  # which knows the bytes' addresses, and keeps them alive
+    lengths = np.fromiter(map(len, datas), np.int64, len(datas))
+    rows = np.empty((len(datas), len(COLUMNS)), np.int32)
+    addresses = np.frombuffer(memoryview(files), np.int64)
+    _jpeg_loop()(addresses, lengths, rows)
+    return rows
+
+
+@functools.cache
+def _jpeg_loop() -> Callable[..., None]:
+    from nbvision_kernels.jpeg import make_cpu_loop
+
+    return cpu_loop("jpeg-headers", make_cpu_loop(), parallel=False)
+
+
+@functools.lru_cache(maxsize=4096)  # of many files some have the same size
+def _header_of(
+    height: int, width: int, channels: int, bits: int, orientation: int, variant: int, colorspace: int, profile: int
+) -> Header:
+    from nbvision_kernels.jpeg import COLORSPACES, VARIANTS
+
+    return Header(
+        format="jpeg",
+        height=height,
+        width=width,
+        channels=channels,
+        bits=bits,
+        orientation=orientation,
+        variant=VARIANTS[variant],
+        colorspace=COLORSPACES[colorspace],
+        has_profile=bool(profile),
+    )
 
 
 def as_bytes(data: Any) -> bytes:

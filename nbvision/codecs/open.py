@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 from nbvision.codecs import gpu_decode, host, recovery
 from nbvision.codecs._processes import HostJob, Processes
@@ -13,7 +13,7 @@ from nbvision.errors import DecodeError
 from nbvision.image import CHANNELS
 from nbvision.runtime.device import Device
 
-__all__ = ["CompressedImage", "How", "OpenImage", "decode_on_host", "read_image"]
+__all__ = ["CompressedImage", "File", "How", "OpenImage", "decode_on_host", "open_file", "read_file", "read_image"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,29 +52,47 @@ class CompressedImage:
 # --- bytes and headers -----------------------------------------------------------------------------------------------
 
 
-def read_image(source: Any, limit_pixels: int, recover: bool = False) -> CompressedImage | DecodeError:
-    """Read a file and its header; what is wrong with them is returned."""
-    is_path = isinstance(source, (str, os.PathLike))
-    path = os.fsdecode(source) if is_path else getattr(source, "name", None)
-    try:
-        data = _read_file(os.fsdecode(source)) if is_path else as_bytes(source)
-        header = read_header(data)
-        _check_size(header, limit_pixels)
-        damage = None if header.complete else _truncated(header)
-        if damage is not None and not recover:
-            raise damage
-    except DecodeError as error:
-        return _bare(error, path)
-    return CompressedImage(data, header, path, damage=damage and _bare(damage, path))
+class File(NamedTuple):
+    """Compressed bytes, and what errors call them."""
+
+    data: bytes
+    source: str | None
 
 
-def _read_file(path: str) -> bytes:
+def read_file(source: Any) -> File | DecodeError:
+    """Bytes as they are, or a path's; what is wrong with it is returned."""
+    if type(source) is bytes:  # most are
+        return File(source, None)
+    if not isinstance(source, (str, os.PathLike)):
+        return File(as_bytes(source), getattr(source, "name", None))
+    path = os.fsdecode(source)
     try:
         with open(path, "rb") as file:
-            return file.read()
+            return File(file.read(), path)
     except (OSError, ValueError) as error:  # ValueError: a zero byte in the path
         reason = getattr(error, "strerror", None) or str(error)
-        raise DecodeError(f"the file cannot be read: {reason}", kind="unreadable") from error
+        return DecodeError(f"the file cannot be read: {reason}", kind="unreadable", source=path)
+
+
+def read_image(source: Any, limit_pixels: int, recover: bool = False) -> CompressedImage | DecodeError:
+    """Read a file and its header; what is wrong with them is returned."""
+    file = read_file(source)
+    return open_file(file, None, limit_pixels, recover) if isinstance(file, File) else file
+
+
+def open_file(file: File, header: Header | None, limit_pixels: int, recover: bool) -> CompressedImage | DecodeError:
+    """The image, if its header, which may have been read, says that all is well; else what is wrong."""
+    data, source = file
+    try:
+        header = header or read_header(data)
+        _check_size(header, limit_pixels)
+        if header.complete:
+            return CompressedImage(data, header, source)
+        if not recover:
+            raise _truncated(header)
+    except DecodeError as error:
+        return _bare(error, source)
+    return CompressedImage(data, header, source, damage=_bare(_truncated(header), source))
 
 
 def _check_size(header: Header, limit_pixels: int) -> None:
