@@ -160,7 +160,8 @@ class ImageBatch:
             rows[:, 0] = offsets
             rows[:, 0] += buffer.address
             rows[:, 1] = rows[:, 3] * CHANNELS[color]
-            rows[[error is not None for error in errors]] = 0
+            if any(errors):
+                rows[[error is not None for error in errors]] = 0
         return cls(
             [None] * len(sizes),
             color=color,

@@ -6,22 +6,21 @@ these times costs up to 5 ms until it has the lock again.  Here a batch lets go 
 
 from __future__ import annotations
 
-import contextlib
 import ctypes
 import functools
 import importlib.util
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from types import ModuleType
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar
 
 import numpy as np
 import numpy.typing as npt
 
 from nbvision.errors import MissingExtraError
 from nbvision.image import CHANNELS, Color
-from nbvision.runtime.device import CUDA_EXTRA
+from nbvision.runtime.device import CUDA_EXTRA, Device
 
 __all__ = ["SAMPLES", "DecoderHandle", "Opened", "Pixels", "nvimgcodec"]
 
@@ -203,10 +202,32 @@ class _Library:
             raise RuntimeError(f"{name} says {status}")
 
 
-def _image_infos(count: int) -> npt.NDArray[Any]:
-    infos = np.zeros(count, _IMAGE_INFO)
-    infos["struct_type"], infos["struct_size"] = _IMAGE, _IMAGE_INFO.itemsize
-    return infos
+def _blank_info() -> npt.NDArray[Any]:
+    info = np.zeros(1, _IMAGE_INFO)
+    info["struct_type"], info["struct_size"] = _IMAGE, _IMAGE_INFO.itemsize
+    return info
+
+
+_BLANK_INFO = _blank_info()
+
+
+def _addresses(array: npt.NDArray[Any]) -> range:
+    """Of each item."""
+    first: int = array.ctypes.data
+    return range(first, first + array.nbytes, array.itemsize)
+
+
+@functools.lru_cache(maxsize=64)
+def _info_of(color: Color, device: Device, stream: int) -> npt.NDArray[Any]:
+    """What is the same of all images."""
+    samples, space = SAMPLES[color]
+    info = _blank_info()
+    info["sample_format"], info["color_space"] = _SAMPLE_FORMATS[samples], _COLOR_SPACES[space]
+    info["subsampling"] = _GRAY_SUBSAMPLING if color == "gray" else _NO_SUBSAMPLING
+    info["buffer_kind"], info["cuda_stream"] = _BUFFER_KINDS[device], stream
+    info["planes"] = 1
+    info["plane"][:, 0]["channels"], info["plane"][:, 0]["sample_type"] = CHANNELS[color], _UINT8
+    return info
 
 
 @functools.cache
@@ -218,13 +239,23 @@ def _library() -> _Library:
     raise _missing()
 
 
-class Opened(NamedTuple):
-    """A batch that has been parsed."""
+class Opened:
+    """A batch that has been parsed, until it is closed."""
 
-    streams: npt.NDArray[np.uint64]  # handles of the files
-    images: npt.NDArray[np.uint64]  # of where their pixels shall be
-    known: npt.NDArray[np.int64]  # which files these are, of the batch
-    files: int  # of the batch
+    def __init__(self, library: _Library, files: int) -> None:
+        self._library = library.quick
+        self.files = files  # of the batch
+        # Handles of the files, and of where their pixels shall be.
+        self.streams, self.images = np.zeros((2, files), np.uint64)
+        self.is_known: npt.NDArray[np.bool_]  # whether nvImageCodec reads in a file what its header says
+
+    def close(self) -> None:
+        for handle in self.images.tolist():
+            if handle:
+                self._library.nvimgcodecImageDestroy(handle)
+        for handle in self.streams.tolist():
+            if handle:
+                self._library.nvimgcodecCodeStreamDestroy(handle)
 
 
 class DecoderHandle:
@@ -259,9 +290,8 @@ class DecoderHandle:
         )
         if status or not self._handle:
             raise RuntimeError(f"nvimgcodecDecoderCreate({backend}) says {status}")
-        self._device = "cpu" if device_id == CPU_ONLY_DEVICE else "cuda"
+        self._device: Device = "cpu" if device_id == CPU_ONLY_DEVICE else "cuda"
 
-    @contextlib.contextmanager
     def open(
         self,
         datas: Sequence[bytes],
@@ -271,7 +301,7 @@ class DecoderHandle:
         *,
         color: Color,
         stream: int,
-    ) -> Iterator[Opened]:
+    ) -> Opened:
         """Parse a batch and say where its pixels shall be: all that can be done while another thread decodes.
 
         Parameters
@@ -285,26 +315,30 @@ class DecoderHandle:
         stream : int
             The CUDA stream with which the work is ordered; of no meaning on the host.
 
+        Returns
+        -------
+        Opened
+            To be closed, and not before it has been decoded.
+
         Raises
         ------
         RuntimeError
             If the batch fails as a whole.
         """
-        streams, images = np.zeros(len(datas), np.uint64), np.zeros(len(datas), np.uint64)
+        opened = Opened(self._library, len(datas))
         try:
-            parsed, agrees = self._parse(datas, sizes, streams)
-            known = np.flatnonzero(agrees)
-            infos = _image_infos(len(known))
-            infos["orientation"] = parsed["orientation"][known]  # from which it is turned, if that is asked for
-            infos["buffer"] = np.array(addresses, np.uint64)[known]
-            infos["buffer_kind"], infos["cuda_stream"] = _BUFFER_KINDS[self._device], stream
-            self._describe(infos, np.array(upright_sizes, np.uint32)[known], color, images)
-            yield Opened(np.ascontiguousarray(streams[known]), images[: len(known)], known, len(datas))
-        finally:
-            for handle in images[images != 0].tolist():
-                self._library.quick.nvimgcodecImageDestroy(handle)
-            for handle in streams[streams != 0].tolist():
-                self._library.quick.nvimgcodecCodeStreamDestroy(handle)
+            orientations = self._parse(datas, sizes, opened)
+            infos = np.repeat(_info_of(color, self._device, stream), len(datas))
+            infos["orientation"] = orientations  # from which it is turned, if that is asked for
+            infos["buffer"] = addresses
+            plane, upright = infos["plane"][:, 0], np.array(upright_sizes, np.uint32)
+            plane["height"], plane["width"] = upright.T
+            plane["row_stride"] = upright[:, 1].astype(np.uint64) * CHANNELS[color]
+            self._describe(infos, opened)
+        except BaseException:
+            opened.close()
+            raise
+        return opened
 
     def decode(self, opened: Opened, *, apply_orientation: bool) -> npt.NDArray[np.bool_]:
         """Decode a batch and wait for it on the host.
@@ -325,42 +359,44 @@ class DecoderHandle:
         RuntimeError
             If the batch fails as a whole.
         """
+        known = opened.is_known
+        if known.all():
+            return self._run(opened.streams, opened.images, apply_orientation)
         done = np.zeros(opened.files, bool)
-        if len(opened.known):
-            done[opened.known] = self._run(opened.streams, opened.images, apply_orientation)
+        if known.any():
+            done[known] = self._run(opened.streams[known], opened.images[known], apply_orientation)
         return done
 
-    def _parse(
-        self, datas: Sequence[bytes], sizes: Sequence[tuple[int, int]], streams: npt.NDArray[np.uint64]
-    ) -> tuple[npt.NDArray[Any], npt.NDArray[np.bool_]]:
-        """Parse the files: what nvImageCodec reads in them, and whether that is what the headers say."""
-        library, instance = self._library.quick, self._library.instance
-        infos, parsed = _image_infos(len(datas)), np.zeros(len(datas), bool)
-        handles, at, each = streams.ctypes.data, infos.ctypes.data, infos.itemsize
-        for index, data in enumerate(datas):
-            if library.nvimgcodecCodeStreamCreateFromHostMem(instance, handles + 8 * index, data, len(data), None) == 0:
-                info = at + each * index
-                parsed[index] = library.nvimgcodecCodeStreamGetImageInfo(int(streams[index]), info) == 0
-        heights, widths = np.array(sizes, np.int64).T
-        first = infos["plane"][:, 0]
-        return infos, parsed & (first["height"] == heights) & (first["width"] == widths)
+    def _parse(self, datas: Sequence[bytes], sizes: Sequence[tuple[int, int]], opened: Opened) -> npt.NDArray[Any]:
+        """Parse the files, and see whether what nvImageCodec reads in them is what their headers say.
 
-    def _describe(
-        self, infos: npt.NDArray[Any], sizes: npt.NDArray[np.uint32], color: Color, images: npt.NDArray[np.uint64]
-    ) -> None:
-        """Tell how the pixels shall be, and make images of that."""
-        samples, space = SAMPLES[color]
-        infos["sample_format"], infos["color_space"] = _SAMPLE_FORMATS[samples], _COLOR_SPACES[space]
-        infos["subsampling"] = _GRAY_SUBSAMPLING if color == "gray" else _NO_SUBSAMPLING
-        infos["planes"] = 1
-        plane = infos["plane"][:, 0]
-        plane["height"], plane["width"] = sizes.T
-        plane["channels"], plane["sample_type"] = CHANNELS[color], _UINT8
-        plane["row_stride"] = sizes[:, 1].astype(np.uint64) * CHANNELS[color]
+        Returns
+        -------
+        structured array
+            Their orientations.
+        """
+        infos, library, instance = np.repeat(_BLANK_INFO, len(datas)), self._library.quick, self._library.instance
+        create, look = library.nvimgcodecCodeStreamCreateFromHostMem, library.nvimgcodecCodeStreamGetImageInfo
+        created = [
+            create(instance, handle, data, len(data), None)
+            for handle, data in zip(_addresses(opened.streams), datas, strict=True)
+        ]
+        statuses = [
+            status or look(stream, info)
+            for status, stream, info in zip(created, opened.streams.tolist(), _addresses(infos), strict=True)
+        ]
+        found, (heights, widths) = infos["plane"][:, 0], np.array(sizes, np.uint32).T
+        opened.is_known = (found["height"] == heights) & (found["width"] == widths)
+        if any(statuses):
+            opened.is_known &= np.array(statuses) == 0
+        return infos["orientation"]
+
+    def _describe(self, infos: npt.NDArray[Any], opened: Opened) -> None:
+        """Make images of what is known."""
         create, instance = self._library.quick.nvimgcodecImageCreate, self._library.instance
-        handles, at, each = images.ctypes.data, infos.ctypes.data, infos.itemsize
-        for index in range(len(infos)):
-            status = create(instance, handles + 8 * index, at + each * index)
+        places = zip(opened.is_known.tolist(), _addresses(opened.images), _addresses(infos), strict=True)
+        for is_known, handle, info in places:
+            status = is_known and create(instance, handle, info)
             if status:
                 raise RuntimeError(f"nvimgcodecImageCreate says {status}")
 

@@ -58,6 +58,8 @@ def in_background(function: Callable[[T], None], items: Sequence[T], helpers: in
 
 def run_all(function: Callable[[T], None], items: Sequence[T], threads: int) -> None:
     """Call ``function`` on every item, in up to ``threads`` threads, of which the caller's is one."""
+    if not items:
+        return
     with in_background(function, items, min(threads, len(items)) - 1):
         pass
 

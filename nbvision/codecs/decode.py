@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import operator
 import os
 import time
@@ -286,7 +287,8 @@ def _decode_on_cuda(
         except DecodeError:
             doubtful.add(image)
 
-    with in_background(stage_or_look_through, _largest_first([*for_host, *(for_gpu if strict else ())]), threads):
+    beside = _largest_first([*for_host, *(for_gpu if strict else ())])
+    with in_background(stage_or_look_through, beside, threads) if beside else contextlib.nullcontext():
         decoded = gpu_decode.decode_into(
             [buffer.address + image.offset_bytes for image in for_gpu],
             [image.data for image in for_gpu],

@@ -12,10 +12,10 @@ refuses, and as much of the baseline ones as makes the batch faster.
 from __future__ import annotations
 
 import collections
-import contextlib
 import functools
+import itertools
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
@@ -224,15 +224,17 @@ class _Lane:
     def decode(self, jobs: Sequence[_Job], color: Color) -> _Turn:
         """Decode what this decoder can, and say so in each job."""
         slices = _sliced(jobs)
-        with contextlib.ExitStack() as opened, _as_device_error(len(jobs)):
+        opened: list[Opened] = []
 
-            def open_slice(part: list[_Job]) -> Opened:
-                return opened.enter_context(self._open(part, color))
+        def open_slice(part: list[_Job]) -> Opened:
+            opened.append(self._open(part, color))
+            return opened[-1]
 
+        try:
             batch = open_slice(slices[0])
             with self._turns:
                 begin = self.stream.record()
-                for part, following in zip(slices, [*slices[1:], None], strict=True):
+                for part, following in itertools.zip_longest(slices, slices[1:]):
                     opening = self._opener.submit(open_slice, following) if following else None
                     try:
                         done = self._decoder.decode(batch, apply_orientation=part[0].is_turned)
@@ -242,9 +244,14 @@ class _Lane:
                     for job, is_done in zip(part, done.tolist(), strict=True):
                         job.done = is_done
                 end = self.stream.record()
+        except RuntimeError as error:
+            raise DeviceError(f"nvImageCodec failed on {len(jobs)} images as a whole: {error}") from error
+        finally:
+            for batch in opened:
+                batch.close()
         return _Turn(begin, end, sum(job.cost for job in jobs))
 
-    def _open(self, jobs: list[_Job], color: Color) -> contextlib.AbstractContextManager[Opened]:
+    def _open(self, jobs: list[_Job], color: Color) -> Opened:
         return self._decoder.open(
             [job.data for job in jobs],
             [(job.header.height, job.header.width) for job in jobs],
@@ -266,14 +273,6 @@ def _sliced(jobs: Sequence[_Job]) -> list[list[_Job]]:
         count = max(1, len(group) // _SLICE) if group else 0
         slices += [group[len(group) * at // count : len(group) * (at + 1) // count] for at in range(count)]
     return slices
-
-
-@contextlib.contextmanager
-def _as_device_error(count: int) -> Iterator[None]:
-    try:
-        yield
-    except RuntimeError as error:
-        raise DeviceError(f"nvImageCodec failed on {count} images as a whole: {error}") from error
 
 
 @dataclass(frozen=True, slots=True)

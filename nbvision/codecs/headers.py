@@ -23,6 +23,7 @@ from nbvision.runtime.compile import cpu_loop
 __all__ = ["IMAGE_SUFFIXES", "Header", "ImageFormat", "as_bytes", "chunks", "read_header", "read_headers", "warm_up"]
 
 IMAGE_SUFFIXES = (".avif", ".bmp", ".gif", ".j2k", ".jp2", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
+_MANY = 3  # files of one call; fewer Python reads as fast
 _WORTH_FILES = 50_000  # take 0.5 s in Python, as long as to import Numba
 _read_files = 0  # by Python
 
@@ -121,7 +122,7 @@ def read_headers(datas: Sequence[bytes]) -> list[Header | None]:
     process has not read so many that importing Numba, or waiting for its loop, would have been worth it.
     """
     global _read_files
-    if not datas or ("numba" not in sys.modules and _read_files < _WORTH_FILES):
+    if len(datas) < _MANY or ("numba" not in sys.modules and _read_files < _WORTH_FILES):
         _read_files += len(datas)
         return [None] * len(datas)
     try:
