@@ -26,7 +26,7 @@ from PIL import Image, ImageOps
 from nbvision.codecs import decode, gpu_decode, host, png, read_header
 from nbvision.codecs._nvimgcodec import CPU_ONLY_DEVICE, DecoderHandle
 from nbvision.codecs._threads import Turns
-from nbvision.errors import DecodeError, InputError, MemoryLimitError
+from nbvision.errors import DecodeError, DeviceError, InputError, MemoryLimitError
 from nbvision.image import ImageBatch
 from nbvision.runtime import memory
 
@@ -582,16 +582,19 @@ def test_the_width_of_slivers_is_the_stored_one() -> None:
     assert not gpu_decode.takes(header, "rgb")
 
 
-@pytest.mark.parametrize("slice", [2, 64])
-@pytest.mark.parametrize("color", ["rgb", "bgr", "gray"])
-def test_calls_to_nvimgcodec_without_a_gpu(color: Any, slice: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def lane_of_the_host() -> Any:
     """The GPU room's own code over nvImageCodec's CPU decoder: same calls, memory of the host."""
     pytest.importorskip("nvidia.nvimgcodec")
-    monkeypatch.setattr(gpu_decode, "_SLICE", slice)
     lane = object.__new__(gpu_decode._Lane)
-    lane._opener = ThreadPoolExecutor(1)
     lane._decoder, lane._turns = DecoderHandle("CPU_ONLY", CPU_ONLY_DEVICE, threads=1), Turns()
     lane.stream = types.SimpleNamespace(ptr=0, record=lambda: None)
+    return lane
+
+
+@pytest.mark.parametrize("slice", [2, 64])
+@pytest.mark.parametrize("color", ["rgb", "bgr", "gray"])
+def test_calls_to_nvimgcodec_without_a_gpu(color: Any, slice: int) -> None:
+    lanes = [lane_of_the_host(), lane_of_the_host()]
     datas = [(JPEGS | OTHERS)[name] for name in ("4:2:0", "gray", "progressive jpeg", "1x1")]
     datas += [with_orientation(photo(), "JPEG", orientation) for orientation in range(1, 9)]
     headers = [read_header(data) for data in datas]
@@ -599,8 +602,11 @@ def test_calls_to_nvimgcodec_without_a_gpu(color: Any, slice: int, monkeypatch: 
     outs = [np.zeros((*header.oriented_size, channels), np.uint8) for header in headers]
     datas[1] = b"not what the header says"
     jobs = [gpu_decode._Job(out.ctypes.data, *job, cost=1) for out, *job in zip(outs, datas, headers, strict=True)]
-    assert lane.decode(jobs, color).cost == len(jobs)
-    lane._opener.shutdown()
+    queue = iter(gpu_decode._sliced(jobs, slice))
+    with ThreadPoolExecutor(2) as threads:
+        turns = list(threads.map(lambda lane: lane.decode(queue, color), lanes))
+    assert sum(turn.cost for turn in turns if turn) == len(jobs)
+    assert [lane.load for lane in lanes] == [0, 0]
     assert [job.done for job in jobs] == [index != 1 for index in range(len(datas))]
     batch = decode(datas, color=color, device="cpu")
     for index, out in enumerate(outs):
@@ -608,12 +614,54 @@ def test_calls_to_nvimgcodec_without_a_gpu(color: Any, slice: int, monkeypatch: 
             np.testing.assert_array_equal(out, batch[index])
 
 
+def decoders_of_the_host(engine: list[Any], cuda: Any) -> Any:
+    decoders = object.__new__(gpu_decode._Decoders)
+    decoders._engine, decoders._helpers = engine, ThreadPoolExecutor(4)
+    decoders.__dict__["_cuda"] = cuda
+    return decoders
+
+
+def test_a_batch_is_shared_out_and_comes_back_whole() -> None:
+    """Slices among the engine's two decoders, and what the CUDA decoder gets beside them."""
+    decoders = decoders_of_the_host([lane_of_the_host(), lane_of_the_host()], lane_of_the_host())
+    data = JPEGS["4:2:0"]
+    expected, header = decode(data, device="cpu")[0], read_header(data)
+    outs = np.zeros((100, *expected.shape), np.uint8)
+    jobs = [gpu_decode._Job(out.ctypes.data, data, header, 1) for out in outs]
+    for for_cuda in (0, 10):
+        outs[:] = 0
+        by_engine, by_cuda = decoders._decode_side_by_side(jobs[for_cuda:], jobs[:for_cuda], "rgb")
+        assert (outs == expected).all()
+        assert 1 <= len(by_engine) <= 2  # one may have taken all before the other was there
+        assert sum(turn.cost for turn in by_engine) == 100 - for_cuda
+        assert [turn.cost for turn in by_cuda] == [for_cuda] * bool(for_cuda)
+
+
+def test_an_error_comes_once_nobody_writes_to_the_callers_memory_any_more() -> None:
+    written = []
+
+    def fail(*_: Any) -> None:
+        raise DeviceError("as a whole")
+
+    def write_slowly(slices: Any, color: str) -> None:
+        time.sleep(0.05)
+        written.extend(slices)
+
+    failing, slow = (types.SimpleNamespace(load=0, decode=call) for call in (fail, write_slowly))
+    jobs = [gpu_decode._Job(0, b"", read_header(JPEGS["4:2:0"]), 1) for _ in range(64)]
+    for engine, cuda in (([failing, slow], slow), ([slow, failing], slow), ([slow, slow], failing)):
+        written.clear()
+        with pytest.raises(DeviceError):
+            decoders_of_the_host(engine, cuda)._decode_side_by_side(jobs, jobs, "rgb")
+        assert len(written) in (2, 3)  # slices of the engine's and the CUDA decoder's one, if it is not at fault
+
+
 @pytest.mark.parametrize(("upright", "turned"), [(0, 1), (1, 0), (63, 65), (64, 127), (128, 0), (700, 129)])
 def test_slices_are_of_one_kind_and_never_small_ones(upright: int, turned: int) -> None:
-    """A call of the engine takes 0.3 ms, be it for one image."""
+    """With few large images in a call the engine's parts run idle."""
     headers = [read_header(with_orientation(photo(3, 5), "JPEG", orientation)) for orientation in (1, 6)]
     jobs = [gpu_decode._Job(0, b"", header, 1) for header in [headers[0]] * upright + [headers[1]] * turned]
-    slices = gpu_decode._sliced(jobs)
+    slices = gpu_decode._sliced(jobs, 64)
     assert sorted(map(id, jobs)) == sorted(id(job) for part in slices for job in part)
     for part in slices:
         assert len({job.is_turned for job in part}) == 1

@@ -108,6 +108,11 @@ class Turns:
         self._waiting = 0
         self._entered = threading.Event()
 
+    @property
+    def load(self) -> int:
+        """How many threads are in, or wait."""
+        return self._waiting + self._lock.locked()
+
     def __enter__(self) -> None:
         with self._counting:
             self._waiting += 1

@@ -4,7 +4,7 @@ Only what the GPU is good at goes here.  PNG and its like are unpacked on the ho
 codes of progressive JPEGs, which is most of their work.  They take :mod:`nbvision.codecs.host`, where no image waits
 for another, and give the same pixels and the same errors on every device.
 
-Two decoders share the work: the card's JPEG engine, and nvJPEG's CUDA decoder, which unpacks codes on host threads and
+Two things share the work: the card's JPEG engine, and nvJPEG's CUDA decoder, which unpacks codes on host threads and
 makes pixels of them on the GPU.  The engine takes baseline JPEGs; the CUDA decoder extended ones, what the engine
 refuses, and as much of the baseline ones as makes the batch faster.
 """
@@ -13,10 +13,9 @@ from __future__ import annotations
 
 import collections
 import functools
-import itertools
 import threading
-from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from typing import Any
 
@@ -34,7 +33,8 @@ __all__ = ["decode_into", "takes"]
 # that is up to a width of 4; there the two would differ by whole colours, so the host decodes such slivers.
 _SMOOTHED_FROM_WIDTH = 5
 
-_SLICE = 64  # images; of fewer, a call's own 0.3 ms begin to count
+_SLICE = 32  # images of a call of the engine; with fewer large ones, some of its seven parts run idle
+_ENGINE_THREADS = 4  # take a tenth less than one with large images, and not more with small ones
 
 
 def takes(header: Header, color: Color) -> bool:
@@ -106,24 +106,25 @@ class _Job:
 
 
 class _Decoders:
-    """The two decoders of one device, for all threads of the process.
+    """The decoders of one device, for all threads of the process.
 
-    Threads take turns: of small images, an engine fed by two threads decodes fewer than one fed by one.  While one
-    thread has its turn, others read headers and open files.
+    The engine has two, so that it is busy while the host opens files for one of them: two batches of two threads, or
+    the slices of one.  Threads take turns at each.
     """
 
     def __init__(self, device_id: int) -> None:
         self._device_id = device_id
         self._lock = threading.Lock()
         self._balance = Balance()
-        # The last batches, of which some may still be under way.
-        self._unread: collections.deque[tuple[list[int], list[_Turn]]] = collections.deque(maxlen=8)
+        # The last batches, of which some may still be under way: costs, and turns of the engine and the CUDA decoder.
+        self._unread: collections.deque[tuple[list[int], list[_Turn], list[_Turn]]] = collections.deque(maxlen=8)
         try:
-            self._engine: _Lane | None = _Lane("HW_GPU_ONLY", device_id, threads=1)  # more do not feed it faster
+            self._engine = [_Lane("HW_GPU_ONLY", device_id, threads=_ENGINE_THREADS) for _ in range(2)]
         except RuntimeError:  # the card has none
-            self._engine = None
-        # Waits for the CUDA decoder while the caller's thread waits for the engine.
-        self._helper = ThreadPoolExecutor(1, thread_name_prefix="nbvision-cuda-decoder")
+            self._engine = []
+        # In which the others of a batch's decoders are waited for.
+        use_device = array_module("cuda").cuda.Device(device_id).use
+        self._helpers = ThreadPoolExecutor(4, thread_name_prefix="nbvision-jpeg", initializer=use_device)
 
     @functools.cached_property
     def _cuda(self) -> _Lane:
@@ -139,38 +140,41 @@ class _Decoders:
         """Decode all that can be; ``done`` says which."""
         for_engine, for_cuda, costs = self._divide(jobs, deterministic)
         try:
-            turns = self._decode_side_by_side(for_engine, for_cuda, color)
+            by_engine, by_cuda = self._decode_side_by_side(for_engine, for_cuda, color)
             refused = [job for job in for_engine if not job.done]
             if refused:
-                turns += self._decode_side_by_side([], refused, color)
+                by_cuda += self._decode_side_by_side([], refused, color)[1]
         except BaseException:
             array_module("cuda").cuda.Device(self._device_id).synchronize()  # nobody else knows what is under way
             raise
         stream = array_module("cuda").cuda.get_current_stream()
-        for turn in turns:
+        for turn in by_engine + by_cuda:
             stream.wait_event(turn.end)
         if costs and not refused:
             with self._lock:
-                self._unread.append((costs, turns))
+                self._unread.append((costs, by_engine, by_cuda))
 
-    def _decode_side_by_side(self, for_engine: list[_Job], for_cuda: list[_Job], color: Color) -> list[_Turn]:
-        helping = self._helper.submit(self._decode_by_cuda, for_cuda, color) if for_cuda else None
-        turns: list[_Turn] = []
+    def _decode_side_by_side(
+        self, for_engine: list[_Job], for_cuda: list[_Job], color: Color
+    ) -> tuple[list[_Turn], list[_Turn]]:
+        """The turns of the engine, and of the CUDA decoder."""
+        slices = _sliced(for_engine, _SLICE)
+        queue = iter(slices)  # whose steps Python's lock makes atomic
+        lanes = sorted(self._engine, key=lambda lane: lane.load)[: len(slices)]
+        cuda, helping = [], []
         try:
-            if self._engine is not None and for_engine:
-                turns.append(self._engine.decode(for_engine, color))
+            if for_cuda:
+                cuda.append(self._helpers.submit(self._cuda.decode, iter(_sliced(for_cuda, len(for_cuda))), color))
+            helping += [self._helpers.submit(lane.decode, queue, color) for lane in lanes[1:] if not lane.load]
+            by_engine = [lane.decode(queue, color) for lane in lanes[:1]]
         finally:
-            if helping is not None:
-                turns.append(helping.result())
-        return turns
-
-    def _decode_by_cuda(self, jobs: Sequence[_Job], color: Color) -> _Turn:
-        with array_module("cuda").cuda.Device(self._device_id):
-            return self._cuda.decode(jobs, color)
+            wait(cuda + helping)  # all of them, also if one fails: they write to the caller's memory
+        by_engine += [future.result() for future in helping]
+        return [turn for turn in by_engine if turn], [turn for future in cuda if (turn := future.result())]
 
     def _divide(self, jobs: Sequence[_Job], deterministic: bool) -> tuple[list[_Job], list[_Job], list[int]]:
         """What the engine gets, what the CUDA decoder gets, and the costs from which their balance may learn."""
-        if self._engine is None:
+        if not self._engine:
             return [], list(jobs), []
         for_engine = [job for job in jobs if job.header.variant == "baseline"]
         for_cuda = [job for job in jobs if job.header.variant != "baseline"]
@@ -178,9 +182,9 @@ class _Decoders:
             return for_engine, for_cuda, []
         costs = [job.cost for job in for_engine]
         with self._lock:
-            while self._unread and all(turn.end.done for turn in self._unread[0][1]):
-                known_costs, turns = self._unread.popleft()
-                self._balance.learn(known_costs, Measured(*(number for turn in turns for number in turn.cost_and_ms())))
+            while self._unread and all(turn.end.done for turns in self._unread[0][1:] for turn in turns):
+                known_costs, *turns = self._unread.popleft()
+                self._balance.learn(known_costs, Measured(*_cost_and_ms(turns[0]), *_cost_and_ms(turns[1])))
             wanted = self._balance.share(costs) * sum(costs)
         if wanted:
             # The largest: images cost the CUDA decoder more for being many than for being large.
@@ -217,39 +221,39 @@ class _Lane:
     def __init__(self, backend: str, device_id: int, *, threads: int) -> None:
         self._decoder = DecoderHandle(backend, device_id, threads=threads)
         self._turns = Turns()  # a decoder that two threads use at once loses images, or the process
-        use_device = array_module("cuda").cuda.Device(device_id).use
-        self._opener = ThreadPoolExecutor(1, thread_name_prefix="nbvision-opener", initializer=use_device)
         self.stream = array_module("cuda").cuda.Stream(non_blocking=True)
 
-    def decode(self, jobs: Sequence[_Job], color: Color) -> _Turn:
-        """Decode what this decoder can, and say so in each job."""
-        slices = _sliced(jobs)
+    @property
+    def load(self) -> int:
+        """How many threads have a turn, or wait for one."""
+        return self._turns.load
+
+    def decode(self, slices: Iterator[list[_Job]], color: Color) -> _Turn | None:
+        """Decode slices until others have taken the rest, and say in each job whether this decoder could."""
+        part = next(slices, None)
+        if part is None:
+            return None
         opened: list[Opened] = []
-
-        def open_slice(part: list[_Job]) -> Opened:
-            opened.append(self._open(part, color))
-            return opened[-1]
-
+        cost = 0
         try:
-            batch = open_slice(slices[0])
+            opened.append(self._open(part, color))
             with self._turns:
                 begin = self.stream.record()
-                for part, following in itertools.zip_longest(slices, slices[1:]):
-                    opening = self._opener.submit(open_slice, following) if following else None
-                    try:
-                        done = self._decoder.decode(batch, apply_orientation=part[0].is_turned)
-                    finally:
-                        if opening is not None:
-                            batch = opening.result()
+                while part is not None:
+                    done = self._decoder.decode(opened[-1], apply_orientation=part[0].is_turned)
                     for job, is_done in zip(part, done.tolist(), strict=True):
                         job.done = is_done
+                        cost += job.cost
+                    part = next(slices, None)
+                    if part is not None:
+                        opened.append(self._open(part, color))
                 end = self.stream.record()
         except RuntimeError as error:
-            raise DeviceError(f"nvImageCodec failed on {len(jobs)} images as a whole: {error}") from error
+            raise DeviceError(f"nvImageCodec failed on a batch as a whole: {error}") from error
         finally:
             for batch in opened:
                 batch.close()
-        return _Turn(begin, end, sum(job.cost for job in jobs))
+        return _Turn(begin, end, cost)
 
     def _open(self, jobs: list[_Job], color: Color) -> Opened:
         return self._decoder.open(
@@ -262,17 +266,23 @@ class _Lane:
         )
 
 
-def _sliced(jobs: Sequence[_Job]) -> list[list[_Job]]:
-    """In calls of the decoder: while one is decoded, the next is opened, which takes a third of the time of small ones.
+def _sliced(jobs: Sequence[_Job], least: int) -> list[list[_Job]]:
+    """In calls of a decoder, of so many images or more if there are.
 
     Upright ones apart: for them nvImageCodec shall not look into the EXIF, where it might read another orientation.
     """
     slices = []
     for is_turned in (False, True):
         group = [job for job in jobs if job.is_turned is is_turned]
-        count = max(1, len(group) // _SLICE) if group else 0
+        count = max(1, len(group) // least) if group else 0
         slices += [group[len(group) * at // count : len(group) * (at + 1) // count] for at in range(count)]
     return slices
+
+
+def _cost_and_ms(turns: Sequence[_Turn]) -> tuple[float, float]:
+    """What some turns at the same time were given, and how long the longest took."""
+    elapsed_ms = array_module("cuda").cuda.get_elapsed_time
+    return sum(turn.cost for turn in turns), max((elapsed_ms(turn.begin, turn.end) for turn in turns), default=0.0)
 
 
 @dataclass(frozen=True, slots=True)
@@ -282,6 +292,3 @@ class _Turn:
     begin: Any
     end: Any
     cost: int
-
-    def cost_and_ms(self) -> tuple[float, float]:
-        return self.cost, array_module("cuda").cuda.get_elapsed_time(self.begin, self.end)
