@@ -8,10 +8,12 @@ from nbvision.codecs._balance import Balance, Measured, cost_of
 
 
 class Card:
-    """Decodes by the clock: rates in images a millisecond, alone and while the other decoder is busy."""
+    """Decodes by the clock: rates in images a millisecond, alone and while the other decoder is busy, which is asked
+    so many milliseconds after the batch began."""
 
-    def __init__(self, alone: float, engine_beside: float, cuda_beside: float) -> None:
+    def __init__(self, alone: float, engine_beside: float, cuda_beside: float, asking_ms: float = 0.0) -> None:
         self.alone, self.engine_beside, self.cuda_beside = alone, engine_beside, cuda_beside
+        self.asking_ms = asking_ms
         self.calls: list[tuple[float, float]] = []  # share, images a millisecond
 
     def run(self, balance: Balance, count: int, pixels: int = 1920 * 1080) -> None:
@@ -19,11 +21,12 @@ class Card:
         moved = round(balance.share(costs) * count)
         if moved:
             engine_ms, cuda_ms = (count - moved) / self.engine_beside, moved / self.cuda_beside
-            measured = Measured((count - moved) * costs[0], engine_ms, moved * costs[0], cuda_ms)
+            batch_ms = max(engine_ms, cuda_ms + self.asking_ms)
+            measured = Measured((count - moved) * costs[0], engine_ms, moved * costs[0], cuda_ms, batch_ms)
         else:
-            measured = Measured(count * costs[0], count / self.alone)
+            measured = Measured(count * costs[0], count / self.alone, 0.0, 0.0, count / self.alone)
         balance.learn(costs, measured)
-        self.calls.append((moved / count, count / max(measured.engine_ms, measured.cuda_ms)))
+        self.calls.append((moved / count, count / measured.batch_ms))
 
 
 def test_both_work_where_that_is_faster() -> None:
@@ -42,6 +45,14 @@ def test_the_engine_works_alone_where_both_are_slower() -> None:
     shared = [share for share, _ in card.calls if share]
     assert 1 <= len(shared) <= 25  # now and then, to see whether it still holds
     assert 1000 / sum(1 / rate for _, rate in card.calls) > 0.97 * 28.0
+
+
+def test_who_is_asked_late_is_no_help() -> None:
+    """Two decoders that are faster together, by less than what it takes to have two."""
+    card, balance = Card(28.0, 24.0, 8.0, asking_ms=1.0), Balance()
+    for _ in range(200):
+        card.run(balance, 64, 500 * 375)
+    assert sum(share > 0 for share, _ in card.calls) <= 8
 
 
 def test_a_change_is_noticed() -> None:
@@ -70,7 +81,7 @@ def test_small_batches_stay_with_the_engine(count: int) -> None:
     costs = [cost_of(1920 * 1080)] * count
     for _ in range(50):
         assert balance.share(costs) == 0
-        balance.learn(costs, Measured(1.0, 1.0))
+        balance.learn(costs, Measured(1.0, 1.0, 0.0, 0.0, 1.0))
 
 
 def test_a_decoder_that_hardly_helps_gets_little() -> None:

@@ -21,17 +21,21 @@ def cost_of(pixels: int) -> int:
 
 @dataclass(frozen=True, slots=True)
 class Measured:
-    """Of one batch: costs, and when each decoder was done with them, in milliseconds since the batch began."""
+    """Of one batch: costs, how long each decoder took for them, and how long the batch took, all in milliseconds.
+
+    A batch takes longer than its decoders, which files have to be opened for, and threads to be woken.
+    """
 
     engine_cost: float
     engine_ms: float
-    cuda_cost: float = 0.0
-    cuda_ms: float = 0.0
+    cuda_cost: float
+    cuda_ms: float
+    batch_ms: float
 
     @property
     def rate(self) -> float:
         """Cost a millisecond, both decoders together."""
-        return (self.engine_cost + self.cuda_cost) / max(self.engine_ms, self.cuda_ms)
+        return (self.engine_cost + self.cuda_cost) / self.batch_ms
 
 
 @dataclass(slots=True)

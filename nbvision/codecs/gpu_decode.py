@@ -14,6 +14,7 @@ from __future__ import annotations
 import collections
 import functools
 import threading
+import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
 from dataclasses import dataclass
@@ -116,8 +117,7 @@ class _Decoders:
         self._device_id = device_id
         self._lock = threading.Lock()
         self._balance = Balance()
-        # The last batches, of which some may still be under way: costs, and turns of the engine and the CUDA decoder.
-        self._unread: collections.deque[tuple[list[int], list[_Turn], list[_Turn]]] = collections.deque(maxlen=8)
+        self._unread: collections.deque[_Batch] = collections.deque(maxlen=8)  # the last, some still under way
         try:
             self._engine = [_Lane("HW_GPU_ONLY", device_id, threads=_ENGINE_THREADS) for _ in range(2)]
         except RuntimeError:  # the card has none
@@ -138,6 +138,7 @@ class _Decoders:
 
     def decode(self, jobs: Sequence[_Job], color: Color, deterministic: bool) -> None:
         """Decode all that can be; ``done`` says which."""
+        started_s = time.perf_counter()
         for_engine, for_cuda, costs = self._divide(jobs, deterministic)
         try:
             by_engine, by_cuda = self._decode_side_by_side(for_engine, for_cuda, color)
@@ -152,7 +153,7 @@ class _Decoders:
             stream.wait_event(turn.end)
         if costs and not refused:
             with self._lock:
-                self._unread.append((costs, by_engine, by_cuda))
+                self._unread.append(_Batch(started_s, costs, by_engine, by_cuda))
 
     def _decode_side_by_side(
         self, for_engine: list[_Job], for_cuda: list[_Job], color: Color
@@ -182,9 +183,9 @@ class _Decoders:
             return for_engine, for_cuda, []
         costs = [job.cost for job in for_engine]
         with self._lock:
-            while self._unread and all(turn.end.done for turns in self._unread[0][1:] for turn in turns):
-                known_costs, *turns = self._unread.popleft()
-                self._balance.learn(known_costs, Measured(*_cost_and_ms(turns[0]), *_cost_and_ms(turns[1])))
+            while self._unread and self._unread[0].is_done:
+                batch = self._unread.popleft()
+                self._balance.learn(batch.costs, batch.measured())
             wanted = self._balance.share(costs) * sum(costs)
         if wanted:
             # The largest: images cost the CUDA decoder more for being many than for being large.
@@ -237,6 +238,7 @@ class _Lane:
         cost = 0
         try:
             opened.append(self._open(part, color))
+            asked_s = time.perf_counter()
             with self._turns:
                 begin = self.stream.record()
                 while part is not None:
@@ -253,7 +255,7 @@ class _Lane:
         finally:
             for batch in opened:
                 batch.close()
-        return _Turn(begin, end, cost)
+        return _Turn(begin, end, cost, asked_s)
 
     def _open(self, jobs: list[_Job], color: Color) -> Opened:
         return self._decoder.open(
@@ -279,16 +281,40 @@ def _sliced(jobs: Sequence[_Job], least: int) -> list[list[_Job]]:
     return slices
 
 
-def _cost_and_ms(turns: Sequence[_Turn]) -> tuple[float, float]:
-    """What some turns at the same time were given, and how long the longest took."""
-    elapsed_ms = array_module("cuda").cuda.get_elapsed_time
-    return sum(turn.cost for turn in turns), max((elapsed_ms(turn.begin, turn.end) for turn in turns), default=0.0)
-
-
 @dataclass(frozen=True, slots=True)
 class _Turn:
-    """What a decoder was given at once, between two events on its stream."""
+    """What a decoder was given at once, between two events on its stream, and when it was asked to."""
 
     begin: Any
     end: Any
     cost: int
+    asked_s: float
+
+    @property
+    def ms(self) -> float:
+        elapsed_ms: float = array_module("cuda").cuda.get_elapsed_time(self.begin, self.end)
+        return elapsed_ms
+
+
+@dataclass(frozen=True, slots=True)
+class _Batch:
+    """One that was shared out."""
+
+    started_s: float
+    costs: list[int]
+    by_engine: list[_Turn]
+    by_cuda: list[_Turn]
+
+    @property
+    def is_done(self) -> bool:
+        return all(turn.end.done for turn in self.by_engine + self.by_cuda)
+
+    def measured(self) -> Measured:
+        """What other batches kept this one waiting for is left out: it does not depend on who decodes what."""
+        times = [
+            [(turn.ms, turn.asked_s - self.started_s) for turn in turns] for turns in (self.by_engine, self.by_cuda)
+        ]
+        engine_ms, cuda_ms = (max((ms for ms, _ in of_one), default=0.0) for of_one in times)
+        engine_cost, cuda_cost = (sum(turn.cost for turn in turns) for turns in (self.by_engine, self.by_cuda))
+        batch_ms = max(ms + asked_s * 1e3 for of_one in times for ms, asked_s in of_one)
+        return Measured(engine_cost, engine_ms, cuda_cost, cuda_ms, batch_ms)
