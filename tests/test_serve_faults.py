@@ -7,6 +7,7 @@ import collections
 import concurrent.futures
 import contextlib
 import hashlib
+import json
 import os
 import signal
 import socket
@@ -204,6 +205,41 @@ def test_who_comes_behind_too_many_for_his_deadline(tmp_path: Path) -> None:
         stats = server.stats("sleeping")
         assert (stats["rejected"], stats["given_up"]) == (kinds[503], kinds[504])
         assert kinds[504] >= 4
+
+
+def test_who_comes_when_http_is_late_is_turned_away_before_anything_is_done(tmp_path: Path) -> None:
+    """Of 600 at the same time, which take HTTP some hundred milliseconds, to a pipeline that has nothing to do."""
+    with Server(config("echo", top="cache_bytes: 0"), tmp_path) as server:
+        host, port = server.url.removeprefix("http://").split(":")
+        data = os.urandom(100_000)
+        request = b"POST /v1/echo?deadline_ms=%d HTTP/1.1\r\nHost: x\r\nContent-Length: %d\r\n\r\n"
+        with contextlib.ExitStack() as open_until_all_are_answered:
+            connections = [
+                open_until_all_are_answered.enter_context(socket.create_connection((host, int(port)), timeout=60))
+                for _ in range(200)
+            ]
+            kinds: collections.Counter[int] = collections.Counter()
+            said = []
+            for _ in range(3):
+                with concurrent.futures.ThreadPoolExecutor(40) as pool:
+                    list(pool.map(lambda one: one.sendall(request % (30, len(data)) + data), connections))
+                for connection in connections:
+                    with connection.makefile("rb") as answers:
+                        status = int(answers.readline().split()[1])
+                        lengths = [int(line.split(b":")[1]) for line in header_of(answers) if b"content-len" in line]
+                        body = json.loads(answers.read(*lengths))
+                    kinds[status] += 1
+                    if status == 503:
+                        said.append(body["error"])
+                    elif status == 200:
+                        assert body["bytes"] == len(data)
+        assert set(kinds) <= {200, 503, 504}
+        assert any("to be read and written" in error for error in said)
+        stats = server.stats("echo")
+        assert stats["rejected"] == kinds[503]
+        assert stats["items"] <= kinds[200] + kinds[504]
+        assert stats["success"] == kinds[200]
+        assert right(server.ask("echo", b"afterwards", params={"deadline_ms": 10_000}), b"afterwards")
 
 
 # --- clients that go away ---------------------------------------------------------------------------------------------

@@ -20,6 +20,7 @@ from typing import Any
 import nbvision
 from nbvision.errors import InputError, MissingExtraError, NbvisionError
 from nbvision.serve import metrics, protocol, tracing, triton
+from nbvision.serve.connections import READ_S
 from nbvision.serve.service import MOST_ITEMS, Service
 from nbvision.serve.status import CLIENT_GONE, RefusedError, UnknownModelError, described, status_of
 
@@ -260,7 +261,8 @@ def make_app(service: Service) -> FastAPI:
             raise InputError(f"Inference-Header-Content-Length is {length!r}; expected a number of bytes")
         with service.using(model, version) as served:
             asked = protocol.read_request(await body_of(request), None if length is None else int(length))
-            tensors = await while_there(request, service.infer(served, asked))
+            read_s = request.scope.get(READ_S, time.perf_counter())
+            tensors = await while_there(request, service.infer(served, asked, read_s=read_s))
         body, header_length = protocol.write_response(tensors, model=model, version=served.version, request=asked)
         if header_length is None:
             return Response(body, media_type="application/json")
@@ -318,8 +320,10 @@ def make_app(service: Service) -> FastAPI:
         with service.using(model) as served:
             if not served.pipeline.takes_images:
                 raise UnknownModelError(f"model {model!r} takes tensors; expected POST /v2/models/{model}/infer")
+            read_s = request.scope.get(READ_S, time.perf_counter())
+            service.refuse_if_late(served, deadline_ms, read_s=read_s)
             images, is_one = await _images_of(request, await body_of(request))
-            answer = service.answer(served, images, deadline_ms=deadline_ms, priority=priority)
+            answer = service.answer(served, images, deadline_ms=deadline_ms, priority=priority, read_s=read_s)
             results = await while_there(request, answer)
         if is_one and isinstance(results[0], Exception):
             raise results[0].with_traceback(None)  # which may be kept, and raised again

@@ -3,19 +3,26 @@
 from __future__ import annotations
 
 import asyncio
-from typing import Any
+import time
+from typing import Any, cast
 
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
-__all__ = ["Connection"]
+from nbvision.serve.lateness import Lateness
+
+__all__ = ["READ_S", "Connection"]
+
+READ_S = "nbvision.read_s"  # when a request's first bytes were read, by time.perf_counter(), in its scope
 
 _HEADER_BYTES = 32 << 10
+_UNREAD_BYTES = 1 << 20  # of a body
 
 
 class Connection(HttpToolsProtocol):
     """A connection whose requests have headers that come within a time, ``header_s`` of its subclass, and are small."""
 
     header_s: float
+    lateness: Lateness
     _late: asyncio.TimerHandle | None = None
     _is_in_header = False
     _header_bytes = 0  # of one that has not come whole
@@ -25,6 +32,7 @@ class Connection(HttpToolsProtocol):
         self._watch()
 
     def data_received(self, data: bytes) -> None:
+        self.lateness.measure(self.loop)
         was_in_header = self._is_in_header
         super().data_received(data)
         # The rest of a body that nobody reads, since its request was turned away, is no header.
@@ -35,11 +43,21 @@ class Connection(HttpToolsProtocol):
 
     def on_message_begin(self) -> None:
         super().on_message_begin()
+        cast("dict[str, Any]", self.scope)[READ_S] = time.perf_counter()
         self._is_in_header = True
 
     def on_headers_complete(self) -> None:
         self._is_in_header = False
         super().on_headers_complete()
+
+    def on_body(self, body: bytes) -> None:
+        """As uvicorn's, which stops reading at each 64 kB until somebody has taken them, which of an image is twice."""
+        if self.cycle.response_complete:
+            return
+        self.cycle.body += body
+        if len(self.cycle.body) > _UNREAD_BYTES:
+            self.flow.pause_reading()
+        self.cycle.message_event.set()
 
     def connection_lost(self, exc: Exception | None) -> None:
         if self._late is not None:

@@ -6,7 +6,7 @@ import asyncio
 import functools
 import threading
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from nbvision.batching import Batcher, BatcherStats
@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 __all__ = ["IN_FLIGHT", "Limits", "Served"]
 
 IN_FLIGHT = 2  # batches at a time
+_NEWS = 0.05  # weight of the latest in a mean
 _LARGE_BYTES = 4 << 20
 
 
@@ -67,6 +68,8 @@ class Served:
         self._is_warm = False
         self.compute_s = 0.0  # of all batches
         self.last_answer_ms = 0  # of the clock
+        self.answer_ms = 0.0  # what an answer takes, lately
+        self.turned_away = 0  # since HTTP had taken too long
         self.batcher = Batcher(
             self._run,
             prepare=pipeline.open,
@@ -98,11 +101,14 @@ class Served:
 
     async def answer(self, item: Any, *, deadline_ms: float | None, priority: int = 0) -> Any:
         """The result of one item; raises what :meth:`Batcher.answer` raises."""
+        started_s = time.perf_counter()
         if _size_bytes(item) <= _LARGE_BYTES:
-            return await self.batcher.answer(item, deadline_ms=deadline_ms, priority=priority)
-        # It is copied, and nobody else shall wait for that.
-        submit = functools.partial(self.batcher.submit, item, deadline_ms=deadline_ms, priority=priority)
-        return await asyncio.wrap_future(await asyncio.to_thread(submit))
+            result = await self.batcher.answer(item, deadline_ms=deadline_ms, priority=priority)
+        else:  # it is copied, and nobody else shall wait for that
+            submit = functools.partial(self.batcher.submit, item, deadline_ms=deadline_ms, priority=priority)
+            result = await asyncio.wrap_future(await asyncio.to_thread(submit))
+        self.answer_ms += _NEWS * ((time.perf_counter() - started_s) * 1e3 - self.answer_ms)
+        return result
 
     def warm_up(self) -> None:
         """Answer in each thread, so that no client waits for what is compiled, loaded or allocated at first.
@@ -119,7 +125,9 @@ class Served:
         self._is_warm = True
 
     def stats(self) -> BatcherStats:
-        return self.batcher.stats()
+        """The batcher's, and who was turned away before he came there."""
+        stats = self.batcher.stats()
+        return replace(stats, rejected=stats.rejected + self.turned_away)
 
     def close(self) -> None:
         """Answer what waits, then take no more, and let go of the models."""

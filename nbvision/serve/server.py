@@ -146,7 +146,7 @@ def run_worker(
         app,
         log_config=None,
         access_log=False,
-        http=type("_Connection", (Connection,), {"header_s": service.config.header_s}),
+        http=type("_Connection", (Connection,), {"header_s": service.config.header_s, "lateness": service.lateness}),
         timeout_keep_alive=30,
         timeout_graceful_shutdown=math.ceil(service.config.drain_s),
         lifespan="on",

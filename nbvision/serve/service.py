@@ -14,10 +14,11 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, fields
 from typing import Any
 
-from nbvision.errors import DecodeError, InputError, NbvisionError
+from nbvision.errors import DecodeError, InputError, NbvisionError, OverloadError
 from nbvision.serve import process
 from nbvision.serve.cache import ResultCache, key_of
 from nbvision.serve.config import Config, PipelineConfig, read_config
+from nbvision.serve.lateness import Lateness
 from nbvision.serve.pipeline_process import start_pipeline
 from nbvision.serve.pipelines import texts
 from nbvision.serve.protocol import InferRequest, Tensors
@@ -29,6 +30,7 @@ __all__ = ["MOST_ITEMS", "Counts", "Service"]
 
 MOST_ITEMS = 1024  # of one request
 _LOOK_EVERY_S = 1.0
+_LATE = 0.25  # of a deadline
 _PROBE_S = 10.0  # within which a pipeline that has failed shall answer
 _WAIT_AT_MOST_S = 60.0  # before one that does not load is loaded once more
 
@@ -74,6 +76,7 @@ class Service:
                 served.close()
             raise
         self.counts: dict[str, Counts] = {name: Counts() for name in self.served}
+        self.lateness = Lateness()  # of whoever reads the requests
         self.cache = ResultCache(self.config.cache_bytes, _size_of)
         self.is_draining = False
         self.on_load: Callable[[str], object] = lambda name: None
@@ -120,12 +123,48 @@ class Service:
             self._users[served] -= 1
             self._close_what_was_replaced()
 
+    def refuse_if_late(self, served: Served, deadline_ms: float | None, *, read_s: float) -> None:
+        """Turn away who cannot be answered in time any more, before anything is done for him.
+
+        Parameters
+        ----------
+        served : Served
+        deadline_ms : float or None
+            From when the request came in; None: the pipeline's.
+        read_s : float
+            When the request was read, by :func:`time.perf_counter`.
+
+        Raises
+        ------
+        OverloadError
+        """
+        allowed_ms = served.batcher.deadline_ms if deadline_ms is None else deadline_ms
+        if allowed_ms is None:
+            return
+        taken_ms, answer_ms = self.lateness.of_ms(read_s), served.answer_ms
+        # Who is late for another reason than HTTP is the batcher's to refuse, which knows who goes before whom.
+        if taken_ms > _LATE * allowed_ms and allowed_ms - taken_ms < answer_ms <= allowed_ms:
+            self.counts[served.name].failure += 1
+            served.turned_away += 1
+            raise OverloadError(
+                f"so much is to be read and written that {allowed_ms - taken_ms:.0f} of this request's "
+                f"{allowed_ms:.0f} ms are left; an answer takes {answer_ms:.0f}. Come again later, or with more time",
+                retry_after_s=self.lateness.turn_s,
+            )
+
     async def answer(
-        self, served: Served, items: list[Any], *, deadline_ms: float | None = None, priority: int = 0
+        self,
+        served: Served,
+        items: list[Any],
+        *,
+        deadline_ms: float | None = None,
+        priority: int = 0,
+        read_s: float | None = None,
     ) -> list[Any]:
         """A result for each item, or the exception that is its own.
 
-        Results of pictures that were seen before come from the cache, all others from the batcher.
+        Results of pictures that were seen before come from the cache, all others from the batcher. The deadline counts
+        from when the request was read, ``read_s`` of :func:`time.perf_counter`; default: from now.
 
         Raises
         ------
@@ -134,11 +173,14 @@ class Service:
         """
         if len(items) > MOST_ITEMS:
             raise RefusedError(f"{len(items)} items; expected {MOST_ITEMS} at most", 413)
+        left_ms = served.batcher.deadline_ms if deadline_ms is None else deadline_ms
+        if left_ms is not None and read_s is not None:
+            left_ms -= self.lateness.of_ms(read_s)
 
         async def one(item: Any) -> Any:
             async def compute() -> Any:
                 try:
-                    return await served.answer(item, deadline_ms=deadline_ms, priority=priority)
+                    return await served.answer(item, deadline_ms=left_ms, priority=priority)
                 except DecodeError as error:
                     if error.kind == "failed":
                         raise  # by the machine, perhaps
@@ -172,7 +214,7 @@ class Service:
         counts.last_ms.append(seconds * 1e3)
         return list(results)
 
-    async def infer(self, served: Served, asked: InferRequest) -> Tensors:
+    async def infer(self, served: Served, asked: InferRequest, *, read_s: float | None = None) -> Tensors:
         """Tensors to tensors. ``ERROR``, if it is among them, says which of several items failed, and why.
 
         Raises
@@ -183,7 +225,8 @@ class Service:
         items = served.pipeline.items_of(asked.inputs)
         timeout_us = asked.integer("timeout")
         deadline_ms = None if timeout_us is None else timeout_us / 1e3
-        results = await self.answer(served, items, deadline_ms=deadline_ms, priority=asked.integer("priority") or 0)
+        priority = asked.integer("priority") or 0
+        results = await self.answer(served, items, deadline_ms=deadline_ms, priority=priority, read_s=read_s)
         if results and all(isinstance(result, Exception) for result in results):
             raise results[0].with_traceback(None)  # which may be kept, and raised again
         tensors = dict(served.pipeline.tensors_of(results))
