@@ -20,28 +20,38 @@ CURVES = {
     "preprocess.BatchesOnGPU.track_us": ("speed-batches.png", "1080p to 640 x 640 letterbox, float16", "images"),
     "preprocess.CropsOnGPU.track_us": ("speed-crops.png", "boxes on the GPU to 224 x 224, float16", "boxes"),
     "memory.AllocationOnGPU.track_us": ("memory-cost.png", "a batch's buffers taken and let go", "images of a batch"),
-    "decode.JpegBatchesOnGPU.track_us_per_image": ("speed-decode.png", "JPEGs to device memory", "images in a call"),
+    "decode.BestSingleWayOnGPU.track_times_as_long": (
+        "speed-decode.png",
+        "JPEGs to device memory, the better of nvImageCodec's ways",
+        "images in a call",
+    ),
 }
 
 
 def panels(record: dict[str, Any]) -> dict[str, dict[str, list[tuple[float, float]]]]:
-    """Of each panel, named by what comes before the horizontal axis, the points of each way to do it."""
+    """Numbers go across; the last of the other parameters makes curves, and those before it panels."""
     values = [[ast.literal_eval(value) for value in axis] for axis in record["params"]]
+    (number,) = (index for index, axis in enumerate(values) if all(isinstance(value, int) for value in axis))
     found: dict[str, dict[str, list[tuple[float, float]]]] = defaultdict(lambda: defaultdict(list))
-    for (*panel, across, how), result in zip(itertools.product(*values), record["result"], strict=True):
+    for names, result in zip(itertools.product(*values), record["result"], strict=True):
+        *panel, curve = (name for index, name in enumerate(names) if index != number)
         if result is not None:
-            found[", ".join(panel)][how].append((across, result))
+            found[", ".join(panel)][curve].append((names[number], result))
     return found
 
 
 def draw(record: dict[str, Any], path: Path, title: str, label: str) -> None:
-    """One picture, both axes logarithmic."""
+    """One picture, both axes logarithmic, but for what is a ratio."""
+    is_ratio = record["unit"].startswith("x ")
     found = panels(record)
     figure, row = plt.subplots(1, len(found), figsize=(5.4 * len(found) + 1, 4.0), layout="constrained", squeeze=False)
     for axes, (panel, curves) in zip(row[0], found.items(), strict=True):
         for how, points in curves.items():
             across, times = zip(*sorted(points), strict=True)
-            axes.loglog(across, times, marker="o", label=how)
+            (axes.semilogx if is_ratio else axes.loglog)(across, times, marker="o", label=how)
+        if is_ratio:
+            axes.axhline(1.0, color="black", linewidth=1)
+            axes.set_ylim(bottom=0)
         axes.set(title=f"{title}, {panel}".rstrip(", "), xlabel=label, ylabel=f"{record['unit']}, median")
         axes.set_xticks(sorted({across for points in curves.values() for across, _ in points}))
         axes.get_xaxis().set_major_formatter("{x:g}")

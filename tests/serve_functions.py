@@ -62,14 +62,14 @@ def breaking(images: list[bytes]) -> list[Any]:
 
 
 class SlowAtFirst:
-    """Whose first call in each thread takes half a second, as one that compiles does."""
+    """Whose first call in each thread takes one and a half seconds, as one that compiles does."""
 
     def __init__(self) -> None:
         self._warm = threading.local()
 
     def __call__(self, images: list[bytes]) -> list[Any]:
         if not hasattr(self._warm, "done"):
-            time.sleep(0.5)
+            time.sleep(1.5)
             self._warm.done = True
         return echo(images)
 

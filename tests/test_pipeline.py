@@ -283,7 +283,8 @@ def test_stages_time_the_gpu() -> None:
 
         return stage
 
-    made = nbv.Pipeline({"little": work(1), "much": work(100)}, device="cuda")
+    # Much, for others may use the GPU at the same time, and then even a little takes a millisecond.
+    made = nbv.Pipeline({"little": work(1), "much": work(500)}, device="cuda")
     ones = to_device(np.ones((2048, 2048), np.float32), "cuda")
     for _ in range(2):  # the first pass loads the kernel
         for _ in made.stream([ones] * 10):

@@ -472,7 +472,7 @@ def test_a_service_needs_its_file(tmp_path: Path) -> None:
 
 def test_the_first_requests_are_in_time(tmp_path: Path) -> None:
     """Neither do they wait for what is done at first, nor are they given up because that took long."""
-    with Server(config("SlowAtFirst", deadline_ms=300), tmp_path) as server:
+    with Server(config("SlowAtFirst", deadline_ms=1000), tmp_path) as server:
         given = [b"%d" % index for index in range(8)]
         answers = at_once(server, "slowatfirst", given, threads=8)
         assert all(right(answer, data) for answer, data in zip(answers, given, strict=True))

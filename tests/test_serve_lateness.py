@@ -67,6 +67,19 @@ def test_a_long_turn_fades() -> None:
     assert lateness.turn_s < 0.01
 
 
+def test_a_long_turn_of_long_ago_does_not_count() -> None:
+    """The first request after a pause meets a loop that has nothing else to do."""
+    lateness, seen = Lateness(), []
+    lateness._turn_s, lateness._ended_s = 0.05, time.perf_counter() - 0.06
+
+    async def one_request() -> None:
+        lateness.measure(asyncio.get_running_loop())
+        seen.append(lateness.turn_s)
+
+    asyncio.run(one_request())
+    assert seen[0] < 0.02
+
+
 def test_all_of_it_counts() -> None:
     lateness = Lateness()
     assert lateness.of_ms(time.perf_counter() - 0.02) == pytest.approx(20, abs=5)

@@ -9,7 +9,7 @@ __all__ = ["Lateness"]
 
 # In turns of the event loop: what a request has waited for on average before it is read, and what its answer will.
 _BEFORE, _AFTER = 1.25, 2.5
-_FADES = 0.9  # of a long turn is left in the next measurement; they are not all alike
+_FADES = 0.7  # of a long turn is left in the next measurement; they are not all alike
 
 
 class Lateness:
@@ -22,21 +22,26 @@ class Lateness:
 
     def __init__(self) -> None:
         self._turn_s = 0.0  # the last that was measured
+        self._ended_s = 0.0  # when that was
         self._is_asked = False
         self._began_s: float | None = None  # the turn that is being measured
 
     def measure(self, loop: asyncio.AbstractEventLoop) -> None:
         """Ask how long the loop's next turn takes: from what it does first to what the one after it does first."""
-        if not self._is_asked:
-            self._is_asked = True
-            loop.call_soon(self._begin, loop)
+        if self._is_asked:
+            return
+        if time.perf_counter() - self._ended_s > self._turn_s:  # nothing came for as long: the loop had time
+            self._turn_s = 0.0
+        self._is_asked = True
+        loop.call_soon(self._begin, loop)
 
     def _begin(self, loop: asyncio.AbstractEventLoop) -> None:
         self._began_s = time.perf_counter()
         loop.call_soon(self._end, self._began_s)
 
     def _end(self, began_s: float) -> None:
-        self._turn_s = max(time.perf_counter() - began_s, _FADES * self._turn_s)
+        self._ended_s = time.perf_counter()
+        self._turn_s = max(self._ended_s - began_s, _FADES * self._turn_s)
         self._is_asked, self._began_s = False, None
 
     @property
