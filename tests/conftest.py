@@ -20,7 +20,7 @@ import pytest
 from nbvision.runtime.device import cuda_unavailable_because
 
 # Files about an optional peer are collected only where the peer is installed; the header says which were left out.
-_SERVICE = ("fastapi", "uvicorn", "httptools", "python_multipart", "prometheus_client", "yaml", "httpx")
+_SERVICE = ("fastapi", "uvicorn", "httptools", "orjson", "python_multipart", "prometheus_client", "yaml", "httpx")
 _NEEDS = {
     "test_benchmarks.py": ("asv",),
     "test_compile.py": ("numba_cuda",),

@@ -75,8 +75,8 @@ class SlowAtFirst:
 
 
 def unsendable(images: list[bytes]) -> list[Any]:
-    """Results that are no JSON where an item says so."""
-    results = {b"nan": math.nan, b"float32": np.float32(1), b"object": object()}
+    """Results that are no JSON where an item says so, and one that not every writer of JSON can write."""
+    results = {b"nan": math.nan, b"float32": np.float32(1), b"object": object(), b"large": 1 << 70}
     return [{"value": results.get(data, 1)} for data in images]
 
 

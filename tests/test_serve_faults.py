@@ -538,8 +538,9 @@ def test_results_that_cannot_be_sent(tmp_path: Path) -> None:
                 assert answer.status_code == 500
                 assert "no JSON" in answer.json()["error"]
         assert server.ask("unsendable", b"good").json() == {"value": 1}
+        assert server.ask("unsendable", b"large").json() == {"value": 1 << 70}
         stats = server.stats("unsendable")
-        assert (stats["success"], stats["failure"]) == (1, 6)
+        assert (stats["success"], stats["failure"]) == (2, 6)
 
 
 def test_a_file_that_serves_less_and_limits_that_change(tmp_path: Path) -> None:

@@ -33,7 +33,7 @@ _EXTRAS: dict[str, tuple[tuple[str, ...], tuple[str, ...], str]] = {
     "parquet": (("pyarrow",), ("pyarrow",), "no read_parquet"),
     "bfloat16": (("ml_dtypes",), ("ml-dtypes",), "no Preprocess(dtype='bfloat16')"),
     "serve": (
-        ("fastapi", "uvicorn", "httptools", "python_multipart", "prometheus_client", "yaml"),
+        ("fastapi", "uvicorn", "httptools", "orjson", "python_multipart", "prometheus_client", "yaml"),
         ("fastapi", "uvicorn"),
         "no `nbvision serve`",
     ),
