@@ -166,7 +166,7 @@ class Decoder:
     def warm_up(self) -> None:
         """Load what the first files would wait for, and wait for the processes, if there shall be any.
 
-        That is Numba and its loops for PNGs and for the headers of JPEGs: 0.5 s, and 5 s for the first time on a
+        That is Numba and its loops for PNGs and for the headers of JPEGs: 0.7 s, and 7 s for the first time on a
         machine. A process that has not imported Numba leaves PNGs to Pillow until they come to 100 MB of pixels, and
         reads headers one by one until it has read 50,000; those that come then wait.
         """

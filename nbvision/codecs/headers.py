@@ -133,7 +133,7 @@ def read_headers(datas: Sequence[bytes]) -> list[Header | None]:
 
 
 def warm_up() -> None:
-    """Use the loop of :func:`read_headers` from now on, compiled if it never was on this machine (2 s)."""
+    """Use the loop of :func:`read_headers` from now on, compiled if it never was on this machine (4 s)."""
     _read_by_loop([])
 
 
