@@ -207,6 +207,22 @@ def test_who_comes_behind_too_many_for_his_deadline(tmp_path: Path) -> None:
         assert kinds[504] >= 4
 
 
+def test_a_deadline_counts_from_when_all_of_a_request_is_there(tmp_path: Path) -> None:
+    """Who is slow to send does not lose the time."""
+    with Server(config("echo", top="cache_bytes: 0"), tmp_path) as server:
+        host, port = server.url.removeprefix("http://").split(":")
+        with (
+            socket.create_connection((host, int(port)), timeout=20) as connection,
+            connection.makefile("rb") as answers,
+        ):
+            connection.sendall(b"POST /v1/echo?deadline_ms=500 HTTP/1.1\r\nHost: x\r\nContent-Length: 6\r\n\r\nthr")
+            time.sleep(0.8)
+            connection.sendall(b"ee")
+            time.sleep(0.3)
+            connection.sendall(b".")
+            assert b" 200 " in answers.readline()
+
+
 def test_who_comes_when_http_is_late_is_turned_away_before_anything_is_done(tmp_path: Path) -> None:
     """Of 600 at the same time, which take HTTP some hundred milliseconds, to a pipeline that has nothing to do."""
     with Server(config("echo", top="cache_bytes: 0"), tmp_path) as server:

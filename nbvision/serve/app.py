@@ -263,8 +263,7 @@ def make_app(service: Service) -> FastAPI:
             raise InputError(f"Inference-Header-Content-Length is {length!r}; expected a number of bytes")
         with service.using(model, version) as served:
             asked = protocol.read_request(await body_of(request), None if length is None else int(length))
-            read_s = request.scope.get(READ_S, time.perf_counter())
-            tensors = await while_there(request, service.infer(served, asked, read_s=read_s))
+            tensors = await while_there(request, service.infer(served, asked, read_s=_read_s(request)))
         body, header_length = protocol.write_response(tensors, model=model, version=served.version, request=asked)
         if header_length is None:
             return Response(body, media_type="application/json")
@@ -322,10 +321,10 @@ def make_app(service: Service) -> FastAPI:
         with service.using(model) as served:
             if not served.pipeline.takes_images:
                 raise UnknownModelError(f"model {model!r} takes tensors; expected POST /v2/models/{model}/infer")
-            read_s = request.scope.get(READ_S, time.perf_counter())
-            service.refuse_if_late(served, deadline_ms, read_s=read_s)
+            service.refuse_if_late(served, deadline_ms, read_s=_read_s(request))
             images, is_one = await _images_of(request, await body_of(request))
-            answer = service.answer(served, images, deadline_ms=deadline_ms, priority=priority, read_s=read_s)
+            numbers: dict[str, Any] = {"deadline_ms": deadline_ms, "priority": priority}
+            answer = service.answer(served, images, **numbers, read_s=_read_s(request))
             results = await while_there(request, answer)
         if is_one and isinstance(results[0], Exception):
             raise results[0].with_traceback(None)  # which may be kept, and raised again
@@ -394,6 +393,12 @@ def _base64_of(body: bytes) -> list[bytes]:
         return [base64.b64decode(text, validate=True) for text in given["images"]]
     except (ValueError, TypeError, KeyError, RecursionError, binascii.Error) as error:
         raise InputError(f'the body is not {{"images": [base64, ...]}}: {type(error).__name__} {error}') from None
+
+
+def _read_s(request: Request) -> float:
+    """When as much of a request was read as has come by now."""
+    read_s: float = request.scope.get(READ_S, time.perf_counter())
+    return read_s
 
 
 def _as_json(answer: Any) -> Response:

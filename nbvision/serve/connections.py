@@ -12,7 +12,7 @@ from nbvision.serve.lateness import Lateness
 
 __all__ = ["READ_S", "Connection"]
 
-READ_S = "nbvision.read_s"  # when a request's first bytes were read, by time.perf_counter(), in its scope
+READ_S = "nbvision.read_s"  # when a request was read, as far as it has come, by time.perf_counter(), in its scope
 
 _HEADER_BYTES = 32 << 10
 _UNREAD_BYTES = 1 << 20  # of a body
@@ -43,12 +43,19 @@ class Connection(HttpToolsProtocol):
 
     def on_message_begin(self) -> None:
         super().on_message_begin()
-        cast("dict[str, Any]", self.scope)[READ_S] = time.perf_counter()
         self._is_in_header = True
+        self._note_time()
 
     def on_headers_complete(self) -> None:
         self._is_in_header = False
         super().on_headers_complete()
+
+    def on_message_complete(self) -> None:
+        self._note_time()  # a client that is slow to send has the time
+        super().on_message_complete()
+
+    def _note_time(self) -> None:
+        cast("dict[str, Any]", self.scope)[READ_S] = time.perf_counter()
 
     def on_body(self, body: bytes) -> None:
         """As uvicorn's, which stops reading at each 64 kB until somebody has taken them, which of an image is twice."""

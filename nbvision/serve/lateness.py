@@ -16,8 +16,8 @@ class Lateness:
     """Measures how long whatever is ready waits for its turn of the event loop.
 
     Beyond what one process can read, each turn finds more to do than the one before, and soon every answer is late,
-    though as many come as ever. So a deadline counts from when its request came in, and ends where its answer has to
-    begin its way out; and who has too little left is turned away before anything else is done for him.
+    though as many come as ever. So a deadline counts from when all of its request has come, and ends where its answer
+    has to begin its way out; and who has too little left is turned away before anything else is done for him.
     """
 
     def __init__(self) -> None:

@@ -130,7 +130,7 @@ class Service:
         ----------
         served : Served
         deadline_ms : float or None
-            From when the request came in; None: the pipeline's.
+            From when all of the request has come; None: the pipeline's.
         read_s : float
             When the request was read, by :func:`time.perf_counter`.
 
