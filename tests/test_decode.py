@@ -616,7 +616,7 @@ def test_calls_to_nvimgcodec_without_a_gpu(color: Any, slice: int) -> None:
 
 def decoders_of_the_host(engine: list[Any], cuda: Any) -> Any:
     decoders = object.__new__(gpu_decode._Decoders)
-    decoders._engine, decoders._helpers = engine, ThreadPoolExecutor(4)
+    decoders._engine, decoders._helpers, decoders._cuda_helper = engine, ThreadPoolExecutor(2), ThreadPoolExecutor(1)
     decoders.__dict__["_cuda"] = cuda
     return decoders
 
@@ -635,6 +635,21 @@ def test_a_batch_is_shared_out_and_comes_back_whole() -> None:
         assert 1 <= len(by_engine) <= 2  # one may have taken all before the other was there
         assert sum(turn.cost for turn in by_engine) == 100 - for_cuda
         assert [turn.cost for turn in by_cuda] == [for_cuda] * bool(for_cuda)
+
+
+def test_help_that_has_not_begun_is_not_waited_for() -> None:
+    """The threads that help may all be busy with other batches."""
+    decoders = decoders_of_the_host([lane_of_the_host(), lane_of_the_host()], None)
+    data, done = JPEGS["4:2:0"], threading.Event()
+    busy = [decoders._helpers.submit(done.wait, 20) for _ in range(2)]
+    header = read_header(data)
+    outs = np.zeros((64, *header.oriented_size, 3), np.uint8)
+    jobs = [gpu_decode._Job(out.ctypes.data, data, header, 1) for out in outs]
+    by_engine, _ = decoders._decode_side_by_side(jobs, [], "rgb")
+    assert not any(future.done() for future in busy)
+    assert [turn.cost for turn in by_engine] == [64]
+    assert all(job.done for job in jobs)
+    done.set()
 
 
 def test_an_error_comes_once_nobody_writes_to_the_callers_memory_any_more() -> None:

@@ -116,9 +116,11 @@ class Turns:
     def __enter__(self) -> None:
         with self._counting:
             self._waiting += 1
-        self._lock.acquire()
-        with self._counting:
-            self._waiting -= 1
+        try:
+            self._lock.acquire()
+        finally:
+            with self._counting:
+                self._waiting -= 1
         self._entered.set()
 
     def __exit__(self, *exception: object) -> None:

@@ -12,6 +12,7 @@ refuses, and as much of the baseline ones as makes the batch faster.
 from __future__ import annotations
 
 import collections
+import contextlib
 import functools
 import threading
 import time
@@ -118,16 +119,18 @@ class _Decoders:
         self._lock = threading.Lock()
         self._balance = Balance()
         self._unread: collections.deque[_Batch] = collections.deque(maxlen=8)  # the last, some still under way
-        try:
-            self._engine = [_Lane("HW_GPU_ONLY", device_id, threads=_ENGINE_THREADS) for _ in range(2)]
-        except RuntimeError:  # the card has none
-            self._engine = []
-        # In which the others of a batch's decoders are waited for.
+        self._engine: list[_Lane] = []
+        with contextlib.suppress(RuntimeError):  # the card has none, or no memory for a second
+            for _ in range(2):
+                self._engine.append(_Lane("HW_GPU_ONLY", device_id, threads=_ENGINE_THREADS))
+        # In which a batch's other decoders are waited for: the engine's second, and the CUDA decoder.
         use_device = array_module("cuda").cuda.Device(device_id).use
-        self._helpers = ThreadPoolExecutor(4, thread_name_prefix="nbvision-jpeg", initializer=use_device)
+        self._helpers = ThreadPoolExecutor(2, thread_name_prefix="nbvision-engine", initializer=use_device)
+        self._cuda_helper = ThreadPoolExecutor(1, thread_name_prefix="nbvision-cuda-decoder", initializer=use_device)
 
     @functools.cached_property
     def _cuda(self) -> _Lane:
+        """Asked for in its own thread alone, so that there is one."""
         try:
             return _Lane("HYBRID_CPU_GPU", self._device_id, threads=max(1, available_cores() * 3 // 4))
         except RuntimeError as error:
@@ -165,13 +168,17 @@ class _Decoders:
         cuda, helping = [], []
         try:
             if for_cuda:
-                cuda.append(self._helpers.submit(self._cuda.decode, iter(_sliced(for_cuda, len(for_cuda))), color))
+                cuda.append(self._cuda_helper.submit(self._decode_by_cuda, for_cuda, color))
             helping += [self._helpers.submit(lane.decode, queue, color) for lane in lanes[1:] if not lane.load]
             by_engine = [lane.decode(queue, color) for lane in lanes[:1]]
         finally:
-            wait(cuda + helping)  # all of them, also if one fails: they write to the caller's memory
+            helping = [future for future in helping if not future.cancel()]  # not those that have not begun
+            wait(cuda + helping)  # all others, also if one fails: they write to the caller's memory
         by_engine += [future.result() for future in helping]
         return [turn for turn in by_engine if turn], [turn for future in cuda if (turn := future.result())]
+
+    def _decode_by_cuda(self, jobs: list[_Job], color: Color) -> _Turn | None:
+        return self._cuda.decode(iter(_sliced(jobs, len(jobs))), color)
 
     def _divide(self, jobs: Sequence[_Job], deterministic: bool) -> tuple[list[_Job], list[_Job], list[int]]:
         """What the engine gets, what the CUDA decoder gets, and the costs from which their balance may learn."""

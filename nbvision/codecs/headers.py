@@ -10,7 +10,6 @@ import ctypes
 import functools
 import re
 import struct
-import sys
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Literal, NamedTuple
 
@@ -119,10 +118,11 @@ def read_headers(datas: Sequence[bytes]) -> list[Header | None]:
     """Read the headers of plain JPEGs, all at once and without Python's lock; None for a file that wants a closer look.
 
     What is no JPEG, what is wrong with one, and what is rare in one :func:`read_header` tells. All are None while the
-    process has not read so many that importing Numba, or waiting for its loop, would have been worth it.
+    process has not read so many that waiting for Numba and its loop would have been worth it; see :func:`warm_up`.
     """
     global _read_files
-    if len(datas) < _MANY or ("numba" not in sys.modules and _read_files < _WORTH_FILES):
+    is_loaded = _jpeg_loop.cache_info().currsize > 0
+    if len(datas) < _MANY or not (is_loaded or _read_files >= _WORTH_FILES):
         _read_files += len(datas)
         return [None] * len(datas)
     try:
@@ -142,7 +142,7 @@ def _read_by_loop(datas: Sequence[bytes]) -> npt.NDArray[np.int32]:
     from nbvision_kernels.jpeg import COLUMNS
 
     files = (ctypes.c_char_p * len(datas))(*datas)  # which knows the bytes' addresses, and keeps them alive
-    lengths = np.fromiter(map(len, datas), np.int64, len(datas))
+    lengths = np.fromiter(map(bytes.__len__, datas), np.int64, len(datas))
     rows = np.empty((len(datas), len(COLUMNS)), np.int32)
     addresses = np.frombuffer(memoryview(files), np.int64)
     _jpeg_loop()(addresses, lengths, rows)

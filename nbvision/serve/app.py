@@ -396,17 +396,21 @@ def _base64_of(body: bytes) -> list[bytes]:
 
 
 def _read_s(request: Request) -> float:
-    """When as much of a request was read as has come by now."""
+    """Since when a request waits for us, as far as it has come by now."""
     read_s: float = request.scope.get(READ_S, time.perf_counter())
     return read_s
 
 
 def _as_json(answer: Any) -> Response:
-    """An answer, whose vectors take the standard library ten times as long; but it knows integers of any size."""
-    try:
-        return Response(orjson.dumps(answer), media_type="application/json")
-    except TypeError:
-        return JSONResponse(answer)
+    """An answer, whose vectors take the standard library ten times as long; but it knows integers of any size.
+
+    It also refuses what is no number, of which orjson makes null.
+    """
+    with contextlib.suppress(TypeError):
+        body = orjson.dumps(answer)
+        if b"null" not in body:
+            return Response(body, media_type="application/json")
+    return JSONResponse(answer)
 
 
 def _refusal(error: BaseException, line: dict[str, Any]) -> Response:

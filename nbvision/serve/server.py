@@ -142,11 +142,12 @@ def run_worker(
     sys.path.insert(0, str(Path(path).resolve().parent))  # for functions of one's own
     service = Service(path, worker=worker)
     app = make_app(service)
+    limits = {"header_s": service.config.header_s, "upload_s": service.config.upload_s}
     config = uvicorn.Config(
         app,
         log_config=None,
         access_log=False,
-        http=type("_Connection", (Connection,), {"header_s": service.config.header_s, "lateness": service.lateness}),
+        http=type("_Connection", (Connection,), limits | {"lateness": service.lateness}),
         timeout_keep_alive=30,
         timeout_graceful_shutdown=math.ceil(service.config.drain_s),
         lifespan="on",

@@ -139,18 +139,25 @@ class Service:
         OverloadError
         """
         allowed_ms = served.batcher.deadline_ms if deadline_ms is None else deadline_ms
-        if allowed_ms is None:
+        if allowed_ms is None or not allowed_ms > 0:
             return
         taken_ms, answer_ms = self.lateness.of_ms(read_s), served.answer_ms
         # Who is late for another reason than HTTP is the batcher's to refuse, which knows who goes before whom.
-        if taken_ms > _LATE * allowed_ms and allowed_ms - taken_ms < answer_ms <= allowed_ms:
-            self.counts[served.name].failure += 1
-            served.turned_away += 1
-            raise OverloadError(
-                f"so much is to be read and written that {allowed_ms - taken_ms:.0f} of this request's "
-                f"{allowed_ms:.0f} ms are left; an answer takes {answer_ms:.0f}. Come again later, or with more time",
-                retry_after_s=self.lateness.turn_s,
-            )
+        is_late = taken_ms > _LATE * allowed_ms and allowed_ms - taken_ms < answer_ms <= allowed_ms
+        if is_late or taken_ms >= allowed_ms:
+            raise self._turned_away(served, allowed_ms, taken_ms)
+
+    def _turned_away(self, served: Served, allowed_ms: float, taken_ms: float) -> OverloadError:
+        """Count one, and say why."""
+        self.counts[served.name].failure += 1
+        served.turned_away += 1
+        answer_ms = served.answer_ms
+        served.forget()
+        return OverloadError(
+            f"so much is to be read and written that it takes {taken_ms:.0f} of this request's {allowed_ms:.0f} ms; an "
+            f"answer takes {answer_ms:.0f} more. Come again later, or with more time",
+            retry_after_s=self.lateness.turn_s,
+        )
 
     async def answer(
         self,
@@ -174,8 +181,11 @@ class Service:
         if len(items) > MOST_ITEMS:
             raise RefusedError(f"{len(items)} items; expected {MOST_ITEMS} at most", 413)
         left_ms = served.batcher.deadline_ms if deadline_ms is None else deadline_ms
-        if left_ms is not None and read_s is not None:
-            left_ms -= self.lateness.of_ms(read_s)
+        if left_ms is not None and read_s is not None and left_ms > 0:
+            taken_ms = self.lateness.of_ms(read_s)
+            if taken_ms >= left_ms:
+                raise self._turned_away(served, left_ms, taken_ms)
+            left_ms -= taken_ms
 
         async def one(item: Any) -> Any:
             async def compute() -> Any:
