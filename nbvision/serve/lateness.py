@@ -11,6 +11,7 @@ __all__ = ["Lateness"]
 # In turns of the event loop: what a request has waited for before it is read, and what its answer will.
 _BEFORE, _AFTER = 1.25, 2.5
 _TURNS = 3  # that are remembered
+_UNLIKE = 1.5  # times the one in the middle is as long as the longest may count
 _PAUSE_S = 0.02  # in which nothing comes, and they are forgotten
 
 
@@ -21,8 +22,8 @@ class Lateness:
     though as many come as ever. So a deadline counts from when all of its request has come, and ends where its answer
     has to begin its way out; and who has too little left is turned away before anything else is done for him.
 
-    One long turn says nothing of the next: it may have read a burst, or one large body. So the median of the last three
-    counts.
+    One long turn says nothing of the next: it may have read a burst, or one large body. So the longest of the last
+    three counts as no more than a half longer than the one in the middle.
     """
 
     def __init__(self) -> None:
@@ -53,7 +54,7 @@ class Lateness:
         if len(self._turns_s) < 2:
             return 0.0
         *_, middle_s, longest_s = sorted([0.0, *self._turns_s][-_TURNS:])
-        return min(longest_s, 1.5 * middle_s)
+        return min(longest_s, _UNLIKE * middle_s)
 
     def of_ms(self, read_s: float) -> float:
         """What HTTP takes of the time of a request that was read then, by :func:`time.perf_counter`, in all."""
