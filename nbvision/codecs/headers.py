@@ -162,17 +162,8 @@ def _header_of(
 ) -> Header:
     from nbvision_kernels.jpeg import COLORSPACES, VARIANTS
 
-    return Header(
-        format="jpeg",
-        height=height,
-        width=width,
-        channels=channels,
-        bits=bits,
-        orientation=orientation,
-        variant=VARIANTS[variant],
-        colorspace=COLORSPACES[colorspace],
-        has_profile=bool(profile),
-    )
+    coded, colors = VARIANTS[variant], COLORSPACES[colorspace]
+    return Header("jpeg", height, width, channels, bits, orientation, True, coded, colors, bool(profile))
 
 
 def as_bytes(data: Any) -> bytes:
