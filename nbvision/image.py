@@ -106,13 +106,11 @@ class ImageBatch:
             rows = np.array([_table_row(array, color, layout) for array in arrays], np.int64).reshape(-1, 4)
         self._rows = rows
         self.sizes: npt.NDArray[np.int32] = rows[:, 2:].astype(np.int32)
-        self.table: Any = rows
+        self._uploaded: tuple[Any, Any, Any] | None = None  # the table, the stream that wrote it, and since when it has
         if device == "cuda":
-            self.table = memory.acquire(rows.nbytes, device=device).view(rows.shape, dtype=rows.dtype)
             self._stream = array_module(device).cuda.get_current_stream()
-            self.table.set(rows, stream=self._stream)
             # Of a complete batch the stream may be given other work, for which readers of this one need not wait.
-            self._written = self._stream.record() if complete else None
+            self._written = _mark(self._stream) if complete else None
 
     @classmethod
     def allocate(cls, sizes: Iterable[tuple[int, int]], *, color: Color = "rgb", device: Device) -> ImageBatch:
@@ -373,6 +371,23 @@ class ImageBatch:
             damage=self.damage,
         )
 
+    @property
+    def table(self) -> Any:
+        """What kernels on CuPy's current stream read; uploaded when it is first asked for, which takes 20 us."""
+        if self.device == "cpu":
+            return self._rows
+        cuda = array_module("cuda").cuda
+        stream = cuda.get_current_stream()
+        if self._uploaded is None:
+            table = memory.acquire(self._rows.nbytes, device="cuda").view(self._rows.shape, dtype=self._rows.dtype)
+            table.set(self._rows, stream=stream)
+            self._uploaded = table, stream, _mark(stream)
+        table, writer, written = self._uploaded
+        if stream.ptr != writer.ptr:
+            stream.wait_event(written)
+            memory.record_use(table, stream)
+        return table
+
     def use_on_current_stream(self) -> Any:
         """Make CuPy's current stream wait for the pixels, and the pixels' memory wait for that stream.
 
@@ -381,7 +396,6 @@ class ImageBatch:
         stream = array_module("cuda").cuda.get_current_stream()
         if stream.ptr != self._stream.ptr:
             stream.wait_event(self._written or self._stream.record())
-            memory.record_use(self.table, stream)
             if self._buffer is not None:
                 self._buffer.record_stream(stream)
         return stream
@@ -478,6 +492,11 @@ def _table_row(array: Any, color: SourceColor, layout: SourceLayout = "HWC") -> 
         return address, array.strides[1], array.shape[1], array.shape[2]
     height = array.shape[0] * 2 // 3 if color == "nv12" else array.shape[0]
     return address, array.strides[0], height, array.shape[1]
+
+
+def _mark(stream: Any) -> Any:
+    """An event of what the stream has been given up to now."""
+    return stream.record(array_module("cuda").cuda.Event(disable_timing=True))
 
 
 def address_of(array: Any) -> int:

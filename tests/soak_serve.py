@@ -109,9 +109,10 @@ class Abuse:
         self.seen["engine failures"] += 1
 
     def deaths(self) -> None:
-        assert self._ask("dying", b"DIE").status_code == 500
-        while (answer := self._ask("dying", b"x")).status_code != 200:
-            assert answer.status_code == 503
+        answer = self._ask("dying", b"DIE")
+        assert answer.status_code == 500, answer.text
+        while (answer := self._ask("dying", b"x" + os.urandom(8))).status_code != 200:  # else the cache would answer
+            assert answer.status_code == 503, answer.text
             time.sleep(0.1)
         self.seen["deaths of a pipeline's process"] += 1
 

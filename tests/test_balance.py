@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import types
+
 import pytest
 
+from nbvision.codecs import gpu_decode
 from nbvision.codecs._balance import Balance, Measured, cost_of
 
 
@@ -89,3 +92,21 @@ def test_a_decoder_that_hardly_helps_gets_little() -> None:
     for _ in range(100):
         card.run(balance, 128)
     assert card.calls[-1][1] >= 0.97 * 5.0
+
+
+def test_a_batch_took_as_long_as_its_last_part_on_the_host_or_the_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Times of events alone would leave out threads that are woken and waited for, which is all there is to small
+    batches."""
+    cuda = types.SimpleNamespace(get_elapsed_time=lambda begin, end: end - begin)
+    monkeypatch.setattr(gpu_decode, "array_module", lambda device: types.SimpleNamespace(cuda=cuda))
+
+    def batch_ms(took_ms: float, *, waited_ms: float = 0.0) -> float:
+        engine = gpu_decode._Turn(0.0, 4.0, 10, 0.002 + waited_ms / 1e3, waited_ms / 1e3)
+        other = gpu_decode._Turn(0.0, 7.0, 20, 0.001, 0.0)
+        measured = gpu_decode._Batch([1], [engine], [other], 0.0, (took_ms + waited_ms) / 1e3).measured()
+        assert (measured.engine_cost, measured.engine_ms, measured.cuda_cost, measured.cuda_ms) == (10, 4.0, 20, 7.0)
+        return measured.batch_ms
+
+    assert batch_ms(5.0) == pytest.approx(8.0)  # the GPU had the second part for 7 ms, from the first millisecond on
+    assert batch_ms(11.0) == pytest.approx(11.0)
+    assert batch_ms(11.0, waited_ms=30.0) == pytest.approx(11.0)

@@ -71,25 +71,6 @@ class JpegOnGPU:
     track_us_per_image.unit = "us/image"
 
 
-class JpegBatchesOnGPU:
-    """Batches of many sizes, one call each; the best way of nvImageCodec's is what must not be missed."""
-
-    params = (list(SIZES), [1, 2, 4, 8, 16, 32, 64, 128, 256, 512], ["nbvision", "nvImageCodec", "engine alone"])
-    param_names = ("size", "batch", "how")
-
-    def setup(self, size: str, batch: int, how: str) -> None:
-        need_cuda()
-        name = ENGINE if how == "engine alone" else how
-        self.call = _GPU_DECODERS[name](files(size, batch))
-        for _ in range(5):
-            _check(self.call(), size, batch)
-
-    def track_us_per_image(self, size: str, batch: int, how: str) -> float:
-        return wall_us(self.call, finish=wait_for_gpu, seconds=0.35) / batch
-
-    track_us_per_image.unit = "us/image"
-
-
 class BestSingleWayOnGPU:
     """The faster of nvImageCodec's ways, the engine alone or as it comes, in turns with ``nbvision.decode``.
 

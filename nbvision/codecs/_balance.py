@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-__all__ = ["Balance", "Measured", "cost_of"]
+__all__ = ["FEWEST", "Balance", "Measured", "cost_of"]
 
-_FEWEST = 16  # images; of fewer, the engine has the last one decoded before the CUDA decoder has its first
+FEWEST = 16  # images; of fewer, the engine has the last one decoded before the CUDA decoder has its first
 _FIRST_SHARE, _LEAST_SHARE, _MOST_SHARE = 0.3, 0.05, 0.6
 _WORTH = 1.02  # how much faster both together must be
 _AGAIN = 64  # batches after which the slower way is tried again
@@ -63,7 +63,7 @@ class Balance:
 
     def share(self, costs: Sequence[int]) -> float:
         """The part of a batch's cost that the CUDA decoder shall take."""
-        if len(costs) < _FEWEST:
+        if len(costs) < FEWEST:
             return 0.0
         known = self._class_of(costs)
         known.batches += 1
@@ -78,7 +78,7 @@ class Balance:
 
     def learn(self, costs: Sequence[int], measured: Measured) -> None:
         """Take note of how long a batch of these costs took."""
-        if len(costs) < _FEWEST:
+        if len(costs) < FEWEST:
             return
         both = measured.cuda_cost > 0
         if both not in self._warm:  # the first batch of a decoder pays for its memory

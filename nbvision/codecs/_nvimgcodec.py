@@ -9,14 +9,12 @@ from __future__ import annotations
 import ctypes
 import functools
 import importlib.util
+import itertools
 import os
 from collections.abc import Sequence
 from pathlib import Path
 from types import ModuleType
-from typing import Any, ClassVar
-
-import numpy as np
-import numpy.typing as npt
+from typing import Any, ClassVar, TypeAlias
 
 from nbvision.errors import MissingExtraError
 from nbvision.image import CHANNELS, Color
@@ -71,37 +69,9 @@ _NO_SUBSAMPLING, _GRAY_SUBSAMPLING = 0, 7
 _BUFFER_KINDS = {"cuda": 1, "cpu": 2}
 _LOAD_FIXED = 2
 _SUCCESS = 1
+_HANDLE_BYTES = ctypes.sizeof(ctypes.c_void_p)
 
-_HEAD = [("struct_type", "i4"), ("struct_size", "u8"), ("struct_next", "u8")]
-_PLANE_INFO = np.dtype(
-    [
-        *_HEAD,
-        ("width", "u4"),
-        ("height", "u4"),
-        ("row_stride", "u8"),
-        ("channels", "u4"),
-        ("sample_type", "i4"),
-        ("precision", "u1"),
-    ],
-    align=True,
-)
-_ORIENTATION = np.dtype([*_HEAD, ("rotated", "i4"), ("flip_x", "i4"), ("flip_y", "i4")], align=True)
-_IMAGE_INFO = np.dtype(
-    [
-        *_HEAD,
-        ("codec_name", "S256"),
-        ("color_space", "i4"),
-        ("subsampling", "i4"),
-        ("sample_format", "i4"),
-        ("orientation", _ORIENTATION),
-        ("planes", "u4"),
-        ("plane", _PLANE_INFO, 32),
-        ("buffer", "u8"),
-        ("buffer_kind", "i4"),
-        ("cuda_stream", "u8"),
-    ],
-    align=True,
-)
+_Handles: TypeAlias = "ctypes.Array[ctypes.c_void_p]"
 
 
 class _Structure(ctypes.Structure):
@@ -161,6 +131,37 @@ class _DecodeParams(_Structure):
     _fields_ = (("apply_orientation", ctypes.c_int),)
 
 
+class _Orientation(_Structure):
+    _fields_ = (("rotated", ctypes.c_int), ("flip_x", ctypes.c_int), ("flip_y", ctypes.c_int))
+
+
+class _PlaneInfo(_Structure):
+    _fields_ = (
+        ("width", ctypes.c_uint32),
+        ("height", ctypes.c_uint32),
+        ("row_stride", ctypes.c_size_t),
+        ("channels", ctypes.c_uint32),
+        ("sample_type", ctypes.c_int),
+        ("precision", ctypes.c_uint8),
+    )
+
+
+class _ImageInfo(_Structure):
+    _fields_ = (
+        ("codec_name", ctypes.c_char * 256),
+        ("color_space", ctypes.c_int),
+        ("subsampling", ctypes.c_int),
+        ("sample_format", ctypes.c_int),
+        ("orientation", _Orientation),
+        ("planes", ctypes.c_uint32),
+        ("plane", _PlaneInfo),
+        ("other_planes", _PlaneInfo * 31),
+        ("buffer", ctypes.c_void_p),
+        ("buffer_kind", ctypes.c_int),
+        ("cuda_stream", ctypes.c_void_p),
+    )
+
+
 class _Library:
     """The functions that decoding takes. ``quick`` ones keep Python's lock, ``slow`` ones let go of it."""
 
@@ -202,31 +203,20 @@ class _Library:
             raise RuntimeError(f"{name} says {status}")
 
 
-def _blank_info() -> npt.NDArray[Any]:
-    info = np.zeros(1, _IMAGE_INFO)
-    info["struct_type"], info["struct_size"] = _IMAGE, _IMAGE_INFO.itemsize
-    return info
-
-
-_BLANK_INFO = _blank_info()
-
-
-def _addresses(array: npt.NDArray[Any]) -> range:
-    """Of each item."""
-    first: int = array.ctypes.data
-    return range(first, first + array.nbytes, array.itemsize)
-
-
 @functools.lru_cache(maxsize=64)
-def _info_of(color: Color, device: Device, stream: int) -> npt.NDArray[Any]:
-    """What is the same of all images."""
+def _info_of(color: Color, device: Device, stream: int) -> _ImageInfo:
+    """What is the same of all images; to be copied."""
     samples, space = SAMPLES[color]
-    info = _blank_info()
-    info["sample_format"], info["color_space"] = _SAMPLE_FORMATS[samples], _COLOR_SPACES[space]
-    info["subsampling"] = _GRAY_SUBSAMPLING if color == "gray" else _NO_SUBSAMPLING
-    info["buffer_kind"], info["cuda_stream"] = _BUFFER_KINDS[device], stream
-    info["planes"] = 1
-    info["plane"][:, 0]["channels"], info["plane"][:, 0]["sample_type"] = CHANNELS[color], _UINT8
+    info = _ImageInfo(
+        _IMAGE,
+        sample_format=_SAMPLE_FORMATS[samples],
+        color_space=_COLOR_SPACES[space],
+        subsampling=_GRAY_SUBSAMPLING if color == "gray" else _NO_SUBSAMPLING,
+        buffer_kind=_BUFFER_KINDS[device],
+        cuda_stream=stream,
+        planes=1,
+    )
+    info.plane.channels, info.plane.sample_type = CHANNELS[color], _UINT8
     return info
 
 
@@ -244,16 +234,16 @@ class Opened:
 
     def __init__(self, library: _Library, files: int) -> None:
         self._library = library.quick
-        self.files = files  # of the batch
-        # Handles of the files, and of where their pixels shall be.
-        self.streams, self.images = np.zeros((2, files), np.uint64)
-        self.is_known: npt.NDArray[np.bool_]  # whether nvImageCodec reads in a file what its header says
+        handles = ctypes.c_void_p * files
+        # Of the files, and of where their pixels shall be.
+        self.streams, self.images = handles(), handles()
+        self.is_known = [False] * files  # whether nvImageCodec reads in a file what its header says
 
     def close(self) -> None:
-        for handle in self.images.tolist():
+        for handle in self.images[:]:
             if handle:
                 self._library.nvimgcodecImageDestroy(handle)
-        for handle in self.streams.tolist():
+        for handle in self.streams[:]:
             if handle:
                 self._library.nvimgcodecCodeStreamDestroy(handle)
 
@@ -282,7 +272,12 @@ class DecoderHandle:
         params = _BackendParams(_BACKEND_PARAMS, load_hint=1.0, load_hint_policy=_LOAD_FIXED)
         backends[0] = _Backend(_BACKEND, kind=BACKENDS[backend], params=params)
         execution = _ExecutionParams(
-            _EXECUTION, max_cpu_threads=threads, device_id=device_id, backend_count=1, backends=backends
+            _EXECUTION,
+            max_cpu_threads=threads,
+            device_id=device_id,
+            skip_pre_sync=1,  # nothing but this decoder writes there: see gpu_decode.decode_into
+            backend_count=1,
+            backends=backends,
         )
         self._handle = ctypes.c_void_p()
         status = library.slow.nvimgcodecDecoderCreate(
@@ -325,22 +320,36 @@ class DecoderHandle:
         RuntimeError
             If the batch fails as a whole.
         """
+        library, instance = self._library.quick, self._library.instance
+        parse, look = library.nvimgcodecCodeStreamCreateFromHostMem, library.nvimgcodecCodeStreamGetImageInfo
+        describe, channels = library.nvimgcodecImageCreate, CHANNELS[color]
+        found, wanted = _ImageInfo(_IMAGE), _ImageInfo.from_buffer_copy(_info_of(color, self._device, stream))
+        found_at, wanted_at = ctypes.addressof(found), ctypes.addressof(wanted)
+        found_plane, plane = found.plane, wanted.plane
         opened = Opened(self._library, len(datas))
+        handle_at, image_at = ctypes.addressof(opened.streams), ctypes.addressof(opened.images)
         try:
-            orientations = self._parse(datas, sizes, opened)
-            infos = np.repeat(_info_of(color, self._device, stream), len(datas))
-            infos["orientation"] = orientations  # from which it is turned, if that is asked for
-            infos["buffer"] = addresses
-            plane, upright = infos["plane"][:, 0], np.array(upright_sizes, np.uint32)
-            plane["height"], plane["width"] = upright.T
-            plane["row_stride"] = upright[:, 1].astype(np.uint64) * CHANNELS[color]
-            self._describe(infos, opened)
+            for index, data in enumerate(datas):
+                at = index * _HANDLE_BYTES
+                status = parse(instance, handle_at + at, data, len(data), None)
+                if status or look(opened.streams[index], found_at):
+                    continue
+                if (found_plane.height, found_plane.width) != sizes[index]:
+                    continue
+                opened.is_known[index] = True
+                wanted.orientation = found.orientation  # from which it is turned, if that is asked for
+                wanted.buffer = addresses[index]
+                plane.height, plane.width = upright_sizes[index]
+                plane.row_stride = plane.width * channels
+                status = describe(instance, image_at + at, wanted_at)
+                if status:
+                    raise RuntimeError(f"nvimgcodecImageCreate says {status}")
         except BaseException:
             opened.close()
             raise
         return opened
 
-    def decode(self, opened: Opened, *, apply_orientation: bool) -> npt.NDArray[np.bool_]:
+    def decode(self, opened: Opened, *, apply_orientation: bool) -> list[bool]:
         """Decode a batch and wait for it on the host.
 
         Parameters
@@ -351,7 +360,7 @@ class DecoderHandle:
 
         Returns
         -------
-        (N,) bool array
+        list of bool
             Which were decoded. Refused is also what nvImageCodec takes for another size than the header says.
 
         Raises
@@ -360,70 +369,27 @@ class DecoderHandle:
             If the batch fails as a whole.
         """
         known = opened.is_known
-        if known.all():
+        if all(known):
             return self._run(opened.streams, opened.images, apply_orientation)
-        done = np.zeros(opened.files, bool)
-        if known.any():
-            done[known] = self._run(opened.streams[known], opened.images[known], apply_orientation)
-        return done
+        streams, images = (list(itertools.compress(handles, known)) for handles in (opened.streams, opened.images))
+        handles = ctypes.c_void_p * len(streams)
+        done = iter(self._run(handles(*streams), handles(*images), apply_orientation) if streams else ())
+        return [is_known and next(done) for is_known in known]
 
-    def _parse(self, datas: Sequence[bytes], sizes: Sequence[tuple[int, int]], opened: Opened) -> npt.NDArray[Any]:
-        """Parse the files, and see whether what nvImageCodec reads in them is what their headers say.
-
-        Returns
-        -------
-        structured array
-            Their orientations.
-        """
-        infos, library, instance = np.repeat(_BLANK_INFO, len(datas)), self._library.quick, self._library.instance
-        create, look = library.nvimgcodecCodeStreamCreateFromHostMem, library.nvimgcodecCodeStreamGetImageInfo
-        created = [
-            create(instance, handle, data, len(data), None)
-            for handle, data in zip(_addresses(opened.streams), datas, strict=True)
-        ]
-        statuses = [
-            status or look(stream, info)
-            for status, stream, info in zip(created, opened.streams.tolist(), _addresses(infos), strict=True)
-        ]
-        found, (heights, widths) = infos["plane"][:, 0], np.array(sizes, np.uint32).T
-        opened.is_known = (found["height"] == heights) & (found["width"] == widths)
-        if any(statuses):
-            opened.is_known &= np.array(statuses) == 0
-        return infos["orientation"]
-
-    def _describe(self, infos: npt.NDArray[Any], opened: Opened) -> None:
-        """Make images of what is known."""
-        create, instance = self._library.quick.nvimgcodecImageCreate, self._library.instance
-        places = zip(opened.is_known.tolist(), _addresses(opened.images), _addresses(infos), strict=True)
-        for is_known, handle, info in places:
-            status = is_known and create(instance, handle, info)
-            if status:
-                raise RuntimeError(f"nvimgcodecImageCreate says {status}")
-
-    def _run(
-        self, streams: npt.NDArray[np.uint64], images: npt.NDArray[np.uint64], apply_orientation: bool
-    ) -> npt.NDArray[np.bool_]:
-        library, future = self._library, ctypes.c_void_p()
+    def _run(self, streams: _Handles, images: _Handles, apply_orientation: bool) -> list[bool]:
+        library, future, count = self._library, ctypes.c_void_p(), len(streams)
         params = _DecodeParams(_DECODE_PARAMS, apply_orientation=int(apply_orientation))
         status = library.slow.nvimgcodecDecoderDecode(
-            self._handle,
-            streams.ctypes.data,
-            images.ctypes.data,
-            len(streams),
-            ctypes.byref(params),
-            ctypes.byref(future),
+            self._handle, streams, images, count, ctypes.byref(params), ctypes.byref(future)
         )
         if status:
             raise RuntimeError(f"nvimgcodecDecoderDecode says {status}")
         try:
             status = library.slow.nvimgcodecFutureWaitForAll(future)
-            statuses, count = np.zeros(len(streams), np.int32), ctypes.c_size_t(len(streams))
-            status = status or library.quick.nvimgcodecFutureGetProcessingStatus(
-                future, statuses.ctypes.data, ctypes.byref(count)
-            )
-            if status or count.value != len(streams):
-                raise RuntimeError(f"nvImageCodec gives {count.value} of {len(streams)} results, and says {status}")
+            statuses, found = (ctypes.c_int * count)(), ctypes.c_size_t(count)
+            status = status or library.quick.nvimgcodecFutureGetProcessingStatus(future, statuses, ctypes.byref(found))
+            if status or found.value != count:
+                raise RuntimeError(f"nvImageCodec gives {found.value} of {count} results, and says {status}")
         finally:
             library.quick.nvimgcodecFutureDestroy(future)
-        done: npt.NDArray[np.bool_] = statuses == _SUCCESS
-        return done
+        return [status == _SUCCESS for status in statuses]

@@ -169,6 +169,10 @@ def as_items(sources: Any) -> list[Any]:
 
 
 def _is_source(item: Any) -> bool:
+    if type(item) in (bytes, str):  # most are; to ask for a protocol takes longer
+        return True
+    if type(item) in (list, tuple):
+        return False
     if isinstance(item, (bytes, str, os.PathLike, OpenImage)):
         return True
     try:

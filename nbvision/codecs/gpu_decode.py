@@ -19,9 +19,9 @@ import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
-from nbvision.codecs._balance import Balance, Measured, cost_of
+from nbvision.codecs._balance import FEWEST, Balance, Measured, cost_of
 from nbvision.codecs._nvimgcodec import SAMPLES, DecoderHandle, Opened
 from nbvision.codecs._threads import Turns
 from nbvision.codecs.headers import Header
@@ -155,8 +155,9 @@ class _Decoders:
         for turn in by_engine + by_cuda:
             stream.wait_event(turn.end)
         if costs and not refused:
+            took_s = time.perf_counter() - started_s
             with self._lock:
-                self._unread.append(_Batch(started_s, costs, by_engine, by_cuda))
+                self._unread.append(_Batch(costs, by_engine, by_cuda, started_s, took_s))
 
     def _decode_side_by_side(
         self, for_engine: list[_Job], for_cuda: list[_Job], color: Color
@@ -168,17 +169,20 @@ class _Decoders:
         cuda, helping = [], []
         try:
             if for_cuda:
-                cuda.append(self._cuda_helper.submit(self._decode_by_cuda, for_cuda, color))
+                cuda.append(self._cuda_helper.submit(self._decode_by_cuda, for_cuda, color, time.perf_counter()))
             helping += [self._helpers.submit(lane.decode, queue, color) for lane in lanes[1:] if not lane.load]
             by_engine = [lane.decode(queue, color) for lane in lanes[:1]]
         finally:
             helping = [future for future in helping if not future.cancel()]  # not those that have not begun
-            wait(cuda + helping)  # all others, also if one fails: they write to the caller's memory
+            if cuda or helping:
+                wait(cuda + helping)  # all others, also if one fails: they write to the caller's memory
         by_engine += [future.result() for future in helping]
         return [turn for turn in by_engine if turn], [turn for future in cuda if (turn := future.result())]
 
-    def _decode_by_cuda(self, jobs: list[_Job], color: Color) -> _Turn | None:
-        return self._cuda.decode(iter(_sliced(jobs, len(jobs))), color)
+    def _decode_by_cuda(self, jobs: list[_Job], color: Color, asked_s: float) -> _Turn | None:
+        waited_s = time.perf_counter() - asked_s
+        turn = self._cuda.decode(iter(_sliced(jobs, len(jobs))), color)
+        return turn and turn._replace(waited_s=turn.waited_s + waited_s)
 
     def _divide(self, jobs: Sequence[_Job], deterministic: bool) -> tuple[list[_Job], list[_Job], list[int]]:
         """What the engine gets, what the CUDA decoder gets, and the costs from which their balance may learn."""
@@ -188,6 +192,8 @@ class _Decoders:
         for_cuda = [job for job in jobs if job.header.variant != "baseline"]
         if deterministic or for_cuda:
             return for_engine, for_cuda, []
+        if len(for_engine) < FEWEST:
+            return for_engine, [], []
         costs = [job.cost for job in for_engine]
         with self._lock:
             while self._unread and self._unread[0].is_done:
@@ -247,10 +253,11 @@ class _Lane:
             opened.append(self._open(part, color))
             asked_s = time.perf_counter()
             with self._turns:
+                begun_s = time.perf_counter()
                 begin = self.stream.record()
                 while part is not None:
                     done = self._decoder.decode(opened[-1], apply_orientation=part[0].is_turned)
-                    for job, is_done in zip(part, done.tolist(), strict=True):
+                    for job, is_done in zip(part, done, strict=True):
                         job.done = is_done
                         cost += job.cost
                     part = next(slices, None)
@@ -262,7 +269,7 @@ class _Lane:
         finally:
             for batch in opened:
                 batch.close()
-        return _Turn(begin, end, cost, asked_s)
+        return _Turn(begin, end, cost, begun_s, begun_s - asked_s)
 
     def _open(self, jobs: list[_Job], color: Color) -> Opened:
         return self._decoder.open(
@@ -288,14 +295,14 @@ def _sliced(jobs: Sequence[_Job], least: int) -> list[list[_Job]]:
     return slices
 
 
-@dataclass(frozen=True, slots=True)
-class _Turn:
-    """What a decoder was given at once, between two events on its stream, and when it was asked to."""
+class _Turn(NamedTuple):
+    """What a decoder was given at once, between two events on its stream."""
 
     begin: Any
     end: Any
     cost: int
-    asked_s: float
+    begun_s: float
+    waited_s: float  # before that, for other batches
 
     @property
     def ms(self) -> float:
@@ -303,14 +310,14 @@ class _Turn:
         return elapsed_ms
 
 
-@dataclass(frozen=True, slots=True)
-class _Batch:
+class _Batch(NamedTuple):
     """One that was shared out."""
 
-    started_s: float
     costs: list[int]
     by_engine: list[_Turn]
     by_cuda: list[_Turn]
+    started_s: float
+    took_s: float  # the host, which may be done before the GPU
 
     @property
     def is_done(self) -> bool:
@@ -318,10 +325,9 @@ class _Batch:
 
     def measured(self) -> Measured:
         """What other batches kept this one waiting for is left out: it does not depend on who decodes what."""
-        times = [
-            [(turn.ms, turn.asked_s - self.started_s) for turn in turns] for turns in (self.by_engine, self.by_cuda)
-        ]
-        engine_ms, cuda_ms = (max((ms for ms, _ in of_one), default=0.0) for of_one in times)
-        engine_cost, cuda_cost = (sum(turn.cost for turn in turns) for turns in (self.by_engine, self.by_cuda))
-        batch_ms = max(ms + asked_s * 1e3 for of_one in times for ms, asked_s in of_one)
-        return Measured(engine_cost, engine_ms, cuda_cost, cuda_ms, batch_ms)
+        turns = self.by_engine + self.by_cuda
+        engine_ms, cuda_ms = (max((turn.ms for turn in one), default=0.0) for one in (self.by_engine, self.by_cuda))
+        engine_cost, cuda_cost = (sum(turn.cost for turn in one) for one in (self.by_engine, self.by_cuda))
+        on_host_ms = (self.took_s - max(turn.waited_s for turn in turns)) * 1e3
+        on_gpu_ms = max(turn.ms + (turn.begun_s - turn.waited_s - self.started_s) * 1e3 for turn in turns)
+        return Measured(engine_cost, engine_ms, cuda_cost, cuda_ms, max(on_host_ms, on_gpu_ms))

@@ -400,14 +400,15 @@ class Preprocess:
 
     def _run_cuda(self, batch: ImageBatch, boxes: Any, box_images: Any, out: Any) -> tuple[Any, Geometry]:
         stream = batch.use_on_current_stream()
-        key = (batch.table.device.id, batch.color, batch.yuv, batch.layout, batch.dtype)
+        table = batch.table
+        key = (table.device.id, batch.color, batch.yuv, batch.layout, batch.dtype)
         if len(batch) and key not in self._frames:
-            begin_to_compile(self._spec(batch), batch.table.device.id)  # while those of regions and tap tables compile
+            begin_to_compile(self._spec(batch), table.device.id)  # while those of regions and tap tables compile
         geometry, taps = self._regions.on_device(batch, boxes, box_images, stream.ptr)
         count = len(geometry)
         tensor, flat = self._output(batch, count, out)
         if count:
-            self._launch(self._frame(key, batch), batch.table, geometry, taps, flat)
+            self._launch(self._frame(key, batch), table, geometry, taps, flat)
         return tensor, geometry
 
     def _launch(self, frame: _Frame, table: Any, geometry: Geometry, taps: TapTables | None, flat: Any) -> None:
