@@ -8,7 +8,8 @@ service itself takes, and the demo's recognizer, beside the same recognizer call
 Then clients that ask at any time (Poisson), each for another photograph, at higher and higher rates, whether or not
 earlier ones are answered: ``nbvision serve`` as it is, perhaps with several workers, one image at a time, and
 ``examples/straightforward_service.py`` (FastAPI, OpenCV, one image at a time). The rate of a service is the highest at
-which 99 % of all answers came within the deadline.
+which 99 % of all answers came within the deadline. ``--bursts 8 16`` asks each service once more, so many at a time, at
+0.8, 1 and 1.5 times its rate.
 """
 
 from __future__ import annotations
@@ -40,6 +41,7 @@ from nbvision.serve.pipelines import PIPELINES, Pipeline
 IN_TIME = 0.99
 STEP = 1.25  # from one rate to the next
 BEYOND = 0.7  # in time: no higher rates are of interest
+BURST_SHARES = (0.8, 1.0, 1.5)  # of that rate
 WARM_UP_S = 1.0
 WARM_UP_CALLS = 8
 
@@ -55,7 +57,7 @@ pipelines:
 
 
 async def at_any_time(
-    port: int, files: Sequence[bytes], *, rate: float, seconds: float, deadline_ms: float, seed: int = 1
+    port: int, files: Sequence[bytes], *, rate: float, seconds: float, deadline_ms: float, burst: int = 1, seed: int = 1
 ) -> tuple[list[float], dict[int, int]]:
     """Ask whether or not earlier requests are answered: the milliseconds of the answers, and how often each status."""
     client = Client(port)
@@ -72,7 +74,7 @@ async def at_any_time(
             times_ms.append((time.perf_counter() - due_s) * 1e3)
 
     tasks = []
-    for number, at_s in enumerate(arrivals(rate, count, seed=seed)):
+    for number, at_s in enumerate(arrivals(rate, count, burst=burst, seed=seed)):
         due_s = started_s + at_s
         await asyncio.sleep(max(0.0, due_s - time.perf_counter()))
         tasks.append(asyncio.create_task(one(number, due_s)))
@@ -89,9 +91,9 @@ class Clients:
         spawn = multiprocessing.get_context("spawn")
         self._pool = ProcessPoolExecutor(count, spawn, initializer=_draw_files, initargs=(images,))
 
-    def ask(self, port: int, *, rate: float, seconds: float, deadline_ms: float) -> Any:
+    def ask(self, port: int, *, rate: float, seconds: float, deadline_ms: float, burst: int = 1) -> Any:
         """What becomes of requests at a rate: the sum of what comes at any time does so as well."""
-        asked = {"rate": rate / self._count, "seconds": seconds, "deadline_ms": deadline_ms}
+        asked = {"rate": rate / self._count, "seconds": seconds, "deadline_ms": deadline_ms, "burst": burst}
         runs = list(self._pool.map(functools.partial(_ask, port, asked), range(1, self._count + 1)))
         times_ms = [time_ms for times_ms, _ in runs for time_ms in times_ms]
         statuses: collections.Counter[int] = collections.Counter()
@@ -101,6 +103,7 @@ class Clients:
         in_time = sum(time_ms <= deadline_ms for time_ms in times_ms)
         return {
             "rate_per_s": rate,
+            "burst": burst,
             "requests": count,
             "share_in_time": in_time / count,
             "in_time_per_s": in_time / seconds,
@@ -178,7 +181,11 @@ def at_rates(
 
 def shown(run: Any) -> Any:
     p99 = "-" if run["p99_ms"] is None else f"{run['p99_ms']:.1f}"
-    print(f"    {run['rate_per_s']:7.1f} requests/s: {run['share_in_time']:6.1%} in time, p99 {p99} ms", flush=True)
+    bursts = f" in bursts of {run['burst']}" if run["burst"] > 1 else ""
+    print(
+        f"    {run['rate_per_s']:7.1f} requests/s{bursts}: {run['share_in_time']:6.1%} in time, p99 {p99} ms",
+        flush=True,
+    )
     return run
 
 
@@ -237,6 +244,7 @@ def main() -> int:
     parser.add_argument("--seconds", type=float, default=6.0, help="of each rate")
     parser.add_argument("--first", type=float, default=50.0, help="the first rate, a second")
     parser.add_argument("--rates", type=float, nargs="+", help="these, instead of a search for the highest")
+    parser.add_argument("--bursts", type=int, nargs="*", default=[], help="sizes of bursts to ask in, afterwards")
     parser.add_argument("--max-batch", type=int, default=16)
     parser.add_argument("--processes", type=int, default=0, help="that decode (%(default)s)")
     parser.add_argument("--workers", type=int, default=1, help="of a second service, beside that of one (%(default)s)")
@@ -270,7 +278,9 @@ def main() -> int:
             rate, runs = at_rates(port, clients, arguments.rates, **asked)
         else:
             rate, runs = highest_rate(port, clients, first=arguments.first, **asked)
-        report["services"][name] = {"rate_per_s": rate, "runs": runs}
+        loads = [(share * rate, burst) for burst in arguments.bursts for share in BURST_SHARES if rate]
+        bursts = [shown(clients.ask(port, rate=load, burst=burst, **asked)) for load, burst in loads]
+        report["services"][name] = {"rate_per_s": rate, "runs": runs, "bursts": bursts}
         arguments.out.write_text(json.dumps(report, indent=1) + "\n")
 
     processes, workers = arguments.processes, arguments.workers

@@ -637,6 +637,21 @@ def test_a_batch_is_shared_out_and_comes_back_whole() -> None:
         assert [turn.cost for turn in by_cuda] == [for_cuda] * bool(for_cuda)
 
 
+@pytest.mark.parametrize(
+    ("load", "height", "width", "calls"), [(0, 375, 500, 8), (1, 375, 500, 1), (0, 1080, 1920, 8), (1, 1080, 1920, 8)]
+)
+def test_small_images_go_in_one_call_while_another_batch_is_under_way(
+    load: int, height: int, width: int, calls: int
+) -> None:
+    parts: list[int] = []
+    lanes = [types.SimpleNamespace(load=load, decode=lambda queue, color: parts.extend(map(len, queue))) for _ in "ab"]
+    header = read_header(JPEGS["4:2:0"])._replace(height=height, width=width)
+    jobs = [gpu_decode._Job(0, b"", header, gpu_decode.cost_of(header.pixels)) for _ in range(256)]
+    decoders_of_the_host(lanes, None)._decode_side_by_side(jobs, [], "rgb")
+    assert sum(parts) == 256
+    assert len(parts) == calls
+
+
 def test_help_that_has_not_begun_is_not_waited_for() -> None:
     """The threads that help may all be busy with other batches."""
     decoders = decoders_of_the_host([lane_of_the_host(), lane_of_the_host()], None)

@@ -10,7 +10,8 @@ __all__ = ["FEWEST", "Balance", "Measured", "cost_of"]
 FEWEST = 16  # images; of fewer, the engine has the last one decoded before the CUDA decoder has its first
 _FIRST_SHARE, _LEAST_SHARE, _MOST_SHARE = 0.3, 0.05, 0.6
 _WORTH = 1.02  # how much faster both together must be
-_AGAIN = 64  # batches after which the slower way is tried again
+_TRIES = 3  # batches, with which the slower way is tried again
+_AGAIN, _LATEST = 64, 1024  # after so many, each time twice as many
 _NEWS = 0.25  # weight of the latest batch in a mean
 
 
@@ -23,7 +24,8 @@ def cost_of(pixels: int) -> int:
 class Measured:
     """Of one batch: costs, how long each decoder took for them, and how long the batch took, all in milliseconds.
 
-    A batch takes longer than its decoders, which files have to be opened for, and threads to be woken.
+    A batch takes longer than its decoders, which files have to be opened for, and threads to be woken; or less, if it
+    is the next in a stream of batches: then it has taken as long as it came after the one before.
     """
 
     engine_cost: float
@@ -32,20 +34,29 @@ class Measured:
     cuda_ms: float
     batch_ms: float
 
-    @property
-    def rate(self) -> float:
-        """Cost a millisecond, both decoders together."""
-        return (self.engine_cost + self.cuda_cost) / self.batch_ms
-
 
 @dataclass(slots=True)
 class _Class:
     """Batches of about one number of images of about one size."""
 
     share: float = _FIRST_SHARE
-    alone: float = 0.0  # rates; 0 before any is known
-    together: float = 0.0
-    batches: int = 0
+    alone_ms: float = 0.0  # a unit of cost; 0 before any is known
+    together_ms: float = 0.0
+    is_shared: bool = False
+    batches: int = 0  # since that was found, or the other way was tried
+    again: int = _AGAIN
+
+    def shares_next(self) -> bool:
+        """Whether to share the next batch: as was found to be better, and now and then the other way."""
+        better = self.together_ms * _WORTH < self.alone_ms
+        if better != self.is_shared:
+            self.is_shared, self.batches, self.again = better, 0, _AGAIN
+        self.batches += 1
+        if self.batches <= self.again:
+            return better
+        if self.batches == self.again + _TRIES:
+            self.batches, self.again = 0, min(2 * self.again, _LATEST)
+        return not better
 
 
 class Balance:
@@ -66,15 +77,9 @@ class Balance:
         if len(costs) < FEWEST:
             return 0.0
         known = self._class_of(costs)
-        known.batches += 1
-        if not known.alone:
+        if not known.alone_ms:
             return 0.0
-        if not known.together:
-            return known.share
-        both = known.together > _WORTH * known.alone
-        if known.batches % _AGAIN == 0:
-            both = not both
-        return known.share if both else 0.0
+        return known.share if not known.together_ms or known.shares_next() else 0.0
 
     def learn(self, costs: Sequence[int], measured: Measured) -> None:
         """Take note of how long a batch of these costs took."""
@@ -85,10 +90,12 @@ class Balance:
             self._warm.add(both)
             return
         known = self._class_of(costs)
+        # Of times, not of rates: in a stream two batches may end at once, and the next one after twice the time.
+        per_cost_ms = measured.batch_ms / (measured.engine_cost + measured.cuda_cost)
         if not both:
-            known.alone = _mean(known.alone, measured.rate)
+            known.alone_ms = _mean(known.alone_ms, per_cost_ms)
             return
-        known.together = _mean(known.together, measured.rate)
+        known.together_ms = _mean(known.together_ms, per_cost_ms)
         engine_rate = measured.engine_cost / measured.engine_ms
         cuda_rate = measured.cuda_cost / measured.cuda_ms
         fair = cuda_rate / (engine_rate + cuda_rate)

@@ -120,7 +120,7 @@ def decode_items(
     """What :func:`decode` does once its arguments are checked; ``by``: who decodes what is the host's, in its place."""
     threads = threads or available_cores()
     opened = _open_all(items, how, limit_pixels, threads, by)
-    sizes = [how.shape(item)[:2] if isinstance(item, CompressedImage) else (0, 0) for item in opened]
+    sizes = [how.wanted.size(item.header) if isinstance(item, CompressedImage) else (0, 0) for item in opened]
     color, target = how.wanted.color, how.device
     offsets, total_bytes = image_offsets(sizes, CHANNELS[color])
     buffer = memory.acquire(total_bytes, device=target, wait_on_host=True)  # as gpu_decode.decode_into wants it
@@ -325,7 +325,9 @@ def _staging_for(images: Sequence[CompressedImage], how: How) -> dict[Compressed
     """Pinned memory for the pixels of each image, from which they are copied to the GPU."""
     if not images:
         return {}
-    offsets, total_bytes = image_offsets([how.shape(image)[:2] for image in images], CHANNELS[how.wanted.color])
+    offsets, total_bytes = image_offsets(
+        [how.wanted.size(image.header) for image in images], CHANNELS[how.wanted.color]
+    )
     buffer = memory.acquire(total_bytes, device="pinned")
     views = [buffer.view(how.shape(image), offset_bytes=at) for image, at in zip(images, offsets, strict=True)]
     return dict(zip(images, views, strict=True))

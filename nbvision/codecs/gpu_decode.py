@@ -36,6 +36,7 @@ __all__ = ["decode_into", "takes"]
 _SMOOTHED_FROM_WIDTH = 5
 
 _SLICE = 32  # images of a call of the engine; with fewer large ones, some of its seven parts run idle
+_BUSY_SLICE_COST = _SLICE * cost_of(1920 * 1080)  # of a call, while another batch is under way
 _ENGINE_THREADS = 4  # take a tenth less than one with large images, and not more with small ones
 
 
@@ -119,6 +120,7 @@ class _Decoders:
         self._lock = threading.Lock()
         self._balance = Balance()
         self._unread: collections.deque[_Batch] = collections.deque(maxlen=8)  # the last, some still under way
+        self._done_s = 0.0  # when the last batch that was read was done
         self._engine: list[_Lane] = []
         with contextlib.suppress(RuntimeError):  # the card has none, or no memory for a second
             for _ in range(2):
@@ -155,21 +157,21 @@ class _Decoders:
         for turn in by_engine + by_cuda:
             stream.wait_event(turn.end)
         if costs and not refused:
-            took_s = time.perf_counter() - started_s
+            batch = _Batch(costs, by_engine, by_cuda, started_s, time.perf_counter())
             with self._lock:
-                self._unread.append(_Batch(costs, by_engine, by_cuda, started_s, took_s))
+                self._unread.append(batch)
 
     def _decode_side_by_side(
         self, for_engine: list[_Job], for_cuda: list[_Job], color: Color
     ) -> tuple[list[_Turn], list[_Turn]]:
         """The turns of the engine, and of the CUDA decoder."""
-        slices = _sliced(for_engine, _SLICE)
+        slices = _sliced(for_engine, self._least(for_engine))
         queue = iter(slices)  # whose steps Python's lock makes atomic
         lanes = sorted(self._engine, key=lambda lane: lane.load)[: len(slices)]
         cuda, helping = [], []
         try:
             if for_cuda:
-                cuda.append(self._cuda_helper.submit(self._decode_by_cuda, for_cuda, color, time.perf_counter()))
+                cuda.append(self._cuda_helper.submit(self._decode_by_cuda, for_cuda, color))
             helping += [self._helpers.submit(lane.decode, queue, color) for lane in lanes[1:] if not lane.load]
             by_engine = [lane.decode(queue, color) for lane in lanes[:1]]
         finally:
@@ -179,10 +181,15 @@ class _Decoders:
         by_engine += [future.result() for future in helping]
         return [turn for turn in by_engine if turn], [turn for future in cuda if (turn := future.result())]
 
-    def _decode_by_cuda(self, jobs: list[_Job], color: Color, asked_s: float) -> _Turn | None:
-        waited_s = time.perf_counter() - asked_s
-        turn = self._cuda.decode(iter(_sliced(jobs, len(jobs))), color)
-        return turn and turn._replace(waited_s=turn.waited_s + waited_s)
+    def _least(self, jobs: list[_Job]) -> int:
+        """Images of a call of the engine, so that both of its decoders have some."""
+        if all(not lane.load for lane in self._engine):
+            return _SLICE
+        # Another batch keeps one of them busy. Calls take the host longer than small images take the engine.
+        return max(_SLICE, _BUSY_SLICE_COST * len(jobs) // (sum(job.cost for job in jobs) or 1))
+
+    def _decode_by_cuda(self, jobs: list[_Job], color: Color) -> _Turn | None:
+        return self._cuda.decode(iter(_sliced(jobs, len(jobs))), color)
 
     def _divide(self, jobs: Sequence[_Job], deterministic: bool) -> tuple[list[_Job], list[_Job], list[int]]:
         """What the engine gets, what the CUDA decoder gets, and the costs from which their balance may learn."""
@@ -198,7 +205,8 @@ class _Decoders:
         with self._lock:
             while self._unread and self._unread[0].is_done:
                 batch = self._unread.popleft()
-                self._balance.learn(batch.costs, batch.measured())
+                self._balance.learn(batch.costs, batch.measured(self._done_s))
+                self._done_s = max(self._done_s, batch.end_s)
             wanted = self._balance.share(costs) * sum(costs)
         if wanted:
             # The largest: images cost the CUDA decoder more for being many than for being large.
@@ -251,7 +259,6 @@ class _Lane:
         cost = 0
         try:
             opened.append(self._open(part, color))
-            asked_s = time.perf_counter()
             with self._turns:
                 begun_s = time.perf_counter()
                 begin = self.stream.record()
@@ -269,7 +276,7 @@ class _Lane:
         finally:
             for batch in opened:
                 batch.close()
-        return _Turn(begin, end, cost, begun_s, begun_s - asked_s)
+        return _Turn(begin, end, cost, begun_s)
 
     def _open(self, jobs: list[_Job], color: Color) -> Opened:
         return self._decoder.open(
@@ -302,7 +309,6 @@ class _Turn(NamedTuple):
     end: Any
     cost: int
     begun_s: float
-    waited_s: float  # before that, for other batches
 
     @property
     def ms(self) -> float:
@@ -317,17 +323,19 @@ class _Batch(NamedTuple):
     by_engine: list[_Turn]
     by_cuda: list[_Turn]
     started_s: float
-    took_s: float  # the host, which may be done before the GPU
+    ended_s: float  # for the host, which may be done before the GPU
 
     @property
     def is_done(self) -> bool:
         return all(turn.end.done for turn in self.by_engine + self.by_cuda)
 
-    def measured(self) -> Measured:
-        """What other batches kept this one waiting for is left out: it does not depend on who decodes what."""
-        turns = self.by_engine + self.by_cuda
+    @property
+    def end_s(self) -> float:
+        return max(self.ended_s, max(turn.begun_s + turn.ms / 1e3 for turn in self.by_engine + self.by_cuda))
+
+    def measured(self, done_s: float) -> Measured:
+        """How long it took, from when the batch before it was done if that was under way when this one began."""
         engine_ms, cuda_ms = (max((turn.ms for turn in one), default=0.0) for one in (self.by_engine, self.by_cuda))
         engine_cost, cuda_cost = (sum(turn.cost for turn in one) for one in (self.by_engine, self.by_cuda))
-        on_host_ms = (self.took_s - max(turn.waited_s for turn in turns)) * 1e3
-        on_gpu_ms = max(turn.ms + (turn.begun_s - turn.waited_s - self.started_s) * 1e3 for turn in turns)
-        return Measured(engine_cost, engine_ms, cuda_cost, cuda_ms, max(on_host_ms, on_gpu_ms))
+        batch_ms = max(0.0, self.end_s - max(self.started_s, done_s)) * 1e3
+        return Measured(engine_cost, engine_ms, cuda_cost, cuda_ms, batch_ms)

@@ -87,6 +87,8 @@ class Wanted:
 
     def size(self, header: Header) -> tuple[int, int]:
         """Height and width of the upright image."""
+        if self.reduce == 1:
+            return header.oriented_size
         height, width = header.oriented_size
         return -(-height // self.reduce), -(-width // self.reduce)
 
