@@ -106,7 +106,8 @@ class ImageBatch:
             rows = np.array([_table_row(array, color, layout) for array in arrays], np.int64).reshape(-1, 4)
         self._rows = rows
         self.sizes: npt.NDArray[np.int32] = rows[:, 2:].astype(np.int32)
-        self._uploaded: tuple[Any, Any, Any] | None = None  # the table, the stream that wrote it, and since when it has
+        # The table, when it was written, and the streams that know, by address.
+        self._uploaded: tuple[Any, Any, dict[int, Any]] | None = None
         if device == "cuda":
             self._stream = array_module(device).cuda.get_current_stream()
             # Of a complete batch the stream may be given other work, for which readers of this one need not wait.
@@ -381,11 +382,12 @@ class ImageBatch:
         if self._uploaded is None:
             table = memory.acquire(self._rows.nbytes, device="cuda").view(self._rows.shape, dtype=self._rows.dtype)
             table.set(self._rows, stream=stream)
-            self._uploaded = table, stream, _mark(stream)
-        table, writer, written = self._uploaded
-        if stream.ptr != writer.ptr:
+            self._uploaded = table, _mark(stream), {stream.ptr: stream}
+        table, written, readers = self._uploaded
+        if stream.ptr not in readers:
             stream.wait_event(written)
             memory.record_use(table, stream)
+            readers[stream.ptr] = stream
         return table
 
     def use_on_current_stream(self) -> Any:

@@ -43,7 +43,7 @@ PARTS = {
     "test_open.py": 3,
     "test_serve_faults.py": 3,
 }
-PARTS |= {"test_window.py": 2, "test_warp.py": 2, "test_nv12.py": 2, "test_boxes.py": 1, "test_preprocess.py": 2}
+PARTS |= {"test_window.py": 2, "test_warp.py": 2, "test_nv12.py": 2, "test_boxes.py": 1, "test_preprocess.py": 4}
 KERNELS = (
     "preprocess nv12 sources pixel resample window warp warp_plan masks boxes instances draw arithmetic color crop"
 )

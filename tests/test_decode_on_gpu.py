@@ -47,8 +47,8 @@ def test_both_decoders_share_large_batches() -> None:
             assert difference.mean() <= 0.5
     (decoders,) = gpu_decode._by_device.values()
     (known,) = decoders._balance._classes.values()
-    assert known.alone > 0, "the engine's rate was never measured"
-    assert known.together > 0, "the CUDA decoder was never tried"
+    assert known.alone_ms > 0, "the engine's rate was never measured"
+    assert known.together_ms > 0, "the CUDA decoder was never tried"
 
 
 def test_a_first_batch_of_one_does_not_slow_down_the_next() -> None:

@@ -90,6 +90,26 @@ def test_allocate_takes_sizes_of_another_batch_and_leaves_out_missing_images(dev
     assert table.tolist() == [[address(again[0]), 20, 3, 5], [0, 0, 0, 0], [address(again[2]), 8, 7, 2]]
 
 
+@pytest.mark.needs_cuda
+def test_a_table_is_uploaded_once_and_each_stream_waits_for_it_once(rng):
+    """A graph cannot be captured of work that waits for another stream."""
+    import cupy
+
+    batch = ImageBatch.from_arrays([random_image(rng, 5, 7), random_image(rng, 3, 2)], device="cuda")
+    streams = [cupy.cuda.Stream(non_blocking=True) for _ in range(2)]
+    tables = []
+    for stream in streams * 2:
+        with stream:
+            tables.append(batch.table)
+            assert batch.table.get()[:, 2:].tolist() == [[5, 7], [3, 2]]
+    assert all(table is tables[0] for table in tables)
+    for stream in streams:
+        with stream:
+            stream.begin_capture()
+            assert batch.table is tables[0]
+            stream.end_capture()
+
+
 def test_an_empty_batch_has_tables_too(device):
     batch = ImageBatch([], color="rgb", device=device)
     assert batch.sizes.shape == (0, 2)
