@@ -21,6 +21,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from nbvision.batching import Batcher, BatcherTimeline, BatchRecord, LatencyCurve, goodput, simulate
+from nbvision.batching.latency import UsualTimes
 from nbvision.batching.policy import Request, RequestQueue, hold_until_s, make_policy, next_batch
 from nbvision.batching.simulator import arrivals
 from nbvision.errors import DeadlineError, InputError, OverloadError
@@ -239,9 +240,12 @@ def test_at_the_door_those_count_that_will_take_time() -> None:
     assert policy.answered_in_s(late, 2.0, servers=1) == 0.0
     assert policy.answered_in_s(late + living, 2.0, servers=1) == pytest.approx(2 * 0.04 + 0.04)
     assert policy.answered_in_s(late + living, 0.5, servers=1) == pytest.approx(12 * 0.04 + 0.04)
+    assert policy.answered_in_s(living[:3], 2.0, servers=1, prepared_in_s=0.1) == pytest.approx(0.1 + 0.06)
+    assert policy.answered_in_s(living, 2.0, servers=1, prepared_in_s=0.1) == pytest.approx(0.1 + 0.04)
+    assert policy.answered_in_s(living, 2.0, servers=1, prepared_in_s=0.01) == pytest.approx(2 * 0.04 + 0.04)
     for name in ("eager", "delay and reject"):
         other = make_policy(name, lambda size: 1.0, lambda size: 1.0, max_batch=4)
-        assert other.answered_in_s(late + living, 2.0, servers=1) == 0.0
+        assert other.answered_in_s(late + living, 2.0, servers=1, prepared_in_s=9.0) == 0.0
     unknown = make_policy("deadline", lambda size: 0.0, lambda size: 0.0, max_batch=4)
     assert unknown.answered_in_s(living, 2.0, servers=1) == 0.0
 
@@ -645,6 +649,143 @@ def test_who_is_prepared_counts_for_those_only_that_it_goes_before() -> None:
         assert batcher.submit(0, deadline_ms=40, priority=0).result(60) == 0
         go_on.set()
         assert [each.result(60).result(60) for each in slow] == [1, 2, 3, 4, 5, 6, 7, 8]
+
+
+class Slow:
+    """What is prepared somewhere else, until it is ``done``."""
+
+    def __init__(self, number: int, done: bool = False) -> None:
+        self.number, self.done = number, done
+        self._callbacks: list[Callable[[Slow], None]] = []
+
+    def add_done_callback(self, callback: Callable[[Slow], None]) -> None:
+        if self.done:
+            callback(self)
+        else:
+            self._callbacks.append(callback)
+
+    def finish(self) -> None:
+        self.done = True
+        for callback in self._callbacks:
+            callback(self)
+            callback(self)  # once more is none
+
+
+def numbers_of(items: list[Slow]) -> list[int]:
+    assert all(item.done for item in items)
+    return [item.number for item in items]
+
+
+def finish_elsewhere(item: Slow) -> None:
+    thread = threading.Thread(target=item.finish)
+    thread.start()
+    thread.join()
+
+
+def test_no_batch_waits_for_what_is_being_prepared() -> None:
+    items = [Slow(0), Slow(1, done=True), Slow(2)]
+    with Batcher(numbers_of, prepare=items.__getitem__, max_queue_items=2) as batcher:
+        slow, quick = batcher.submit(0), batcher.submit(1)
+        assert quick.result(60) == 1
+        other = batcher.submit(2)
+        with pytest.raises(OverloadError):  # those that are prepared take room
+            batcher.submit(0)
+        items[2].finish()
+        assert other.result(60) == 2
+        assert not slow.done()
+        finish_elsewhere(items[0])
+        assert slow.result(60) == 0
+    stats = batcher.stats()
+    assert (stats.submitted, stats.answered, stats.rejected, stats.waiting) == (3, 3, 1, 0)
+
+
+def test_a_future_is_waited_for_as_well() -> None:
+    future: concurrent.futures.Future[int] = concurrent.futures.Future()
+    with Batcher(lambda items: [item.result(0) for item in items], prepare=lambda _: future) as batcher:
+        answer = batcher.submit("anything")
+        with pytest.raises(concurrent.futures.TimeoutError):
+            answer.result(0.05)
+        future.set_result(7)
+        assert answer.result(60) == 7
+
+
+@pytest.mark.parametrize("drain", [True, False])
+def test_closing_waits_for_what_is_being_prepared(drain: bool) -> None:
+    items = [Slow(0), Slow(1)]
+    batcher = Batcher(numbers_of, prepare=items.__getitem__)
+    futures = [batcher.submit(0), batcher.submit(1)]
+    assert futures[1].cancel()
+    with concurrent.futures.ThreadPoolExecutor(1) as pool:
+        closed = pool.submit(batcher.close, drain=drain)
+        while not batcher._closing:
+            time.sleep(0.001)
+        for item in items:
+            with pytest.raises(concurrent.futures.TimeoutError):
+                closed.result(0.05)
+            item.finish()
+        closed.result(60)
+    assert futures[0].cancelled() is not drain
+    assert (futures[0].result() == 0) if drain else True
+    stats = batcher.stats()
+    assert (stats.answered, stats.cancelled) == ((1, 1) if drain else (0, 2))
+    assert stats.submitted == 2
+    assert stats.waiting == stats.running == 0
+
+
+def test_what_fails_while_it_is_asked_to_call_back_is_not_waited_for() -> None:
+    class Broken(Slow):
+        def add_done_callback(self, callback: Callable[[Slow], None]) -> None:
+            super().add_done_callback(callback)
+            raise ValueError("no more")
+
+    item = Broken(3)
+    with Batcher(numbers_of, prepare=lambda _: item) as batcher:
+        with pytest.raises(ValueError, match="no more"):
+            batcher.submit(0)
+        item.finish()  # too late, and nobody minds
+    assert batcher.stats().submitted == 0
+
+
+def test_who_would_be_prepared_too_late_is_turned_away_unless_nobody_else_is() -> None:
+    items = [Slow(number) for number in range(6)]
+    curve = LatencyCurve({1: 0.001, 16: 0.002})
+    with Batcher(numbers_of, prepare=items.__getitem__, latency=curve) as batcher:
+        batcher._done_in.update(2, 0.100)
+        first = batcher.submit(0, deadline_ms=50)  # or it would never be found to be quicker
+        with pytest.raises(OverloadError, match="not to be had before 131 ms"):
+            batcher.submit(1, deadline_ms=50)
+        known_s = batcher._done_in(2)
+        assert 0.099 < known_s < 0.100
+        second = batcher.submit(2, deadline_ms=60_000)
+        finish_elsewhere(items[2])
+        assert second.result(60) == 2
+        assert batcher._done_in(2) < known_s
+        finish_elsewhere(items[0])
+        assert first.exception(60) is None or isinstance(first.exception(), DeadlineError)
+        known_s = batcher._done_in(1)
+        items[3].done = True
+        assert batcher(3) == 3
+        assert batcher._done_in(1) == known_s  # it shows nothing of the others
+
+
+def test_what_several_usually_take() -> None:
+    usual = UsualTimes()
+    assert usual(5) == 0.0
+    usual.update(4, 0.010)
+    assert usual(3) == 0.0
+    assert usual(4) == usual(100) == 0.010
+    usual.update(4, 5.0)  # a hiccup
+    assert usual(4) == pytest.approx(0.011)
+    usual.update(16, 0.004)  # more cannot be quicker: others were in the way
+    assert usual(16) == usual(4)
+    for _ in range(100):
+        usual.update(4, 0.002)
+    assert usual(4) == pytest.approx(0.002, rel=0.01)
+    assert usual(16) == 0.004
+    for _ in range(1000):
+        usual.forget(16)
+    assert usual(16) < 0.002
+    UsualTimes().forget(3)
 
 
 def test_closing_from_within_prepare() -> None:

@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import textwrap
+import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -203,6 +204,77 @@ def test_what_finds_no_room_is_decoded_by_threads(device: Any, shared: Processes
         del opened
         gc.collect()
         wait_until(lambda: free_bytes(shared) == SHARED)
+
+
+def test_who_waits_for_an_image_is_told_when_it_is_decoded(device: Any, shared: Processes) -> None:
+    with decoder_of(device) as decoder:
+        images = [decoder.open(data) for data in [*FILES, b"no image"] * 20]
+        told: list[tuple[Any, bool]] = []
+        for image in images:
+            image.add_done_callback(lambda image: told.append((image, image.is_decoded)))
+            image.add_done_callback(lambda image: told.append((image, image.is_decoded)))
+        wait_until(lambda: len(told) == 2 * len(images))
+        assert all(is_so for image, is_so in told if image.error is None and image._image.job is not None)
+        assert {id(image) for image, _ in told} == set(map(id, images))
+        at_once: list[Any] = []
+        for image in images:  # nothing is left to wait for
+            image.add_done_callback(at_once.append)
+        assert at_once == images
+
+
+def test_a_callback_that_fails_keeps_nobody_from_hearing(
+    device: Any, lonely: Processes, capfd: pytest.CaptureFixture[str]
+) -> None:
+    def fail(image: Any) -> None:
+        raise ValueError("on purpose")
+
+    told: list[Any] = []
+    decoder, first = opened_by(lonely, PNG, device)
+    with stopped(lonely):
+        images = [first, decoder.open(BMP)]
+        for image in images:
+            image.add_done_callback(fail)
+            image.add_done_callback(told.append)
+        assert not told
+    wait_until(lambda: len(told) == 2)
+    assert capfd.readouterr().err.count("ValueError: on purpose") == 2
+
+
+def test_who_waits_for_a_process_that_is_stopped_or_ends_is_told_soon(device: Any, lonely: Processes) -> None:
+    """The batch waits then, and finds out what is wrong."""
+    told: list[float] = []
+    decoder, image = opened_by(lonely, PNG, device)
+    with stopped(lonely):
+        image = decoder.open(BMP)
+        began_s = time.monotonic()
+        image.add_done_callback(lambda _: told.append(time.monotonic() - began_s))
+        wait_until(lambda: told)
+        assert 0.4 < told[0] < 5
+        assert not image.is_decoded
+        other = decoder.open(PNG)
+        other.add_done_callback(lambda _: told.append(0.0))
+        os.kill(ids_of(lonely)[0], signal.SIGKILL)
+        wait_until(lambda: len(told) == 2)
+    assert_same(decoder([image, other]), nbv.decode([BMP, PNG], device=device))
+
+
+def test_the_thread_that_tells_ends_with_the_processes(device: Any) -> None:
+    def threads() -> list[threading.Thread]:
+        return [thread for thread in threading.enumerate() if thread.name == "nbvision-decoded"]
+
+    before, files = len(threads()), len(os.listdir("/proc/self/fd"))
+    found = Processes(1, 1 << 26)
+    found.wait_until_ready()
+    decoder, image = opened_by(found, PNG, device)
+    told: list[Any] = []
+    image.add_done_callback(told.append)
+    wait_until(lambda: told)
+    assert len(threads()) == before + 1
+    del found, decoder, image
+    told.clear()
+    gc.collect()
+    wait_until(lambda: len(threads()) == before)
+    wait_until(lambda: len(os.listdir("/proc/self/fd")) == files)
 
 
 def test_images_in_a_cycle_give_their_memory_back(device: Any, shared: Processes) -> None:

@@ -156,6 +156,42 @@ def test_what_nobody_wants_any_more_is_let_go_of() -> None:
 # --- errors -----------------------------------------------------------------------------------------------------------
 
 
+def test_who_waits_for_an_item_is_told_when_no_batch_would() -> None:
+    pipeline = start_pipeline("recognizer", {"device": "cpu", "decode_processes": 1, "stage_times": False}, threads=1)
+    try:
+        assert pipeline.decodes_ahead
+        scene = np.random.default_rng(5).integers(0, 256, (211, 307, 3), np.uint8)
+        told: list[Any] = []
+        for data in (encode(scene, "png"), b"no image", encode(scene, "webp")) * 5:
+            sent = pipeline.open(data)
+            sent.add_done_callback(told.append)
+            sent.add_done_callback(told.append)
+        until(lambda: len(told) == 30)
+        assert len({sent.number for sent in told}) == 15
+        sent = told[0]
+        sent.add_done_callback(told.append)  # at once: it was long ago
+        assert len(told) == 31
+        assert not pipeline._coming._callbacks
+        sent = pipeline.open(encode(scene, "png"))
+        os.kill(pipeline.process_id, signal.SIGKILL)
+        sent.add_done_callback(told.append)
+        until(lambda: len(told) == 32)
+        with pytest.raises(EngineError):
+            pipeline.run([sent])
+    finally:
+        pipeline.close()
+
+
+def test_where_nothing_is_done_ahead_nobody_waits() -> None:
+    pipeline = python("echo", threads=1)
+    try:
+        told: list[Any] = []
+        pipeline.open(b"x").add_done_callback(told.append)
+        assert len(told) == 1
+    finally:
+        pipeline.close()
+
+
 def test_errors_of_this_library_are_what_they_were() -> None:
     there = python("echo")
     try:

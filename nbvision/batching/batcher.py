@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from nbvision.batching.latency import LatencyCurve
+from nbvision.batching.latency import LatencyCurve, UsualTimes
 from nbvision.batching.policy import PolicyName, Reason, Release, Request, RequestQueue, make_policy
 from nbvision.batching.timeline import BatcherTimeline, BatchRecord
 from nbvision.errors import DeadlineError, InputError, NbvisionError, OverloadError
@@ -27,6 +27,8 @@ __all__ = ["Batcher", "BatcherStats"]
 _REMEMBERED = 1000  # requests whose times in the queue are kept
 _RECORDED = 10_000  # batches that are kept for the timeline
 _PROBE_S = 1.0  # without a batch, though requests come: then one is run whatever the curve says, which may be wrong
+_LATE_DONE = 1.3  # times as long as usual that what is prepared takes, for who is let in
+_NOBODY = 0  # no thread has this number
 _ATTEMPTS = 4  # calls to find one bad item, for each halving that it may take
 
 
@@ -102,7 +104,9 @@ class Batcher:
     prepare : callable, optional
         What becomes of an item once it is let in, before it waits, in the thread that hands it in: for what can begin
         before there is a batch, such as :meth:`nbvision.Decoder.open`. The function gets what it returns, ``bucket``
-        and ``size_of`` what was handed in, and the caller what it raises.
+        and ``size_of`` what was handed in, and the caller what it raises. If that has an ``add_done_callback``, as an
+        image of :meth:`nbvision.Decoder.open` and a future have, the request waits for a batch once that is done, so
+        that no batch waits for it.
     max_batch : int
         Items of a batch.
     deadline_ms : float, optional
@@ -179,7 +183,9 @@ class Batcher:
         self._max_items, self._max_bytes = max_queue_items, max_queue_bytes or math.inf
         self._queue = RequestQueue(aging_s=aging_s)
         self._queued_bytes = 0
-        self._entering: dict[Request, int] = {}  # let in, and not in the queue yet: the threads that prepare them
+        # Let in, and not in the queue yet: the threads that prepare them, nobody once it only has to be done.
+        self._entering: dict[Request, int] = {}
+        self._done_in = UsualTimes()  # how long that takes, by how many there are
         self._changed = threading.Condition()
         self._closing, self._is_draining = False, True
         self._counts: collections.Counter[str] = collections.Counter()
@@ -369,18 +375,38 @@ class Batcher:
         self.close()
 
     def _prepare_and_add(self, request: Request, prepare: Callable[[Any], Any]) -> None:
+        is_waited_for = False
         try:
             with self._changed:
                 self._refuse(request)
                 self._entering[request] = threading.get_ident()
                 self._queued_bytes += request.size_bytes
+                count = len(self._entering)
             request.item = prepare(request.item)
+            call_when_done = getattr(request.item, "add_done_callback", None)
+            if call_when_done is None:
+                self._enter(request)
+                return
+            began_s = time.monotonic()
+            call_when_done(lambda *_: self._enter(request, count, began_s))
             with self._changed:
-                self._leave(request)
-                self._add(request)
+                if request in self._entering:
+                    self._entering[request] = _NOBODY
+            is_waited_for = True
         finally:
-            with self._changed:  # whatever came between, an interrupt perhaps: else close() would wait for this one
-                self._leave(request)
+            if not is_waited_for:  # whatever came between, an interrupt perhaps: else close() would wait for this one
+                with self._changed:
+                    self._leave(request)
+
+    def _enter(self, request: Request, count: int = 0, began_s: float = 0.0) -> None:
+        """Let a request wait for a batch that is prepared."""
+        with self._changed:
+            if request not in self._entering:
+                return
+            if count and self._entering[request] != threading.get_ident():  # not at once
+                self._done_in.update(count, time.monotonic() - began_s)
+            self._leave(request)
+            self._add(request)
 
     def _leave(self, request: Request) -> None:
         """Who was let in is not prepared any more."""
@@ -408,13 +434,18 @@ class Batcher:
                 f"{self._max_bytes} bytes. Come again later, or raise max_queue_items or max_queue_bytes",
                 retry_after_s=self.latency(self.max_batch) * max(count / self.max_batch, 1.0),
             )
-        if count < self.max_batch:
+        # With nobody else to be prepared it is let in, or what was slow once would never be found to be quicker.
+        done_in_s = _LATE_DONE * self._done_in(len(self._entering) + 1) if self._entering else 0.0
+        if count < self.max_batch and not done_in_s:
             return
         before = self._queue.before(request)
         before += [other for other in self._entering if other.bucket == request.bucket and other.goes_before(request)]
-        expected_s = self._policy.answered_in_s(before, request.arrived_s, servers=len(self._threads))
+        expected_s = self._policy.answered_in_s(
+            before, request.arrived_s, servers=len(self._threads), prepared_in_s=done_in_s
+        )
         if request.arrived_s + expected_s > request.deadline_s:
             self._counts["rejected"] += 1
+            self._done_in.forget(len(self._entering) + 1)
             left_ms = (request.deadline_s - request.arrived_s) * 1e3
             raise OverloadError(
                 f"so many requests go before this one that its answer is not to be had before {expected_s * 1e3:.0f} "

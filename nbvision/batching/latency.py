@@ -21,13 +21,16 @@ from nbvision.errors import InputError
 if TYPE_CHECKING:
     from nbvision.engines import EngineProfile
 
-__all__ = ["LatencyCurve"]
+__all__ = ["LatencyCurve", "UsualTimes"]
 
 _WINDOW = 50  # calls that are remembered of sizes near each other: a clock that is throttled shows within half as many
 _FORGET_S = 60.0  # sizes that were not run for so long are as if never run: their last call may have been a bad one
 _QUANTILE = 0.99
 _ENOUGH = 25  # calls that say how much times scatter
 _BELIEVED = 8  # calls of a size: fewer may all have been bad ones
+
+_NEWS = 0.1  # weight of the latest in a mean
+_FORGETS = 0.003
 
 _Points: TypeAlias = "tuple[list[int], list[float]]"  # sizes, and their seconds; both rise
 
@@ -141,6 +144,34 @@ class LatencyCurve:
         ratios = np.sort(np.concatenate(near))
         # Rounded down: of a few calls the slowest, such as one that compiled something, does not count.
         return max(float(ratios[int(_QUANTILE * (len(ratios) - 1))]), 1.0)
+
+
+class UsualTimes:
+    """How long it usually takes until one of several that are under way is done, by how many there are.
+
+    It is asked, and told, of each request, so it keeps one number for numbers near each other: a mean, for which what
+    took longer than twice as long counts as twice as long.
+    """
+
+    def __init__(self) -> None:
+        self._seconds: dict[int, float] = {}  # by the largest of numbers near each other
+
+    def __call__(self, count: int) -> float:
+        """Seconds; the longest of as many or fewer, 0 if nothing is known of them."""
+        return max((time_s for group, time_s in self._seconds.items() if group <= batch_class(count)), default=0.0)
+
+    def update(self, count: int, seconds: float) -> None:
+        """Count one that began when there were ``count`` with it."""
+        group = batch_class(count)
+        known_s = self._seconds.get(group)
+        news_s = 0.0 if known_s is None else _NEWS * (min(seconds, 2 * known_s) - known_s)
+        self._seconds[group] = seconds if known_s is None else known_s + news_s
+
+    def forget(self, count: int) -> None:
+        """Believe a little less in what is known: who is turned away for it never finds it to be quicker."""
+        known = [group for group in self._seconds if group <= batch_class(count)]
+        if known:
+            self._seconds[max(known, key=self._seconds.__getitem__)] *= 1 - _FORGETS
 
 
 class _Calls:

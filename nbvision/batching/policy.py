@@ -141,9 +141,9 @@ class RequestQueue:
 class Policy(Protocol):
     """When a batch begins, and which requests are in it; always of one bucket, in the order in which they shall go."""
 
-    def answered_in_s(self, before: list[Request], now_s: float, *, servers: int) -> float:
+    def answered_in_s(self, before: list[Request], now_s: float, *, servers: int, prepared_in_s: float = 0.0) -> float:
         """How long a request has to wait for its answer that comes now, with those to go before it, from so many
-        threads or cards; 0 if that is not known, or no reason to turn it away."""
+        threads or cards, once it is prepared; 0 if that is not known, or no reason to turn it away."""
 
     def start_s(self, waiting: list[Request], *, is_busy: bool) -> float:
         """When a free thread or card begins a batch if nothing changes; ``is_busy`` says whether another runs one."""
@@ -160,17 +160,17 @@ class _Deadline:
     typical: Callable[[int], float]
     max_batch: int
 
-    def answered_in_s(self, before: list[Request], now_s: float, *, servers: int) -> float:
-        if len(before) < self.max_batch or self.typical(1) <= 0:
+    def answered_in_s(self, before: list[Request], now_s: float, *, servers: int, prepared_in_s: float = 0.0) -> float:
+        if self.typical(1) <= 0 or (len(before) < self.max_batch and not prepared_in_s):
             return 0.0
         # Those that are given up when the next batch is chosen take no time.
         latest_s = now_s + _quickest(self.typical(1), self.latency(1))
         batches, rest = divmod(sum(request.deadline_s >= latest_s for request in before), self.max_batch)
-        if not batches:
+        if not batches and not prepared_in_s:
             return 0.0
         # One of the servers is taken to be free at once, their batches to end evenly, and nobody to come into its own
         # batch, which may be a slow one: it costs something to begin with who is given up later.
-        return batches / servers * self.typical(self.max_batch) + self.latency(rest + 1)
+        return max(prepared_in_s, batches / servers * self.typical(self.max_batch)) + self.latency(rest + 1)
 
     def start_s(self, waiting: list[Request], *, is_busy: bool) -> float:
         return hold_until_s(waiting, self.latency, max_batch=self.max_batch) if is_busy else -math.inf
@@ -187,7 +187,7 @@ class _InTurn:
     delay_s: float
     reject_s: float
 
-    def answered_in_s(self, before: list[Request], now_s: float, *, servers: int) -> float:
+    def answered_in_s(self, before: list[Request], now_s: float, *, servers: int, prepared_in_s: float = 0.0) -> float:
         return 0.0
 
     def start_s(self, waiting: list[Request], *, is_busy: bool) -> float:

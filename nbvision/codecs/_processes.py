@@ -19,11 +19,14 @@ import math
 import mmap
 import os
 import pickle
+import select
 import struct
 import sys
 import threading
 import time
+import traceback
 import weakref
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
@@ -47,6 +50,7 @@ STATE, WORKER, IS_WANTED, HAS_LEFT, TICKET, FILE_BYTES, HOW_BYTES, HEIGHT, WIDTH
 QUEUED, RUNNING, DONE, REFUSED, FAILED = range(5)
 
 JOB = struct.Struct("qq")  # what goes through the pipe: a block's place, and its ticket
+DONE_AT = struct.Struct("q")  # and what comes back through another: the place
 
 _LOOK_S = 0.1  # between looks at whether the process still lives that one waits for
 _REPLACE_S = 1.0  # and at all of them
@@ -56,6 +60,7 @@ _START_S = 60.0  # to import what it decodes with, on a busy machine
 _LARGEST = 4  # no block is larger than this part of the memory: what is, threads decode
 _LOST_S = 10.0  # after which a process that has taken a block, and not said so, has ended
 _STARTS = 3  # in a row that come to nothing, and no more are tried
+_PATIENCE_S = 0.5  # for a process to say that it is done; who waits for that is told then all the same
 _FOR_ALL_DEVICES = 1  # cudaHostRegisterPortable
 
 
@@ -154,15 +159,15 @@ def wait_for(address: int, seconds: float) -> None:
 class _Worker:
     """A process, and whether it has imported what it decodes with."""
 
-    def __init__(self, shared: Shared, jobs: int) -> None:
+    def __init__(self, shared: Shared, jobs: int, done: int) -> None:
         self._said, says = os.pipe()
         os.set_blocking(self._said, False)
         self._is_ready = False
-        descriptors = (shared.descriptor, jobs, says)
+        descriptors = (shared.descriptor, jobs, says, done)
         try:
             self.process = start_python(
                 "nbvision.codecs._worker",
-                (shared.descriptor, shared.size_bytes, jobs, says),
+                (shared.descriptor, shared.size_bytes, jobs, says, done),
                 descriptors=descriptors,
                 environment=os.environ | {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"},
             )
@@ -183,6 +188,70 @@ class _Worker:
         os.close(self._said)
         self.process.kill()
         self.process.wait()
+
+
+class _Done:
+    """Who is to be told that a block is done with. Processes write its place into a pipe, which a thread reads."""
+
+    def __init__(self) -> None:
+        self._read, self.write = os.pipe()
+        os.set_blocking(self.write, False)  # for all that have this end: nobody reads it before somebody waits
+        self._lock = threading.Lock()
+        self._waiting: dict[int, tuple[HostJob, list[Callable[[], None]], float]] = {}  # by place
+        self._thread: threading.Thread | None = None
+
+    def tell(self, place: int, job: HostJob, callback: Callable[[], None]) -> None:
+        """Call back once a job is over; after half a second in any case."""
+        with self._lock:
+            was_idle = not self._waiting
+            until_s = time.monotonic() + _PATIENCE_S
+            self._waiting.setdefault(place, (job, [], until_s))[1].append(callback)
+            if self._thread is None:
+                self._thread = threading.Thread(target=self._listen, name="nbvision-decoded", daemon=True)
+                self._thread.start()
+        if job.is_over:  # it may have said so before
+            self._call(place)
+        elif was_idle:
+            self._say(-1)  # so that the thread looks at the clock
+
+    def end(self) -> None:
+        """Nobody will be done any more. The processes have ended."""
+        os.close(self.write)
+        if self._thread is None:
+            os.close(self._read)
+
+    def _say(self, place: int) -> None:
+        with contextlib.suppress(BlockingIOError):  # then there is enough to read
+            os.write(self.write, DONE_AT.pack(place))
+
+    def _listen(self) -> None:
+        """The life of the thread: until the last process and this one have closed the other end."""
+        poll, is_open = select.poll(), True
+        poll.register(self._read, select.POLLIN)
+        while is_open:
+            if poll.poll(_LOOK_S * 1e3 if self._waiting else None):
+                said = os.read(self._read, 512 * DONE_AT.size)
+                is_open = bool(said)
+                for (place,) in DONE_AT.iter_unpack(said):
+                    self._call(place)
+            for place in self._waited_for_in_vain(is_open):
+                self._call(place)
+        os.close(self._read)
+
+    def _waited_for_in_vain(self, is_open: bool) -> list[int]:
+        """Places of which nothing was said. Apart, so that the thread holds no job while it waits."""
+        now_s = time.monotonic()
+        waiting = list(self._waiting.items())
+        return [place for place, (job, _, until_s) in waiting if now_s > until_s or not is_open or job.is_over]
+
+    def _call(self, place: int) -> None:
+        with self._lock:
+            found = self._waiting.pop(place, None)
+        for callback in found[1] if found else ():
+            try:
+                callback()
+            except Exception:  # the others are called all the same
+                traceback.print_exc()
 
 
 class Processes:
@@ -217,6 +286,7 @@ class Processes:
         # Here and not with the jobs: of a cycle that is collected, events and streams may go before their job.
         self._reads: Reads = collections.defaultdict(dict)
         self._changing = threading.Lock()
+        self.done = _Done()
         self._jobs_read, self._jobs = os.pipe()
         os.set_blocking(self._jobs, False)
         self._tickets = itertools.count(1)
@@ -227,7 +297,7 @@ class Processes:
         self._pinned: list[int] = []  # the address, once it is
         self._workers: list[_Worker] = []
         files = (memory, self._jobs_read, self._jobs)
-        weakref.finalize(self, _end, self._owner, self._workers, files, self._reads, self._pinned)
+        weakref.finalize(self, _end, self._owner, self._workers, self.done, files, self._reads, self._pinned)
         for _ in range(count):
             self._start()
 
@@ -317,7 +387,7 @@ class Processes:
 
     def _start(self) -> None:
         try:
-            self._workers.append(_Worker(self.shared, self._jobs_read))
+            self._workers.append(_Worker(self.shared, self._jobs_read, self.done.write))
         except OSError:  # threads decode as well
             self._useless_starts += 1
 
@@ -368,12 +438,15 @@ class Processes:
         return now_s - self._lost_since_s.setdefault(place, now_s) < _LOST_S
 
 
-def _end(owner: int, workers: list[_Worker], files: tuple[int, ...], reads: Reads, pinned: list[int]) -> None:
+def _end(
+    owner: int, workers: list[_Worker], done: _Done, files: tuple[int, ...], reads: Reads, pinned: list[int]
+) -> None:
     """What is left to do for processes that nobody uses any more."""
     if os.getpid() != owner:
         return  # a forked child, whose parent still uses them
     while workers:  # none is left to whoever still asks
         workers.pop().end()
+    done.end()
     for file in files:
         os.close(file)
     for address in pinned:
@@ -414,6 +487,13 @@ class HostJob:
     def is_decoded(self) -> bool:
         """Whether a process has decoded it, or has found what is wrong with it."""
         return self._by.is_ours() and self._by.shared.number(self._place, STATE) in (DONE, REFUSED)
+
+    def add_done_callback(self, callback: Callable[[], None]) -> None:
+        """Call back once :meth:`wait` would not wait any more, or after half a second, from any thread."""
+        if self.is_over:
+            callback()
+        else:
+            self._by.done.tell(self._place, self, callback)
 
     def wait(self) -> bool:
         """Wait for the process; False if it came to nothing, and somebody else has to decode the image."""

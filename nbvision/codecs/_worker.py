@@ -12,6 +12,7 @@ from typing import Any
 from nbvision.codecs import png
 from nbvision.codecs._processes import (
     DONE,
+    DONE_AT,
     FAILED,
     HAS_LEFT,
     IS_WANTED,
@@ -30,7 +31,7 @@ from nbvision.errors import DecodeError
 
 def main(*inherited: str) -> None:
     """Decode until nobody can hand in more."""
-    memory, size_bytes, jobs, ready = map(int, inherited)
+    memory, size_bytes, jobs, ready, done = map(int, inherited)
     shared = Shared(memory, size_bytes)
     png.warm_up("rgb")
     with contextlib.suppress(BrokenPipeError):  # nobody waits any more
@@ -40,6 +41,8 @@ def main(*inherited: str) -> None:
         place, ticket = JOB.unpack(job)
         if shared.number(place, TICKET) == ticket:
             work(shared, place)
+            with contextlib.suppress(BlockingIOError, BrokenPipeError):  # nobody waits for it
+                os.write(done, DONE_AT.pack(place))
 
 
 def work(shared: Shared, place: int) -> None:

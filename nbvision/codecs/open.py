@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
@@ -176,6 +177,16 @@ class OpenImage:
     def is_decoded(self) -> bool:
         """Whether a process has decoded it, or has found what is wrong inside."""
         return self.error is None and self._image.job is not None and self._image.job.is_decoded
+
+    def add_done_callback(self, callback: Callable[[OpenImage], Any]) -> None:
+        """Call ``callback(image)`` once there is nothing more to wait for before a batch, from any thread.
+
+        That is when a process has decoded it, at once if none does, and after half a second in any case.
+        """
+        if self.error is not None or self._image.job is None:
+            callback(self)
+        else:
+            self._image.job.add_done_callback(lambda: callback(self))
 
     def for_batch(self, limit_pixels: int) -> CompressedImage | DecodeError:
         """The image as a batch wants it, which may have a limit of its own, or what is wrong with it."""

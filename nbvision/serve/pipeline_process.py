@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import collections
 import contextlib
+import functools
 import itertools
 import mmap
 import os
@@ -23,7 +24,7 @@ import sys
 import tempfile
 import threading
 import traceback
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from multiprocessing import Pipe
 from multiprocessing.connection import Connection
 from typing import Any
@@ -44,6 +45,7 @@ _SHARED_BYTES = 1 << 30  # of items on their way; what has never been used takes
 _WORD = 8  # at each place, before the item: whether the other process has read it
 _TOLD = struct.Struct("qqqq")  # what goes through the pipe: one of the next three, an item's number, place and size
 _BYTES, _PICKLED, _GONE = range(3)
+_READY = struct.Struct("q")  # what comes back through another: the number of an item that a batch need not wait for
 _END_S = 10.0  # for a process to end by itself
 _RETRY_S = 5.0  # when a process that ended may have been started again
 
@@ -79,13 +81,61 @@ def start_pipeline(kind: str, options: Mapping[str, Any], *, threads: int) -> Pi
 class _Sent:
     """An item that the other process has, until nobody here holds this."""
 
-    __slots__ = ("__weakref__", "_gone", "number")
+    __slots__ = ("__weakref__", "_coming", "_gone", "number")
 
-    def __init__(self, number: int, gone: collections.deque[int]) -> None:
-        self.number, self._gone = number, gone
+    def __init__(self, number: int, gone: collections.deque[int], coming: _Coming) -> None:
+        self.number, self._gone, self._coming = number, gone, coming
+
+    def add_done_callback(self, callback: Callable[[_Sent], Any]) -> None:
+        """Call ``callback(self)`` once no batch would wait for the item, from any thread."""
+        self._coming.tell(self.number, lambda: callback(self))
 
     def __del__(self) -> None:
         self._gone.append(self.number)  # a finalizer must not take locks
+
+
+class _Coming:
+    """Items that the other process has begun with, and who is to be told when it is done with one."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._callbacks: dict[int, list[Callable[[], None]]] | None = {}  # None once nothing comes any more
+
+    def add(self, number: int) -> None:
+        with self._lock:
+            if self._callbacks is not None:
+                self._callbacks[number] = []
+
+    def tell(self, number: int, callback: Callable[[], None]) -> None:
+        with self._lock:
+            callbacks = None if self._callbacks is None else self._callbacks.get(number)
+            if callbacks is not None:
+                callbacks.append(callback)
+                return
+        callback()
+
+    def listen(self, says: int) -> None:
+        """The life of a thread: until the other process has ended."""
+        while said := os.read(says, 512 * _READY.size):
+            for (number,) in _READY.iter_unpack(said):
+                self._call(self.drop(number))
+        os.close(says)
+        with self._lock:
+            left, self._callbacks = self._callbacks or {}, None
+        self._call(itertools.chain(*left.values()))
+
+    def drop(self, number: int) -> list[Callable[[], None]]:
+        """Forget an item, and who is to be told of it."""
+        with self._lock:
+            return [] if self._callbacks is None else self._callbacks.pop(number, [])
+
+    @staticmethod
+    def _call(callbacks: Iterable[Callable[[], None]]) -> None:
+        for callback in callbacks:
+            try:
+                callback()
+            except Exception:  # the others are told all the same
+                traceback.print_exc()
 
 
 class PipelineProcess(Pipeline):
@@ -115,15 +165,20 @@ class PipelineProcess(Pipeline):
             self._words = memoryview(self._map).cast("q")
             hears, self._tells = os.pipe()
             os.set_blocking(self._tells, False)
-            descriptors = [file, hears, *(other.fileno() for _, other in pairs)]
+            said_to_us, says = os.pipe()
+            descriptors = [file, hears, says, *(other.fileno() for _, other in pairs)]
             try:
                 self._process = start_python(__name__, descriptors, descriptors=descriptors)
             finally:
                 os.close(hears)
+                os.close(says)
                 for _, other in pairs:
                     other.close()
         self._watcher = threading.Thread(target=self._watch, name=f"nbvision watches {kind}", daemon=True)
         self._watcher.start()
+        self._coming = _Coming()
+        listen = functools.partial(self._coming.listen, said_to_us)
+        threading.Thread(target=listen, name=f"nbvision hears {kind}", daemon=True).start()
         try:
             self._all_lines[0].send((kind, dict(options)))
             said = self._all_lines[0].recv()
@@ -171,11 +226,14 @@ class PipelineProcess(Pipeline):
             place = self._places.take(size_bytes)
             if place is None:
                 raise OverloadError("too many bytes are on their way to the pipeline", retry_after_s=_RETRY_S)
-            sent = _Sent(next(self._numbers), self._gone)
+            sent = _Sent(next(self._numbers), self._gone, self._coming)
+            if self.decodes_ahead:
+                self._coming.add(sent.number)
             self._words[place // _WORD] = 0
             self._map[place + _WORD : place + _WORD + len(data)] = data
             if not self._tell(kind, sent.number, place, len(data)):
                 self._places.give_back(place, size_bytes)
+                self._coming.drop(sent.number)
                 raise OverloadError("the pipeline takes no more items now", retry_after_s=_RETRY_S)
             self._unread.append((place, size_bytes))
         return sent
@@ -308,7 +366,7 @@ class _Items:
         return items
 
 
-def main(shared: str, hears: str, *lines: str) -> None:
+def main(shared: str, hears: str, says: str, *lines: str) -> None:
     """Serve a pipeline to the process that started this one, until that has closed the other end of the pipe."""
     from nbvision.serve.server import log_as_json
 
@@ -317,7 +375,7 @@ def main(shared: str, hears: str, *lines: str) -> None:
     share_arenas()
     take_short_turns()
     with contextlib.suppress(EOFError, BrokenPipeError, ConnectionResetError):  # whoever started it has ended
-        _serve(int(shared), int(hears), [Connection(int(line)) for line in lines])
+        _serve(int(shared), int(hears), int(says), [Connection(int(line)) for line in lines])
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(0)  # threads may be in the middle of a batch that nobody waits for
@@ -331,7 +389,7 @@ def _leave_signals_to_the_first() -> None:
     os.register_at_fork(after_in_child=lambda: [signal.signal(number, signal.SIG_DFL) for number in numbers])
 
 
-def _serve(shared: int, hears: int, lines: list[Connection[Any, Any]]) -> None:
+def _serve(shared: int, hears: int, says: int, lines: list[Connection[Any, Any]]) -> None:
     kind, options = lines[0].recv()
     try:
         pipeline = PIPELINES[kind](**options)
@@ -345,10 +403,10 @@ def _serve(shared: int, hears: int, lines: list[Connection[Any, Any]]) -> None:
     with mmap.mmap(shared, _SHARED_BYTES) as shared_map:
         while told := os.read(hears, 128 * _TOLD.size):  # each is written at once, so they come whole
             for message in _TOLD.iter_unpack(told):
-                _hear(message, shared_map, pipeline, items)
+                _hear(message, shared_map, pipeline, items, says)
 
 
-def _hear(message: tuple[int, ...], shared: mmap.mmap, pipeline: Pipeline, items: _Items) -> None:
+def _hear(message: tuple[int, ...], shared: mmap.mmap, pipeline: Pipeline, items: _Items, says: int) -> None:
     """Open an item, or forget one."""
     kind, number, place, size_bytes = message
     if kind == _GONE:
@@ -361,6 +419,17 @@ def _hear(message: tuple[int, ...], shared: mmap.mmap, pipeline: Pipeline, items
     except Exception as error:
         item = error
     items.put(number, item)
+    if pipeline.decodes_ahead:
+        if hasattr(item, "add_done_callback"):
+            item.add_done_callback(lambda _: _say(says, number))
+        else:
+            _say(says, number)
+
+
+def _say(says: int, number: int) -> None:
+    """That no batch would wait for an item."""
+    with contextlib.suppress(BrokenPipeError):  # nobody waits
+        os.write(says, _READY.pack(number))
 
 
 def _answer(line: Connection[Any, Any], pipeline: Pipeline, items: _Items) -> None:
