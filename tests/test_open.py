@@ -258,6 +258,51 @@ def test_who_waits_for_a_process_that_is_stopped_or_ends_is_told_soon(device: An
     assert_same(decoder([image, other]), nbv.decode([BMP, PNG], device=device))
 
 
+def test_who_waits_with_others_is_told_whoever_is_told_first(device: Any, lonely: Processes) -> None:
+    """One whose image is decoded while another comes must not leave that one unheard of."""
+    told: list[Any] = []
+    decoder, first = opened_by(lonely, PNG, device)
+    wait_until(lambda: first.is_decoded)
+    with stopped(lonely):
+        second = decoder.open(BMP)
+        lonely.done.tell(first._image.job._place, first._image.job, lambda: told.append(first))
+        second.add_done_callback(told.append)
+        wait_until(lambda: len(told) == 2)
+    assert told == [first, second]
+
+
+def test_a_place_that_another_image_has_by_now_tells_nobody(device: Any, lonely: Processes) -> None:
+    told: list[Any] = []
+    decoder, image = opened_by(lonely, PNG, device)
+    wait_until(lambda: image.is_decoded)
+    with stopped(lonely):
+        other = decoder.open(BMP)
+        began_s = time.monotonic()
+        other.add_done_callback(lambda _: told.append(time.monotonic() - began_s))
+        lonely.done._say(other._image.job._place)
+        wait_until(lambda: told)
+    assert told[0] > 0.4
+
+
+def test_where_there_can_be_no_thread_nobody_waits(
+    device: Any, lonely: Processes, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(thread: threading.Thread) -> None:
+        raise RuntimeError("can't start new thread")
+
+    told: list[Any] = []
+    decoder, image = opened_by(lonely, PNG, device)
+    with stopped(lonely):
+        image = decoder.open(BMP)
+        with monkeypatch.context() as patch:
+            patch.setattr(threading.Thread, "start", refuse)
+            image.add_done_callback(told.append)
+        assert told == [image]
+        image.add_done_callback(told.append)
+        assert len(told) == 1
+    wait_until(lambda: len(told) == 2)
+
+
 def test_the_thread_that_tells_ends_with_the_processes(device: Any) -> None:
     def threads() -> list[threading.Thread]:
         return [thread for thread in threading.enumerate() if thread.name == "nbvision-decoded"]

@@ -185,6 +185,7 @@ class Batcher:
         self._queued_bytes = 0
         # Let in, and not in the queue yet: the threads that prepare them, nobody once it only has to be done.
         self._entering: dict[Request, int] = {}
+        self._looks_s = math.inf  # when a thread that waits looks at those
         self._done_in = UsualTimes()  # how long that takes, by how many there are
         self._changed = threading.Condition()
         self._closing, self._is_draining = False, True
@@ -303,8 +304,8 @@ class Batcher:
             p50, p99 = np.quantile(times_ms, [0.5, 0.99]).tolist() if len(times_ms) else (math.nan, math.nan)
             names = ("submitted", "rejected", "answered", "failed", "late", "missed", "cancelled")
             return BatcherStats(
-                **{name: counts[name] for name in names},
-                waiting=len(self._queue),
+                **{name: counts[name] for name in names} | {"submitted": counts["submitted"] + len(self._entering)},
+                waiting=len(self._queue) + len(self._entering),
                 running=counts["submitted"] - ended - len(self._queue),
                 batches=sum(self._sizes.values()),
                 sizes=dict(self._sizes),
@@ -392,6 +393,8 @@ class Batcher:
             with self._changed:
                 if request in self._entering:
                     self._entering[request] = _NOBODY
+                    if request.deadline_s < self._looks_s:  # else a thread will look in time
+                        self._changed.notify()
             is_waited_for = True
         finally:
             if not is_waited_for:  # whatever came between, an interrupt perhaps: else close() would wait for this one
@@ -406,7 +409,13 @@ class Batcher:
             if count and self._entering[request] != threading.get_ident():  # not at once
                 self._done_in.update(count, time.monotonic() - began_s)
             self._leave(request)
-            self._add(request)
+            try:
+                self._add(request)
+            except Exception as error:  # by its bucket, or its priority, which are the caller's
+                if not count:
+                    raise
+                self._counts.update(submitted=1, failed=1)
+                request.future.set_exception(error)
 
     def _leave(self, request: Request) -> None:
         """Who was let in is not prepared any more."""
@@ -416,8 +425,8 @@ class Batcher:
                 self._changed.notify_all()
 
     def _add(self, request: Request) -> None:
-        self._counts["submitted"] += 1
         self._queue.add(request)
+        self._counts["submitted"] += 1
         self._queued_bytes += request.size_bytes
         if not self._is_draining:
             self._cancel_all()
@@ -445,7 +454,6 @@ class Batcher:
         )
         if request.arrived_s + expected_s > request.deadline_s:
             self._counts["rejected"] += 1
-            self._done_in.forget(len(self._entering) + 1)
             left_ms = (request.deadline_s - request.arrived_s) * 1e3
             raise OverloadError(
                 f"so many requests go before this one that its answer is not to be had before {expected_s * 1e3:.0f} "
@@ -484,13 +492,33 @@ class Batcher:
     def _wait_for_work(self, thread: int) -> None:
         """Until requests shall run, or none will come any more, or this thread shall warm up."""
         while thread not in self._warm_ups and not (self._closing and len(self._queue) + len(self._entering) == 0):
-            left_s = None
+            now_s = time.monotonic()
+            left_s = self._give_up_prepared_too_long(now_s)
             if len(self._queue):
-                waiting = self._queue.first(now_s := time.monotonic())
-                left_s = self._policy.start_s(waiting, is_busy=self._busy > 0) - now_s
-                if left_s <= 0 or self._closing:
+                waiting = self._queue.first(now_s)
+                start_s = self._policy.start_s(waiting, is_busy=self._busy > 0) - now_s
+                if start_s <= 0 or self._closing:
                     return
-            self._changed.wait(None if left_s in (None, math.inf) else left_s)
+                left_s = min(left_s, start_s)
+            elif self._closing and not self._entering:
+                continue
+            self._looks_s = now_s + left_s
+            self._changed.wait(None if left_s == math.inf else left_s)
+
+    def _give_up_prepared_too_long(self, now_s: float) -> float:
+        """Let nobody wait beyond his deadline for what is prepared, and say in how many seconds to look again."""
+        waiting = [request for request, thread in self._entering.items() if thread == _NOBODY]
+        for request in [request for request in waiting if request.deadline_s <= now_s or not self._is_draining]:
+            self._leave(request)
+            self._counts["submitted"] += 1
+            if not self._is_draining:
+                request.future.cancel()
+            is_late = request.future.set_running_or_notify_cancel()
+            self._counts["late" if is_late else "cancelled"] += 1
+            if is_late:
+                message = "the request was given up: it took too long to be prepared"
+                request.future.set_exception(DeadlineError(message))
+        return min((request.deadline_s - now_s for request in waiting if request in self._entering), default=math.inf)
 
     def _choose(self) -> tuple[list[Request], list[Request], Reason]:
         """The next batch and those that are given up, taken out of the queue; and why the batch is no larger."""

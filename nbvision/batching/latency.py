@@ -6,6 +6,7 @@ import bisect
 import collections
 import itertools
 import json
+import math
 import os
 import threading
 import time
@@ -30,7 +31,7 @@ _ENOUGH = 25  # calls that say how much times scatter
 _BELIEVED = 8  # calls of a size: fewer may all have been bad ones
 
 _NEWS = 0.1  # weight of the latest in a mean
-_FORGETS = 0.003
+_FRESH_S = 1.0
 
 _Points: TypeAlias = "tuple[list[int], list[float]]"  # sizes, and their seconds; both rise
 
@@ -150,28 +151,26 @@ class UsualTimes:
     """How long it usually takes until one of several that are under way is done, by how many there are.
 
     It is asked, and told, of each request, so it keeps one number for numbers near each other: a mean, for which what
-    took longer than twice as long counts as twice as long.
+    took longer than twice as long counts as twice as long. What nothing was heard of for a second counts no more: who
+    is turned away for it would never find it to be quicker.
     """
 
     def __init__(self) -> None:
-        self._seconds: dict[int, float] = {}  # by the largest of numbers near each other
+        self._known: dict[int, tuple[float, float]] = {}  # by the largest of numbers near each other; and since when
 
     def __call__(self, count: int) -> float:
         """Seconds; the longest of as many or fewer, 0 if nothing is known of them."""
-        return max((time_s for group, time_s in self._seconds.items() if group <= batch_class(count)), default=0.0)
+        most, since_s = batch_class(count), time.monotonic() - _FRESH_S
+        known = list(self._known.items())
+        return max((time_s for group, (time_s, at_s) in known if group <= most and at_s > since_s), default=0.0)
 
     def update(self, count: int, seconds: float) -> None:
         """Count one that began when there were ``count`` with it."""
-        group = batch_class(count)
-        known_s = self._seconds.get(group)
-        news_s = 0.0 if known_s is None else _NEWS * (min(seconds, 2 * known_s) - known_s)
-        self._seconds[group] = seconds if known_s is None else known_s + news_s
-
-    def forget(self, count: int) -> None:
-        """Believe a little less in what is known: who is turned away for it never finds it to be quicker."""
-        known = [group for group in self._seconds if group <= batch_class(count)]
-        if known:
-            self._seconds[max(known, key=self._seconds.__getitem__)] *= 1 - _FORGETS
+        group, now_s = batch_class(count), time.monotonic()
+        known_s, at_s = self._known.get(group, (0.0, -math.inf))
+        if now_s - at_s <= _FRESH_S:
+            seconds = known_s + _NEWS * (min(seconds, 2 * known_s) - known_s)
+        self._known[group] = seconds, now_s
 
 
 class _Calls:

@@ -168,6 +168,8 @@ class _Deadline:
         batches, rest = divmod(sum(request.deadline_s >= latest_s for request in before), self.max_batch)
         if not batches and not prepared_in_s:
             return 0.0
+        if not batches:
+            return prepared_in_s + self.typical(rest + 1)
         # One of the servers is taken to be free at once, their batches to end evenly, and nobody to come into its own
         # batch, which may be a slow one: it costs something to begin with who is given up later.
         return max(prepared_in_s, batches / servers * self.typical(self.max_batch)) + self.latency(rest + 1)

@@ -60,6 +60,7 @@ _START_S = 60.0  # to import what it decodes with, on a busy machine
 _LARGEST = 4  # no block is larger than this part of the memory: what is, threads decode
 _LOST_S = 10.0  # after which a process that has taken a block, and not said so, has ended
 _STARTS = 3  # in a row that come to nothing, and no more are tried
+_LOOK = -1  # no place; so that who waits for places looks at the clock
 _PATIENCE_S = 0.5  # for a process to say that it is done; who waits for that is told then all the same
 _FOR_ALL_DEVICES = 1  # cudaHostRegisterPortable
 
@@ -203,16 +204,21 @@ class _Done:
     def tell(self, place: int, job: HostJob, callback: Callable[[], None]) -> None:
         """Call back once a job is over; after half a second in any case."""
         with self._lock:
-            was_idle = not self._waiting
-            until_s = time.monotonic() + _PATIENCE_S
-            self._waiting.setdefault(place, (job, [], until_s))[1].append(callback)
             if self._thread is None:
-                self._thread = threading.Thread(target=self._listen, name="nbvision-decoded", daemon=True)
-                self._thread.start()
-        if job.is_over:  # it may have said so before
-            self._call(place)
-        elif was_idle:
-            self._say(-1)  # so that the thread looks at the clock
+                thread = threading.Thread(target=self._listen, name="nbvision-decoded", daemon=True)
+                with contextlib.suppress(RuntimeError):  # there can be no more threads
+                    thread.start()
+                    self._thread = thread
+            if is_heard := self._thread is not None:
+                was_idle = not self._waiting
+                until_s = time.monotonic() + _PATIENCE_S
+                self._waiting.setdefault(place, (job, [], until_s))[1].append(callback)
+        if not is_heard:
+            callback()
+            return
+        if was_idle:
+            self._say(_LOOK)
+        self._call(place, if_over=True)  # it may have said so before
 
     def end(self) -> None:
         """Nobody will be done any more. The processes have ended."""
@@ -226,31 +232,37 @@ class _Done:
 
     def _listen(self) -> None:
         """The life of the thread: until the last process and this one have closed the other end."""
-        poll, is_open = select.poll(), True
+        poll, is_open, looked_s = select.poll(), True, 0.0
         poll.register(self._read, select.POLLIN)
         while is_open:
             if poll.poll(_LOOK_S * 1e3 if self._waiting else None):
                 said = os.read(self._read, 512 * DONE_AT.size)
                 is_open = bool(said)
                 for (place,) in DONE_AT.iter_unpack(said):
+                    self._call(place, if_over=True)  # another job may have the place by now
+            if not is_open or time.monotonic() - looked_s > _LOOK_S:
+                looked_s = time.monotonic()
+                for place in self._waited_for_in_vain(is_open):
                     self._call(place)
-            for place in self._waited_for_in_vain(is_open):
-                self._call(place)
         os.close(self._read)
 
     def _waited_for_in_vain(self, is_open: bool) -> list[int]:
         """Places of which nothing was said. Apart, so that the thread holds no job while it waits."""
         now_s = time.monotonic()
-        waiting = list(self._waiting.items())
+        with self._lock:
+            waiting = list(self._waiting.items())
         return [place for place, (job, _, until_s) in waiting if now_s > until_s or not is_open or job.is_over]
 
-    def _call(self, place: int) -> None:
+    def _call(self, place: int, *, if_over: bool = False) -> None:
         with self._lock:
-            found = self._waiting.pop(place, None)
-        for callback in found[1] if found else ():
+            found = self._waiting.get(place)
+            if found is None or (if_over and not found[0].is_over):
+                return
+            del self._waiting[place]
+        for callback in found[1]:
             try:
                 callback()
-            except Exception:  # the others are called all the same
+            except BaseException:  # the others are called all the same
                 traceback.print_exc()
 
 

@@ -120,6 +120,10 @@ class _Coming:
             for (number,) in _READY.iter_unpack(said):
                 self._call(self.drop(number))
         os.close(says)
+        self.end()
+
+    def end(self) -> None:
+        """Nothing comes any more."""
         with self._lock:
             left, self._callbacks = self._callbacks or {}, None
         self._call(itertools.chain(*left.values()))
@@ -134,7 +138,7 @@ class _Coming:
         for callback in callbacks:
             try:
                 callback()
-            except Exception:  # the others are told all the same
+            except BaseException:  # the others are told all the same
                 traceback.print_exc()
 
 
@@ -157,6 +161,7 @@ class PipelineProcess(Pipeline):
         self._sending = threading.Lock()
         self._is_closed = False
         self._own = threading.local()
+        self._coming = _Coming()
         pairs = [Pipe() for _ in range(threads)]
         self._all_lines = [line for line, _ in pairs]
         self._lines = collections.deque(self._all_lines)
@@ -169,6 +174,10 @@ class PipelineProcess(Pipeline):
             descriptors = [file, hears, says, *(other.fileno() for _, other in pairs)]
             try:
                 self._process = start_python(__name__, descriptors, descriptors=descriptors)
+            except BaseException:
+                os.close(self._tells)
+                os.close(said_to_us)
+                raise
             finally:
                 os.close(hears)
                 os.close(says)
@@ -176,7 +185,6 @@ class PipelineProcess(Pipeline):
                     other.close()
         self._watcher = threading.Thread(target=self._watch, name=f"nbvision watches {kind}", daemon=True)
         self._watcher.start()
-        self._coming = _Coming()
         listen = functools.partial(self._coming.listen, said_to_us)
         threading.Thread(target=listen, name=f"nbvision hears {kind}", daemon=True).start()
         try:
@@ -303,6 +311,7 @@ class PipelineProcess(Pipeline):
                 os.waitid(os.P_PID, self._process.pid, os.WEXITED | os.WNOWAIT)
                 os.killpg(self._process.pid, signal.SIGKILL)  # its number is its own until it is reaped
         self._process.wait()
+        self._coming.end()  # also if something that it has started still holds the pipe
         for line in self._all_lines:
             ours = socket.socket(fileno=line.fileno())
             with contextlib.suppress(OSError):
