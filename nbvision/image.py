@@ -112,6 +112,8 @@ class ImageBatch:
             self._stream = array_module(device).cuda.get_current_stream()
             # Of a complete batch the stream may be given other work, for which readers of this one need not wait.
             self._written = _mark(self._stream) if complete else None
+            if not complete:
+                self._uploaded = self._upload()
 
     @classmethod
     def allocate(cls, sizes: Iterable[tuple[int, int]], *, color: Color = "rgb", device: Device) -> ImageBatch:
@@ -374,21 +376,24 @@ class ImageBatch:
 
     @property
     def table(self) -> Any:
-        """What kernels on CuPy's current stream read; uploaded when it is first asked for, which takes 20 us."""
+        """What kernels on CuPy's current stream read; of a decoded batch uploaded when it is first asked for."""
         if self.device == "cpu":
             return self._rows
-        cuda = array_module("cuda").cuda
-        stream = cuda.get_current_stream()
+        stream = array_module("cuda").cuda.get_current_stream()
         if self._uploaded is None:
-            table = memory.acquire(self._rows.nbytes, device="cuda").view(self._rows.shape, dtype=self._rows.dtype)
-            table.set(self._rows, stream=stream)
-            self._uploaded = table, _mark(stream), {stream.ptr: stream}
+            self._uploaded = self._upload()
         table, written, readers = self._uploaded
         if stream.ptr not in readers:
             stream.wait_event(written)
             memory.record_use(table, stream)
             readers[stream.ptr] = stream
         return table
+
+    def _upload(self) -> tuple[Any, Any, dict[int, Any]]:
+        stream = array_module("cuda").cuda.get_current_stream()
+        table = memory.acquire(self._rows.nbytes, device="cuda").view(self._rows.shape, dtype=self._rows.dtype)
+        table.set(self._rows, stream=stream)
+        return table, _mark(stream), {stream.ptr: stream}
 
     def use_on_current_stream(self) -> Any:
         """Make CuPy's current stream wait for the pixels, and the pixels' memory wait for that stream.

@@ -91,11 +91,14 @@ def test_allocate_takes_sizes_of_another_batch_and_leaves_out_missing_images(dev
 
 
 @pytest.mark.needs_cuda
-def test_a_table_is_uploaded_once_and_each_stream_waits_for_it_once(rng):
+@pytest.mark.parametrize("is_asked_for", [False, True])
+def test_a_table_is_uploaded_once_and_each_stream_waits_for_it_once(rng, is_asked_for):
     """A graph cannot be captured of work that waits for another stream."""
     import cupy
 
     batch = ImageBatch.from_arrays([random_image(rng, 5, 7), random_image(rng, 3, 2)], device="cuda")
+    if is_asked_for:  # as that of a decoded one
+        batch._uploaded = None
     streams = [cupy.cuda.Stream(non_blocking=True) for _ in range(2)]
     tables = []
     for stream in streams * 2:
