@@ -243,9 +243,7 @@ def test_a_callback_that_fails_keeps_nobody_from_hearing(
 def test_who_waits_for_a_process_that_is_stopped_or_ends_is_told_soon(device: Any, lonely: Processes) -> None:
     """The batch waits then, and finds out what is wrong."""
     told: list[float] = []
-    decoder, image = opened_by(lonely, PNG, device)
-    with stopped(lonely):
-        image = decoder.open(BMP)
+    with one_that_waits(lonely, device) as (decoder, _, image):
         began_s = time.monotonic()
         image.add_done_callback(lambda _: told.append(time.monotonic() - began_s))
         wait_until(lambda: told)
@@ -261,10 +259,7 @@ def test_who_waits_for_a_process_that_is_stopped_or_ends_is_told_soon(device: An
 def test_who_waits_with_others_is_told_whoever_is_told_first(device: Any, lonely: Processes) -> None:
     """One whose image is decoded while another comes must not leave that one unheard of."""
     told: list[Any] = []
-    decoder, first = opened_by(lonely, PNG, device)
-    wait_until(lambda: first.is_decoded)
-    with stopped(lonely):
-        second = decoder.open(BMP)
+    with one_that_waits(lonely, device) as (_, first, second):
         lonely.done.tell(first._image.job._place, first._image.job, lambda: told.append(first))
         second.add_done_callback(told.append)
         wait_until(lambda: len(told) == 2)
@@ -273,10 +268,7 @@ def test_who_waits_with_others_is_told_whoever_is_told_first(device: Any, lonely
 
 def test_a_place_that_another_image_has_by_now_tells_nobody(device: Any, lonely: Processes) -> None:
     told: list[Any] = []
-    decoder, image = opened_by(lonely, PNG, device)
-    wait_until(lambda: image.is_decoded)
-    with stopped(lonely):
-        other = decoder.open(BMP)
+    with one_that_waits(lonely, device) as (_, _, other):
         began_s = time.monotonic()
         other.add_done_callback(lambda _: told.append(time.monotonic() - began_s))
         lonely.done._say(other._image.job._place)
@@ -291,9 +283,7 @@ def test_where_there_can_be_no_thread_nobody_waits(
         raise RuntimeError("can't start new thread")
 
     told: list[Any] = []
-    decoder, image = opened_by(lonely, PNG, device)
-    with stopped(lonely):
-        image = decoder.open(BMP)
+    with one_that_waits(lonely, device) as (_, _, image):
         with monkeypatch.context() as patch:
             patch.setattr(threading.Thread, "start", refuse)
             image.add_done_callback(told.append)
@@ -394,6 +384,15 @@ def opened_by(processes: Processes, data: bytes, device: Any) -> tuple[nbv.Decod
     decoder = nbv.Decoder(device=device)
     decoder._processes = processes
     return decoder, decoder.open(data)
+
+
+@contextmanager
+def one_that_waits(processes: Processes, device: Any) -> Iterator[tuple[nbv.Decoder, Any, Any]]:
+    """A decoder, an image that is decoded, and one that is not, for meanwhile the process is stopped."""
+    decoder, first = opened_by(processes, PNG, device)
+    wait_until(lambda: first.is_decoded)
+    with stopped(processes):
+        yield decoder, first, decoder.open(BMP)
 
 
 def dies_of(processes: Processes, data: bytes, times: int, monkeypatch: pytest.MonkeyPatch) -> None:

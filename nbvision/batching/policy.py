@@ -166,10 +166,8 @@ class _Deadline:
         # Those that are given up when the next batch is chosen take no time.
         latest_s = now_s + _quickest(self.typical(1), self.latency(1))
         batches, rest = divmod(sum(request.deadline_s >= latest_s for request in before), self.max_batch)
-        if not batches and not prepared_in_s:
-            return 0.0
         if not batches:
-            return prepared_in_s + self.typical(rest + 1)
+            return prepared_in_s + self.typical(rest + 1) if prepared_in_s else 0.0
         # One of the servers is taken to be free at once, their batches to end evenly, and nobody to come into its own
         # batch, which may be a slow one: it costs something to begin with who is given up later.
         return max(prepared_in_s, batches / servers * self.typical(self.max_batch)) + self.latency(rest + 1)

@@ -24,7 +24,6 @@ import struct
 import sys
 import threading
 import time
-import traceback
 import weakref
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, TypeAlias
@@ -33,6 +32,7 @@ import numpy as np
 import numpy.typing as npt
 
 from nbvision.errors import DecodeError, DeviceError
+from nbvision.runtime.callbacks import call_all
 from nbvision.runtime.child import start_python
 from nbvision.runtime.device import require_cupy
 from nbvision.runtime.places import Places
@@ -259,11 +259,7 @@ class _Done:
             if found is None or (if_over and not found[0].is_over):
                 return
             del self._waiting[place]
-        for callback in found[1]:
-            try:
-                callback()
-            except BaseException:  # the others are called all the same
-                traceback.print_exc()
+        call_all(found[1])
 
 
 class Processes:

@@ -238,10 +238,8 @@ def _read_all(sources: Sequence[Any], threads: int) -> list[File | OpenImage | D
     started_s = time.perf_counter()
     files: list[File | OpenImage | DecodeError] = []
     for source in sources:
-        if type(source) is bytes:  # there is nothing to wait for
-            files.append(File(source, None))
-            continue
-        if time.perf_counter() - started_s > _WAIT_S + _FILE_S * len(files):
+        # For bytes there is nothing to wait for.
+        if type(source) is not bytes and time.perf_counter() - started_s > _WAIT_S + _FILE_S * len(files):
             break
         files.append(one(source))
     return files + map_all(one, sources[len(files) :], threads)

@@ -24,13 +24,14 @@ import sys
 import tempfile
 import threading
 import traceback
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from multiprocessing import Pipe
 from multiprocessing.connection import Connection
 from typing import Any
 
 from nbvision.errors import EngineError, InputError, NbvisionError, OverloadError
 from nbvision.runtime import memory
+from nbvision.runtime.callbacks import call_all
 from nbvision.runtime.child import start_python
 from nbvision.runtime.device import array_module, own_stream, synchronize
 from nbvision.runtime.places import Places
@@ -118,7 +119,7 @@ class _Coming:
         """The life of a thread: until the other process has ended."""
         while said := os.read(says, 512 * _READY.size):
             for (number,) in _READY.iter_unpack(said):
-                self._call(self.drop(number))
+                call_all(self.drop(number))
         os.close(says)
         self.end()
 
@@ -126,20 +127,12 @@ class _Coming:
         """Nothing comes any more."""
         with self._lock:
             left, self._callbacks = self._callbacks or {}, None
-        self._call(itertools.chain(*left.values()))
+        call_all(itertools.chain(*left.values()))
 
     def drop(self, number: int) -> list[Callable[[], None]]:
         """Forget an item, and who is to be told of it."""
         with self._lock:
             return [] if self._callbacks is None else self._callbacks.pop(number, [])
-
-    @staticmethod
-    def _call(callbacks: Iterable[Callable[[], None]]) -> None:
-        for callback in callbacks:
-            try:
-                callback()
-            except BaseException:  # the others are told all the same
-                traceback.print_exc()
 
 
 class PipelineProcess(Pipeline):
